@@ -1,0 +1,22 @@
+"""Exact, memory-light hypergradients through whole training runs, in JAX."""
+
+from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
+from hypergrad.optimizers import heavy_ball, momentum, sgd
+from hypergrad.run import Snapshot
+from hypergrad.train import Trained, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adjoint",
+    "Checkpointed",
+    "ReversalError",
+    "Reversible",
+    "Snapshot",
+    "Stored",
+    "Trained",
+    "heavy_ball",
+    "momentum",
+    "sgd",
+    "train",
+]

@@ -1,0 +1,263 @@
+"""Small real data sets as numpy arrays, the IDX reader behind them, and minibatch schedules."""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Train images, train labels, test images, test labels: the order of Dataset's first four fields.
+_FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+_MD5 = {
+    "mnist": (
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+    "fashion-mnist": (
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+}
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_DIGITS_TRAIN = 1437
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged, or not what its name says."""
+
+
+class Dataset(NamedTuple):
+    """Labelled grey images, split into train and test, as numpy arrays.
+
+    train_images: (n, height, width) float32 in [0, 1].
+    train_labels: (n,) int32 in [0, classes).
+    test_images, test_labels: the same for the test split.
+    name: the set's name, such as "mnist".
+    classes: the number of classes.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    name: str
+    classes: int
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten 8x8 digits: 1,437 to train on, 360 to test on.
+
+    The split is the same everywhere: rows in the order of a stable argsort of the 1,797 raw
+    64-bit outputs of `numpy.random.PCG64(0)`, the first 1,437 of them for training. Pixels are
+    divided by 16. Needs no file beyond scikit-learn itself.
+
+    Returns a Dataset with images (n, 8, 8) and 10 classes.
+
+    >>> digits().train_images.shape
+    (1437, 8, 8)
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits  # here, since it takes a second to import
+
+    bunch = load_digits()
+    images = (bunch.images / 16).astype(np.float32)
+    labels = bunch.target.astype(np.int32)
+    # numpy keeps the raw stream of a bit generator fixed, but not Generator.permutation's.
+    order = np.argsort(np.random.PCG64(0).random_raw(len(labels)), kind="stable")
+    train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
+    return Dataset(images[train], labels[train], images[test], labels[test], "digits", 10)
+
+
+def mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
+    """MNIST: 60,000 + 10,000 handwritten 28x28 digits, in the order of the original files.
+
+    directory: the folder that holds `mnist/` with the four original `*-ubyte.gz` files; None
+        takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+
+    Returns a Dataset with images (n, 28, 28), pixels divided by 255, and 10 classes.
+    Raises DataError where a file is missing or its md5 is not the original's.
+
+    >>> mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
+    array([5, 0, 4, 1, 9], dtype=int32)
+
+    Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning applied to
+    document recognition, Proc. IEEE 86, 1998.
+    """
+    return _load("mnist", f"mnist(directory={directory!r})", directory)
+
+
+def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
+    """Fashion-MNIST: 60,000 + 10,000 28x28 pictures of clothes, in the order of its files.
+
+    directory: the folder that holds `fashion-mnist/` with the four original `*-ubyte.gz` files;
+        None takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+
+    Returns a Dataset with images (n, 28, 28), pixels divided by 255, and 10 classes.
+    Raises DataError where a file is missing or its md5 is not the original's.
+
+    >>> fashion_mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
+    array([9, 0, 0, 3, 0], dtype=int32)
+
+    Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
+    """
+    return _load("fashion-mnist", f"fashion_mnist(directory={directory!r})", directory)
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read one array from an IDX file, gzip-compressed if its name ends in `.gz`.
+
+    path: the file. Its six element types are uint8, int8, int16, int32, float32 and float64.
+
+    Returns a fresh array of the shape and type in the header, in native byte order.
+    Raises DataError where the file is missing or unreadable, is not gzip though named `.gz`, is
+    not IDX, ends too early, or goes on after its last element.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "pair-idx1-ubyte"
+    >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 5, 7]))
+    >>> read_idx(path)
+    array([5, 7], dtype=uint8)
+
+    Source: the IDX format as MNIST's authors give it on the data set's page.
+    """
+    call = f"read_idx({str(path)!r})"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{call}: cannot read the file ({error.strerror}). Check the path; the files of "
+            "mnist() and fashion_mnist() lie in the folder that HYPERGRAD_DATA names."
+        ) from error
+    return _parse_idx(call, content, compressed=Path(path).suffix == ".gz")
+
+
+def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> jax.Array:
+    """Row indices of the minibatches of a run, drawn without replacement in each epoch.
+
+    Epoch e is a permutation of range(examples) under `fold_in(key, e)`, cut into
+    floor(examples / batch_size) batches; the rows left over sit that epoch out. No batch
+    straddles two epochs, and a longer run starts with the batches of a shorter one.
+
+    key: a JAX random key; the only argument that `jax.jit` may trace.
+    examples: the number of rows to draw from.
+    batch_size: rows in a batch, 1 to examples.
+    steps: the number of batches, 0 or more.
+
+    Returns (steps, batch_size) int32 in [0, examples).
+    Raises TypeError where a size is not an integer, ValueError where it is out of range.
+
+    >>> minibatches(jax.random.key(0), examples=10, batch_size=5, steps=4).shape
+    (4, 5)
+    """
+    call = f"minibatches(key, examples={examples}, batch_size={batch_size}, steps={steps})"
+    if not all(isinstance(size, int | np.integer) for size in (examples, batch_size, steps)):
+        raise TypeError(
+            f"{call}: the sizes set the result's shape, so they must be Python integers. Round "
+            "floats with int(), and under jax.jit mark them static: "
+            "jax.jit(minibatches, static_argnums=(1, 2, 3))."
+        )
+    if not 1 <= batch_size <= examples:
+        raise ValueError(
+            f"{call}: a batch takes its rows from one epoch without replacement, so batch_size "
+            f"must lie in 1..examples. Pass a batch_size from 1 to {examples}."
+        )
+    if steps < 0:
+        raise ValueError(f"{call}: steps counts batches. Pass steps of 0 or more.")
+    per_epoch = examples // batch_size
+    rows = jnp.arange(examples, dtype=jnp.int32)
+
+    def epoch(index: jax.Array) -> jax.Array:
+        shuffled = jax.random.permutation(jax.random.fold_in(key, index), rows)
+        return shuffled[: per_epoch * batch_size].reshape(per_epoch, batch_size)
+
+    epochs = jax.vmap(epoch)(jnp.arange(math.ceil(steps / per_epoch)))
+    return epochs.reshape(-1, batch_size)[:steps]
+
+
+def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dataset:
+    root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
+    way_out = (
+        f"Pass directory=, or set the environment variable HYPERGRAD_DATA, to the folder that "
+        f"holds {name}/ with its four original *-ubyte.gz files."
+    )
+    if root is None:
+        raise DataError(f"{call}: no directory was given and HYPERGRAD_DATA is not set. {way_out}")
+    arrays = []
+    for file, expected in zip(_FILES, _MD5[name]):
+        path = Path(root, name, file)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{call}: looked for {path} ({error.strerror}). {way_out}") from error
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != expected:
+            raise DataError(
+                f"{call}: {path} has md5 {found}, but the original has {expected}: the file is "
+                "damaged or is another version. Put the original in its place."
+            )
+        arrays.append(_parse_idx(f"{call}: {path}", content, compressed=True))
+    train_images, train_labels, test_images, test_labels = arrays
+    return Dataset(
+        train_images.astype(np.float32) / 255,
+        train_labels.astype(np.int32),
+        test_images.astype(np.float32) / 255,
+        test_labels.astype(np.int32),
+        name,
+        10,
+    )
+
+
+def _parse_idx(call: str, content: bytes, compressed: bool) -> np.ndarray:
+    if compressed:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{call}: the name ends in .gz, but the content does not decompress ({error}). "
+                "Get the file again, or drop .gz from the name of a plain file."
+            ) from error
+    if len(content) >= 4 and (content[:2] != b"\0\0" or content[2] not in _IDX_TYPES):
+        raise DataError(
+            f"{call}: not an IDX file: it starts with {content[:4].hex(' ')}, not with 00 00, a "
+            "type byte in 08 09 0b 0c 0d 0e, and the number of axes. Pass an IDX file; name a "
+            "compressed one .gz."
+        )
+    start = 4 + 4 * content[3] if len(content) >= 4 else 4
+    if len(content) < start:
+        raise DataError(
+            f"{call}: truncated: {len(content)} bytes, but the IDX header alone takes {start}. "
+            "Get the file again."
+        )
+    shape = struct.unpack(f">{content[3]}I", content[4:start])
+    dtype = np.dtype(_IDX_TYPES[content[2]])
+    stop = start + math.prod(shape) * dtype.itemsize
+    if len(content) != stop:
+        reason = "truncated" if len(content) < stop else "trailing bytes"
+        raise DataError(
+            f"{call}: {reason}: {len(content)} bytes, but the header's shape {shape} of "
+            f"{dtype.name} makes {stop}. Get the file again."
+        )
+    try:
+        array = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    except ValueError as error:  # more axes than numpy has, or an empty array with vast ones
+        raise DataError(
+            f"{call}: numpy cannot hold the header's shape {shape} ({error}). Get the file again."
+        ) from error
+    return array.astype(dtype.newbyteorder("="))

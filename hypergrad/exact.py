@@ -1,0 +1,277 @@
+"""Exactly invertible arithmetic on fixed-point numbers.
+
+A float array ``x`` is held as integers ``high`` with ``x = high * 2**-radix``.  Two moves act on them
+and both can be undone bit for bit:
+
+* a **shift** adds an integer, and is undone by subtracting it;
+* a **scale** multiplies by a ratio ``n / 2**32`` in (0, 1].  That would destroy ``log2(2**32 / n)``
+  bits of every element; they are kept in an information buffer instead (Algorithm 3 of Maclaurin,
+  Duvenaud, Adams 2015, with the buffer's big integer cut into bytes).
+
+============  =============================  =====================================================
+symbol        shape and type                 meaning
+============  =============================  =====================================================
+``high``      leaf, int64                    the number, in units of ``2**-radix``
+``low``       leaf, uint32                   32 digits below the radix: the ``c mod d`` of the paper
+``register``  leaf, uint32                   top of the information buffer, one word per element
+``tape``      bytes, uint8                   bytes that left the register, oldest first
+``bits``      scalar or leaf, int64          upper bound of log2(buffer), in units of ``2**-40`` bit
+``n``         scalar or leaf, uint64         numerator of the factor, in ``[2**16, 2**32]``
+============  =============================  =====================================================
+
+The digits shuffled by a scale lie *below* the radix, so that a scale is also accurate to one unit in the
+last place of ``high``.  When a whole array shares one factor, its registers fill in lock-step and a byte
+of every element is spilled at the same step, as one row of the tape.  When every element has its own
+factor the bytes are packed densely in the order in which they come.
+
+``bits`` bounds the buffer from the factors alone, never from the data, so both directions know when bytes
+move.  It is a plain running sum, hence invertible itself.
+
+All functions work with JAX's 64-bit mode switched off; none of them changes it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+DIGITS = 32  # binary digits of a factor
+BASE = 1 << DIGITS  # common denominator of all factors
+SMALLEST_FACTOR = 2.0**-16  # at most two bytes leave the register per scale
+LIMIT = 1 << 62  # |high| stays below; one addition of two such numbers cannot wrap
+MARGIN = 24  # the register's bound never falls below 2**24, so rounding it up costs < 2**-23 bit
+BIT = 1 << 40  # resolution of `Buffer.bits`
+ROUNDING = 2.0**-23  # bits per scale: log2(1 + 2**-24), rounded up
+
+
+class Buffer(NamedTuple):
+    """Information buffer of one array: what scaling it has destroyed (see the table above)."""
+
+    low: Array
+    register: Array
+    bits: Array
+
+
+def to_fixed(x: Array, radix: int) -> Array:
+    """Nearest fixed-point number: ``round(x * 2**radix)``, as int64; NaN and overflow saturate."""
+    with jax.enable_x64(True):
+        wide = jnp.asarray(x, jnp.float64) * 2.0**radix
+        # A NaN must be seen as an overflow by `fits`, and not pass as the zero it would convert to.
+        wide = jnp.where(jnp.isnan(wide), jnp.inf, jnp.round(wide))
+        return jnp.clip(wide, -2.0 * LIMIT, 2.0 * LIMIT - 1024).astype(jnp.int64)
+
+
+def to_float(high: Array, radix: int, dtype: jax.typing.DTypeLike) -> Array:
+    """The float nearest to ``high * 2**-radix``."""
+    with jax.enable_x64(True):
+        return high.astype(dtype) * jnp.asarray(2.0**-radix, dtype)
+
+
+def fits(high: Array) -> Array:
+    """Whether every element is inside the range: ``all(|high| < 2**62)``."""
+    with jax.enable_x64(True):
+        return jnp.all((high < LIMIT) & (high > -LIMIT))
+
+
+def shift(high: Array, amount: Array, radix: int) -> Array:
+    """Add ``round(amount * 2**radix)``.  Wraps around, so that `unshift` undoes it whatever happens."""
+    with jax.enable_x64(True):
+        return high + to_fixed(amount, radix)
+
+
+def unshift(high: Array, amount: Array, radix: int) -> Array:
+    """Undo `shift` by the same amount."""
+    with jax.enable_x64(True):
+        return high - to_fixed(amount, radix)
+
+
+def numerator(factor: Array) -> Array:
+    """``n`` such that ``n / 2**32`` is the ratio nearest to ``factor``, as uint64.
+
+    Factors outside ``[2**-16, 1]`` give 0, which `scale` must not be given; check with `admissible`.
+    """
+    with jax.enable_x64(True):
+        wide = jnp.round(jnp.asarray(factor, jnp.float64) * BASE)
+        inside = (wide >= BASE * SMALLEST_FACTOR) & (wide <= BASE)
+        return jnp.where(inside, wide, 0.0).astype(jnp.uint64)
+
+
+def spread(n: Array, shape: tuple[int, ...]) -> Array:
+    """A numerator as `scale` wants it: a scalar for the whole array, or one for every element."""
+    n = jnp.asarray(n)
+    return n.reshape(()) if n.size == 1 else jnp.broadcast_to(n, shape)
+
+
+def admissible(n: Array) -> Array:
+    """Whether all numerators are usable: ``2**16 <= n <= 2**32``."""
+    with jax.enable_x64(True):
+        return jnp.all((n >= jnp.uint64(BASE * SMALLEST_FACTOR)) & (n <= jnp.uint64(BASE)))
+
+
+def ratio(n: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """The factor that a numerator stands for, ``n / 2**32``, as a float."""
+    with jax.enable_x64(True):
+        return (n.astype(jnp.float64) * (1.0 / BASE)).astype(dtype)
+
+
+def cost(n: Array) -> Array:
+    """Growth of the buffer per element in one scale by ``n``: ``log2(2**32 / n)``, in ``2**-40`` bits."""
+    with jax.enable_x64(True):
+        bits = DIGITS - jnp.log2(jnp.maximum(n, jnp.uint64(1)).astype(jnp.float64)) + ROUNDING
+        # Scaling by one moves nothing into the buffer and must cost nothing.
+        return jnp.where(n >= jnp.uint64(BASE), 0.0, jnp.ceil(bits * BIT)).astype(jnp.int64)
+
+
+def spilled(bits: Array) -> Array:
+    """Bytes per element that have left the register when the buffer's bound stands at ``bits``."""
+    with jax.enable_x64(True):
+        return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT)))
+
+
+def tape_length(bits: Array, size: int) -> Array:
+    """Rows (one factor per array) or bytes (one factor per element) of tape that ``bits`` needs."""
+    with jax.enable_x64(True):
+        rows = spilled(bits)
+        return jnp.sum(jnp.broadcast_to(rows, (size,))) if jnp.ndim(bits) else rows
+
+
+def empty_bits(shape: tuple[int, ...]) -> Array:
+    """Bound of an empty buffer, for factors of the given shape."""
+    with jax.enable_x64(True):
+        return jnp.full(shape, MARGIN * BIT, jnp.int64)
+
+
+def empty(shape: tuple[int, ...], factor_shape: tuple[int, ...]) -> Buffer:
+    """An empty information buffer for an array of this shape; see `blank_tape` for its tape.
+
+    Args:
+      shape: of the array.
+      factor_shape: ``()`` if one factor scales the whole array, else ``shape``.
+    """
+    with jax.enable_x64(True):
+        digits = jnp.zeros(shape, jnp.uint32)
+        return Buffer(digits, digits, empty_bits(factor_shape))
+
+
+def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Array:
+    """A tape for the bytes of an array's buffer; ``length`` in rows or bytes, from `tape_length`."""
+    # Rows are written in pairs: two rows of slack keep the last write inside.
+    return jnp.zeros((length + 2, *shape) if factor_shape == () else (length,), jnp.uint8)
+
+
+def is_empty(buffer: Buffer) -> Array:
+    """Whether nothing is left in the buffer, which is so exactly at the start of a run."""
+    with jax.enable_x64(True):
+        return (
+            jnp.all(buffer.low == 0) & jnp.all(buffer.register == 0) & jnp.all(buffer.bits == MARGIN * BIT)
+        )
+
+
+def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer, Array]:
+    """Multiply by ``n / 2**32`` exactly, keeping what is destroyed in the buffer.
+
+    With ``c = high * 2**32 + low``, ``d = 2**32`` and the buffer ``i``, Algorithm 3 reads::
+
+        i <- i d + (c mod d);   c <- (c div d) n + (i mod n);   i <- i div n
+
+    Args:
+      high: int64 array.
+      buffer: its information buffer.
+      tape: where the buffer's bytes go when its register is full.
+      n: uint64, ``2**16 <= n <= 2**32``, a scalar or of the array's shape, like ``buffer.bits``.
+
+    Returns:
+      The scaled array, the buffer and the tape.  Writing beyond the end of the tape destroys it;
+      compare `tape_length` of the final ``buffer.bits`` with the length it was made with.
+
+    Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
+    learning", ICML 2015, Algorithm 3.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad import exact
+    >>> x = exact.to_fixed(jnp.array([1.0, -2.0]), radix=48)
+    >>> n, tape = exact.numerator(0.9), exact.blank_tape((2,), (), length=0)
+    >>> y, buffer, tape = exact.scale(x, exact.empty((2,), ()), tape, n)
+    >>> exact.to_float(y, 48, jnp.float32)
+    Array([ 0.9, -1.8], dtype=float32)
+    >>> bool((exact.unscale(y, buffer, tape, n)[0] == x).all())
+    True
+    """
+    with jax.enable_x64(True):
+        quotient, digit = _divide(_join(buffer.register, buffer.low), n)
+        upper, lower = high >> DIGITS, high.astype(jnp.uint64) & jnp.uint64(BASE - 1)
+        product = lower * n + digit  # < 2**64, for lower < 2**32, digit < n <= 2**32
+        new_high = upper * n.astype(jnp.int64) + (product >> DIGITS).astype(jnp.int64)
+        bits = buffer.bits + cost(n)
+        register, tape = _spill(quotient, tape, buffer.bits, bits)
+        return new_high, Buffer(product.astype(jnp.uint32), register, bits), tape
+
+
+def unscale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer]:
+    """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
+    with jax.enable_x64(True):
+        bits = buffer.bits - cost(n)
+        quotient = _unspill(buffer.register, tape, bits, buffer.bits)
+        # Long division of the 96-bit number (high, low) by n, in base 2**32; the top digit is signed.
+        rest = (high >> DIGITS) % n.astype(jnp.int64)
+        upper_digit, rest = _divide(_join(rest, high.astype(jnp.uint32)), n)
+        lower_digit, digit = _divide(_join(rest, buffer.low), n)
+        old_high = _join(upper_digit, lower_digit).astype(jnp.int64)
+        information = quotient * n + digit
+        register = (information >> DIGITS).astype(jnp.uint32)
+        return old_high, Buffer(information.astype(jnp.uint32), register, bits)
+
+
+def _join(upper: Array, lower: Array) -> Array:
+    return (upper.astype(jnp.uint64) << DIGITS) | lower.astype(jnp.uint64)
+
+
+def _divide(dividend: Array, n: Array) -> tuple[Array, Array]:
+    """Quotient and remainder.
+
+    The barrier makes the compiler store the quotient instead of dividing again wherever it is used.
+    """
+    quotient = jax.lax.optimization_barrier(dividend // n)
+    return quotient, dividend - quotient * n
+
+
+def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[Array, Array]:
+    """Move bytes from a register that has become too long to the tape."""
+    start, end = spilled(before), spilled(after)
+    count = end - start  # 0, 1 or 2
+    register = (quotient >> (8 * count).astype(jnp.uint64)).astype(jnp.uint32)
+    pair = [quotient.astype(jnp.uint8), (quotient >> 8).astype(jnp.uint8)]
+    if before.ndim == 0:
+        # Two rows are always written; those beyond `end` are overwritten by the next spill.
+        for k in range(2):
+            tape = jax.lax.dynamic_update_slice_in_dim(tape, pair[k][None], start + k, axis=0)
+        return register, tape
+    position = jnp.sum(start)
+    for k in range(2):
+        mask = (count > k).ravel()
+        where = position + jnp.cumsum(mask) - 1
+        target = jnp.where(mask, where, tape.size)  # out of range, hence dropped
+        tape = tape.at[target].set(pair[k].ravel(), mode="drop")
+        position += jnp.sum(mask)
+    return register, tape
+
+
+def _unspill(register: Array, tape: Array, before: Array, after: Array) -> Array:
+    """Undo `_spill`: the long register as it was."""
+    start, end = spilled(before), spilled(after)
+    count = end - start
+    pair = []
+    position = jnp.sum(start)
+    for k in range(2):
+        if before.ndim == 0:
+            pair.append(jax.lax.dynamic_index_in_dim(tape, start + k, axis=0, keepdims=False))
+        else:
+            mask = (count > k).ravel()
+            where = position + jnp.cumsum(mask) - 1
+            taken = tape.at[where].get(mode="fill", fill_value=0)
+            pair.append(taken.reshape(register.shape))
+            position += jnp.sum(mask)
+    first, second = (byte.astype(jnp.uint64) for byte in pair)
+    long = register.astype(jnp.uint64) << (8 * count).astype(jnp.uint64)
+    return long | jnp.where(count > 0, first, 0) | jnp.where(count > 1, second << 8, 0)

@@ -1,0 +1,134 @@
+"""Fully connected nets as pure functions, and the two losses that go with them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Dense(NamedTuple):
+    """One fully connected layer: inputs @ weights + biases.
+
+    weights: (n_in, n_out).
+    biases: (n_out,).
+    """
+
+    weights: jax.Array
+    biases: jax.Array
+
+
+def mlp(
+    sizes: Sequence[int], activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+) -> tuple[Callable[..., tuple[Dense, ...]], Callable[..., jax.Array]]:
+    """A multilayer perceptron, as a pair of pure functions (init, apply).
+
+    h_0 = inputs,  h_l = activation(h_{l-1} W_l + b_l),  logits = h_{L-1} W_L + b_L
+
+    sizes: the widths from inputs to logits, two or more positive integers.
+    activation: the elementwise function after each hidden layer; the logits do without.
+
+    Returns two functions:
+        `init(key, scale=None)` gives a tuple of Dense, one a layer, in JAX's default float type.
+            With scale None, weights are normal / sqrt(n_in) and biases zero; with a float, which
+            may be traced, weights and biases are normal * scale.
+        `apply(params, inputs)` gives logits (n, sizes[-1]) for inputs (n, ...) whose axes after
+            the first multiply to sizes[0]; it raises ValueError where they do not.
+    Raises ValueError where sizes holds fewer than two widths or one that is not a positive
+    integer.
+
+    >>> init, apply = mlp((64, 16, 10))
+    >>> apply(init(jax.random.key(0)), jnp.zeros((3, 8, 8))).shape
+    (3, 10)
+
+    Source: Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, Efficient BackProp, 1998, for 1/sqrt(n_in).
+    """
+    widths = tuple(sizes)
+    if len(widths) < 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in widths):
+        raise ValueError(
+            f"mlp(sizes={sizes!r}): sizes are the widths from inputs to logits. Pass two or more "
+            "positive integers, such as (784, 50, 10)."
+        )
+
+    def init(key: jax.Array, scale: float | jax.Array | None = None) -> tuple[Dense, ...]:
+        def layer(key: jax.Array, n_in: int, n_out: int) -> Dense:
+            weights_key, biases_key = jax.random.split(key)
+            weights = jax.random.normal(weights_key, (n_in, n_out))
+            if scale is None:
+                return Dense(weights / math.sqrt(n_in), jnp.zeros(n_out))
+            return Dense(weights * scale, jax.random.normal(biases_key, (n_out,)) * scale)
+
+        keys = jax.random.split(key, len(widths) - 1)
+        return tuple(layer(*args) for args in zip(keys, widths[:-1], widths[1:]))
+
+    def apply(params: tuple[Dense, ...], inputs: jax.Array | np.ndarray) -> jax.Array:
+        if inputs.ndim == 0 or math.prod(inputs.shape[1:]) != widths[0]:
+            raise ValueError(
+                f"apply(params, inputs) with inputs of shape {inputs.shape}: mlp(sizes={widths}) "
+                f"takes n examples of {widths[0]} numbers each. Pass inputs (n, {widths[0]}), or "
+                "with more axes after the first; inputs[None] makes a batch of one example."
+            )
+        hidden = jnp.asarray(inputs).reshape(inputs.shape[0], widths[0])
+        for weights, biases in params[:-1]:
+            hidden = activation(hidden @ weights + biases)
+        return hidden @ params[-1].weights + params[-1].biases
+
+    return init, apply
+
+
+def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> jax.Array:
+    """Mean cross-entropy of softmax(logits) against the labels, in nats.
+
+    -1/n sum_i sum_c p_ic log softmax(logits_i)_c,  with p_i one-hot for integer labels
+
+    logits: (n, classes) float, any size that is finite.
+    labels: (n,) integers in [0, classes), or (n, classes) probabilities. An integer out of range
+        makes the result NaN.
+
+    Returns a scalar.
+    Raises ValueError where the shapes or the labels' type do not fit.
+
+    >>> round(float(cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 1, 2]))), 4)  # log 4
+    1.3863
+    """
+    _check_labels("cross_entropy", logits, labels)
+    log_p = jax.nn.log_softmax(jnp.asarray(logits))
+    targets = jnp.asarray(labels)
+    if targets.ndim == 1:
+        # A product with one-hot rows, not a gather: its derivative is no scatter, which is slow
+        # inside scan. An out-of-range label would be a row of zeros, so it is made loud.
+        classes = log_p.shape[1]
+        one_hot = jax.nn.one_hot(targets, classes, dtype=log_p.dtype)
+        valid = (targets >= 0) & (targets < classes)
+        targets = jnp.where(valid[:, None], one_hot, jnp.nan)
+    return -jnp.mean(jnp.sum(targets * log_p, axis=1))
+
+
+def error_rate(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> jax.Array:
+    """Share of examples whose largest logit is not at the label; the first wins a tie.
+
+    logits: (n, classes) float.
+    labels: (n,) integers in [0, classes), or (n, classes) probabilities, of which the largest
+        counts.
+
+    Returns a scalar in [0, 1].
+    Raises ValueError where the shapes or the labels' type do not fit.
+
+    >>> float(error_rate(jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([1, 0])))
+    0.5
+    """
+    _check_labels("error_rate", logits, labels)
+    wanted = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)
+    return jnp.mean(jnp.argmax(logits, axis=1) != wanted)
+
+
+def _check_labels(name: str, logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> None:
+    integers = jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:1]
+    if logits.ndim != 2 or not (integers or labels.shape == logits.shape):
+        raise ValueError(
+            f"{name}(logits, labels) with logits {logits.shape} and labels {labels.shape} of "
+            f"{labels.dtype}: they do not fit. Pass logits (n, classes), and labels either (n,) "
+            "integers or (n, classes) probabilities."
+        )

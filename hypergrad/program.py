@@ -1,0 +1,328 @@
+"""An optimizer is a short program of moves; everything else is derived from it.
+
+One step of training evaluates the gradient at the parameters and then makes the moves in order.
+
+=====================================  ==========================================  ====================
+move                                   meaning                                     undone by
+=====================================  ==========================================  ====================
+``Scale(x, factor)``                   ``x <- factor x``, factor in (0, 1]         `exact.unscale`
+``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
+``Assign(x, value)``                   ``x <- value(everything)``                  nothing
+=====================================  ==========================================  ====================
+
+Moves are written for *one* leaf of the parameters, as the paper writes them; the library maps them over
+the tree.  From the one list come `step` (floats; what JAX differentiates), `exact_step` (integers) and
+`exact_unstep` (its inverse, the list backwards).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import exact
+
+PARAMS = "params"
+RADIX = 48  # values up to 2**14 in steps of 2**-48: finer than float64 needs near one
+
+
+class View:
+    """What a move may read, by attribute: the leaf of every variable, and the gradient.
+
+    Reading what the move may not depend on is refused: that is what makes a `Shift` invertible.
+    """
+
+    def __init__(self, readable: Mapping[str, Any], refused: Mapping[str, str]):
+        self.__dict__.update(readable)
+        self.__dict__["_refused"] = dict(refused)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_refused", {}):
+            raise AttributeError(self.__dict__["_refused"][name])
+        raise AttributeError(f"a move reads {name!r}, but the optimizer has only {list(vars(self))}")
+
+
+class Scale(NamedTuple):
+    """``variable <- factor * variable``, exactly, by the ratio ``numerator(factor) / 2**32``.
+
+    The factor may depend on hyperparameters and the step only.  It is differentiated as written; the
+    rounding of the ratio is not.
+    """
+
+    variable: str
+    factor: Any
+    numerator: Callable[[Array], Array] = exact.numerator
+
+
+class Shift(NamedTuple):
+    """``variable <- variable + amount(view)``, where the view lacks the variable itself.
+
+    The gradient is taken at the parameters before the step, so a shift of the parameters, or anything
+    after one, cannot read it.
+    """
+
+    variable: str
+    amount: Callable[[Any], Array]
+
+
+class Assign(NamedTuple):
+    """``variable <- value(view)``, of anything at all; such a program cannot be reversed."""
+
+    variable: str
+    value: Callable[[Any], Array]
+
+
+Move = Scale | Shift | Assign
+
+
+class Variable(NamedTuple):
+    """A variable that the optimizer keeps for every leaf of the parameters.
+
+    Attributes:
+      init: from a leaf of the parameters to the variable's start.
+      radix: binary digits after the point in exact arithmetic; the range is ``2**(62 - radix)``.
+    """
+
+    init: Callable[[Array], Array] = jnp.zeros_like
+    radix: int = RADIX
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One description of an optimizer, from which every way to run it is derived.
+
+    Attributes:
+      name: as the user would call it.
+      moves: ``(h, t) -> [moves]`` for one leaf, with ``h.<hyperparameter>`` at step ``t = 0, 1, ...``.
+      variables: what is kept beside the parameters.
+      hypers: names and default values of the hyperparameters; None marks one that must be given.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+      radix: of the parameters.
+
+    >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
+    >>> Optimizer(
+    ...     name="momentum",
+    ...     moves=lambda h, t: [
+    ...         Scale("velocity", h.momentum),
+    ...         Shift("velocity", lambda s: -(1 - h.momentum) * s.gradient),
+    ...         Shift("params", lambda s: h.learning_rate * s.velocity),
+    ...     ],
+    ...     variables={"velocity": Variable()},
+    ...     hypers={"learning_rate": None, "momentum": 0.9},
+    ... ).name
+    'momentum'
+    """
+
+    name: str
+    moves: Callable[[Any, Array], Sequence[Move]]
+    variables: Mapping[str, Variable] = field(default_factory=dict)
+    hypers: Mapping[str, float | None] = field(default_factory=dict)
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    radix: int = RADIX
+
+    def radix_of(self, variable: str) -> int:
+        """Binary digits after the point of a variable, or of the parameters."""
+        return self.radix if variable == PARAMS else self.variables[variable].radix
+
+
+class ExactLeaf(NamedTuple):
+    """Exact state of one leaf: integers by variable, and one buffer for every `Scale` of the program."""
+
+    high: dict[str, Array]
+    buffers: list[exact.Buffer]
+
+
+PyTree = Any
+Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
+
+
+def _first_params_move(moves: Sequence[Move]) -> int:
+    return next((k for k, m in enumerate(moves) if m.variable == PARAMS), len(moves))
+
+
+def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, gradient: Array | None) -> View:
+    """What move ``k`` may read of a leaf."""
+    if isinstance(move, Assign):
+        return View({**leaf, "gradient": gradient}, {})
+    readable: dict[str, Any] = {name: x for name, x in leaf.items() if name != move.variable}
+    refused = {
+        move.variable: f"Shift({move.variable!r}, ...) reads {move.variable!r} itself and so could not "
+        "be undone; use Scale for a multiple of it, or Assign (not reversible)"
+    }
+    if k < _first_params_move(moves):
+        readable["gradient"] = gradient
+    else:
+        refused["gradient"] = (
+            f"Shift({move.variable!r}, ...) reads the gradient after or while the parameters move; "
+            "it is taken at the parameters before the step and could not be found again on the way "
+            "back; put the move before those of the parameters, or use Assign (not reversible)"
+        )
+    return View(readable, refused)
+
+
+def straight_through(value: Array, derivative: Array) -> Array:
+    """Evaluates to ``value`` and differentiates as ``derivative``."""
+    return derivative + jax.lax.stop_gradient(value - derivative)
+
+
+def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
+    """One step in floats, with the same quantised factors as the exact one: what JAX differentiates."""
+    start, leaf = leaf, dict(leaf)
+    for k, move in enumerate(moves):
+        x = leaf[move.variable]
+        if isinstance(move, Scale):
+            quantised = exact.ratio(move.numerator(jax.lax.stop_gradient(move.factor)), x.dtype)
+            moved = straight_through(quantised * x, move.factor * x)
+        elif isinstance(move, Shift):
+            moved = x + move.amount(_view(move, k, moves, leaf, gradient))
+        else:
+            moved = jnp.asarray(move.value(_view(move, k, moves, leaf, gradient)))
+        leaf[move.variable] = moved.astype(start[move.variable].dtype)
+    return leaf
+
+
+def is_reversible(moves: Sequence[Move]) -> bool:
+    """Whether every move can be undone."""
+    return not any(isinstance(move, Assign) for move in moves)
+
+
+def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """Evaluate a function in a compiled computation of its own.
+
+    The same instructions then give the same bits wherever it is called.  A compiler fuses arithmetic
+    with what stands around it, and contracts ``a * b + c`` to one rounding where it can: forwards and
+    backwards it would not always do so alike.  A branch of a conditional is compiled apart.
+
+    Args:
+      live: a scalar that is true, which the compiler must not know.
+      function: a pure function of its arguments.
+      arguments: pytrees of arrays.
+    """
+    shapes = jax.eval_shape(function, *arguments)
+
+    def never(*_: PyTree) -> PyTree:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return jax.lax.cond(live, function, never, *arguments)
+
+
+class Exact(NamedTuple):
+    """The exact arithmetic of an optimizer, on all leaves at once.
+
+    Attributes:
+      radix: binary digits after the point, by variable.
+      dtypes: of the floats that the moves see, by leaf.
+      x64: whether the user's code runs in JAX's 64-bit mode, which this code must not change for it.
+    """
+
+    radix: Mapping[str, int]
+    dtypes: Sequence[Any]
+    x64: bool
+
+    def floats(self, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
+        """The float state that the integers stand for: all variables, or those named."""
+        return [
+            {v: exact.to_float(leaf.high[v], self.radix[v], dtype) for v in names or leaf.high}
+            for leaf, dtype in zip(leaves, self.dtypes)
+        ]
+
+    def amounts(
+        self,
+        k: int,
+        programs: Sequence[Sequence[Move]],
+        leaves: Sequence[ExactLeaf],
+        gradient: Sequence[Array | None],
+        live: Array,
+    ) -> list[Array]:
+        """By how much shift ``k`` of the program moves every leaf, in units of the last place."""
+        variable = programs[0][k].variable
+        others = [ExactLeaf({v: x for v, x in leaf.high.items() if v != variable}, []) for leaf in leaves]
+
+        def evaluate(others: list[ExactLeaf], gradient: Any) -> list[Array]:
+            floats, result = self.floats(others), []
+            for moves, leaf, g, full in zip(programs, floats, gradient, leaves):
+                move = moves[k]
+                assert isinstance(move, Shift)
+                with jax.enable_x64(self.x64):
+                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, g)))
+                amount = jnp.broadcast_to(amount, full.high[variable].shape)
+                result.append(exact.to_fixed(amount, self.radix[variable]))
+            return result
+
+        return isolated(live, evaluate, others, list(gradient))
+
+    def step(
+        self,
+        programs: Sequence[Sequence[Move]],
+        leaves: Sequence[ExactLeaf],
+        tapes: Sequence[Sequence[Array]],
+        gradient: Sequence[Array],
+        live: Array,
+    ) -> tuple[list[ExactLeaf], list[list[Array]], Array]:
+        """One step on integers; also whether all numbers and factors stayed inside their range."""
+        highs = [dict(leaf.high) for leaf in leaves]
+        buffers = [list(leaf.buffers) for leaf in leaves]
+        new_tapes = [list(leaf) for leaf in tapes]
+        valid = jnp.asarray(True)
+        scales = 0
+        for k, move in enumerate(programs[0]):
+            v = move.variable
+            if isinstance(move, Scale):
+                for i, high in enumerate(highs):
+                    n = _numerator(programs[i][k], high[v])
+                    valid &= exact.admissible(n)
+                    n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
+                    high[v], buffers[i][scales], new_tapes[i][scales] = exact.scale(
+                        high[v], buffers[i][scales], new_tapes[i][scales], n
+                    )
+                scales += 1
+            else:
+                now = [ExactLeaf(*part) for part in zip(highs, buffers)]
+                for high, amount in zip(highs, self.amounts(k, programs, now, gradient, live)):
+                    high[v] = high[v] + amount
+                    valid &= exact.fits(high[v])
+        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, valid
+
+    def unstep(
+        self,
+        programs: Sequence[Sequence[Move]],
+        leaves: Sequence[ExactLeaf],
+        tapes: Sequence[Sequence[Array]],
+        gradient: Sequence[Array] | None,
+        live: Array,
+    ) -> list[ExactLeaf]:
+        """Undo a step, in two parts: the parameters are needed to find the gradient again.
+
+        Without a gradient, undoes the moves from the first one of the parameters on; with it, the moves
+        before that.
+        """
+        moves = programs[0]
+        cut = _first_params_move(moves)
+        start, end = (cut, len(moves)) if gradient is None else (0, cut)
+        given = [None] * len(leaves) if gradient is None else gradient
+        highs = [dict(leaf.high) for leaf in leaves]
+        buffers = [list(leaf.buffers) for leaf in leaves]
+        scales = sum(isinstance(move, Scale) for move in moves[:end])
+        for k in reversed(range(start, end)):
+            v = moves[k].variable
+            if isinstance(moves[k], Scale):
+                scales -= 1
+                for i, high in enumerate(highs):
+                    n = _numerator(programs[i][k], high[v])
+                    n = jnp.maximum(n, jnp.ones_like(n))
+                    high[v], buffers[i][scales] = exact.unscale(
+                        high[v], buffers[i][scales], tapes[i][scales], n
+                    )
+            else:
+                now = [ExactLeaf(*part) for part in zip(highs, buffers)]
+                for high, amount in zip(highs, self.amounts(k, programs, now, given, live)):
+                    high[v] = high[v] - amount
+        return [ExactLeaf(*part) for part in zip(highs, buffers)]
+
+
+def _numerator(move: Move, x: Array) -> Array:
+    assert isinstance(move, Scale)
+    return exact.spread(move.numerator(move.factor), x.shape)

@@ -1,0 +1,350 @@
+"""A training run as a pure function, and the second derivatives of its loss.
+
+``train`` turns the user's call into a `Run`, which is static, and three pytrees of arrays that may be
+differentiated: the start, the `Constants` and the `Inputs`.  An adjoint maps them to the end.
+
+========  ====================  ==============================================================
+symbol    name                  meaning
+========  ====================  ==============================================================
+``L``     loss                  inner loss, a function of ``w`` and ``θ``
+``w``     params                parameters before the step
+``θ``     wanted                what else of the loss is differentiated: meta, closures, batches
+``g``     gradient              ``∂L/∂w``
+``u``     direction             cotangent of ``g``
+``l``     loss_cotangent        cotangent of the loss along the run
+========  ====================  ==============================================================
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import program
+from hypergrad.program import PARAMS, Leaf, Optimizer
+
+PyTree = Any
+
+
+class Constants(NamedTuple):
+    """What is the same at every step.
+
+    Attributes:
+      loss: flat list of arrays: the user's ``meta`` and what the loss closes over.
+      hypers: for every leaf of the parameters, the constant hyperparameters by name.
+      watch: flat list of arrays that ``watch`` closes over.
+    """
+
+    loss: list[Array]
+    hypers: list[dict[str, Array]]
+    watch: list[Array]
+
+
+class Inputs(NamedTuple):
+    """What differs from step to step; every array has the steps as its leading axis.
+
+    Attributes:
+      batch: flat list of arrays: the user's ``batches``.
+      hypers: for every leaf of the parameters, the scheduled hyperparameters by name.
+      step: ``(T,)`` int32, ``0 ... T-1``.
+    """
+
+    batch: list[Array]
+    hypers: list[dict[str, Array]]
+    step: Array
+
+
+class Snapshot(NamedTuple):
+    """What ``watch`` sees of a step, before its moves.
+
+    Attributes:
+      step: int32 scalar, from 0.
+      params: the parameters before the step.
+      state: the optimizer's variables before the step, each a tree like the parameters.
+      loss: inner loss at ``params``.
+      gradient: its gradient.
+    """
+
+    step: Array
+    params: PyTree
+    state: dict[str, PyTree]
+    loss: Array
+    gradient: PyTree
+
+
+class Outputs(NamedTuple):
+    """What one step gives out: the loss before it, and whatever ``watch`` returned."""
+
+    loss: Array
+    watched: PyTree
+
+
+@dataclass(frozen=True)
+class Hoisted:
+    """A function traced once, with what it closed over as an explicit list of arguments.
+
+    Closed-over data thus enters a compiled program as an argument, and closed-over traced values can be
+    differentiated.
+    """
+
+    jaxpr: Any
+    out_tree: Any
+
+    def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
+        """Evaluate on flat arguments."""
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, list(consts))
+        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*flat))
+
+
+def hoist(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Hoisted, list[Array], Any]:
+    """Trace a function once; return it hoisted, what it closed over, and the shapes it returns."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    consts = [jnp.asarray(c) if not isinstance(c, jax.Array) else c for c in closed.consts]
+    return Hoisted(closed.jaxpr, jax.tree.structure(shapes)), consts, shapes
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Static:
+    """A static value that travels through a pytree of arrays."""
+
+    value: Any
+
+
+def freeze(flags: PyTree) -> Static:
+    """A tree of bools as a static value."""
+    leaves, structure = jax.tree.flatten(flags)
+    return Static((tuple(leaves), structure))
+
+
+def thaw(static: Static) -> PyTree:
+    """Undo `freeze`."""
+    leaves, structure = static.value
+    return structure.unflatten(leaves)
+
+
+def scatter(flags: PyTree, values: Sequence[Array]) -> PyTree:
+    """A tree like the flags, with the values where they are set and None, meaning zero, elsewhere."""
+    new = iter(values)
+    return jax.tree.map(lambda flag: next(new) if flag else None, flags)
+
+
+def split(flags: PyTree, tree: PyTree) -> tuple[list[Array], Callable[[Sequence[Array]], PyTree]]:
+    """The flagged leaves of a tree, and a function that puts replacements for them back."""
+    leaves: list[Array]
+    leaves, structure = jax.tree.flatten(tree)
+    chosen = jax.tree.leaves(flags)
+
+    def merge(replaced: Sequence[Array]) -> PyTree:
+        new = iter(replaced)
+        return jax.tree.unflatten(structure, [next(new) if c else x for c, x in zip(chosen, leaves)])
+
+    return [x for c, x in zip(chosen, leaves) if c], merge
+
+
+@dataclass(frozen=True)
+class Run:
+    """The static part of a training run.
+
+    Attributes:
+      call: the user's call, for messages.
+      optimizer: the program of moves.
+      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``.
+      watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
+      structure: tree structure of the parameters.
+      steps: ``T``.
+      captured: how many of ``constants.loss`` are closed over; the others are ``meta``.
+      x64: whether the user's code runs in JAX's 64-bit mode.
+    """
+
+    call: str
+    optimizer: Optimizer
+    loss: Hoisted
+    watch: Hoisted | None
+    structure: Any
+    steps: int
+    captured: int
+    x64: bool
+
+    def moves(
+        self,
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        t: Array,
+    ) -> list[Sequence[program.Move]]:
+        """The moves of every leaf at one step, from its hyperparameters."""
+        with jax.enable_x64(self.x64):
+            return [
+                self.optimizer.moves(SimpleNamespace(**fixed, **scheduled), t)
+                for fixed, scheduled in zip(constants, inputs)
+            ]
+
+    def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
+        """The inner loss of flat parameters."""
+        captured, meta = loss_constants[: self.captured], loss_constants[self.captured :]
+        return self.loss(captured, [*params, *meta, *batch])
+
+    def watched(self, snapshot: Snapshot, constants: Constants) -> PyTree:
+        """What the user watches, without derivatives."""
+        if self.watch is None:
+            return None
+        flat = jax.tree.leaves(jax.lax.stop_gradient(snapshot))
+        return self.watch(jax.lax.stop_gradient(constants.watch), flat)
+
+    def snapshot(
+        self, leaves: Sequence[Leaf], loss: Array, gradient: Sequence[Array], t: Array
+    ) -> Snapshot:
+        """What `watch` is shown."""
+        unflatten = self.structure.unflatten
+        state = {name: unflatten([leaf[name] for leaf in leaves]) for name in self.optimizer.variables}
+        params = unflatten([leaf[PARAMS] for leaf in leaves])
+        return Snapshot(t, params, state, loss, unflatten(list(gradient)))
+
+    def step(
+        self, leaves: Sequence[Leaf], constants: Constants, inputs: Inputs
+    ) -> tuple[list[Leaf], Outputs]:
+        """One step in floats, for adjoints that leave differentiation to JAX."""
+        params = [leaf[PARAMS] for leaf in leaves]
+        loss, gradient = self.gradient(params, constants.loss, inputs.batch)
+        new = [
+            program.step(moves, leaf, g)
+            for moves, leaf, g in zip(
+                self.moves(constants.hypers, inputs.hypers, inputs.step), leaves, gradient
+            )
+        ]
+        snapshot = self.snapshot(leaves, loss, gradient, inputs.step)
+        return new, Outputs(loss, self.watched(snapshot, constants))
+
+    def gradient(
+        self, params: list[Array], loss_constants: list[Array], batch: list[Array]
+    ) -> tuple[Array, list[Array]]:
+        """Loss and gradient, whose own derivative is forward over reverse, not reverse over reverse."""
+
+        @jax.custom_vjp
+        def value_and_gradient(
+            params: list[Array], theta: tuple[list[Array], list[Array]]
+        ) -> tuple[Array, list[Array]]:
+            return jax.value_and_grad(lambda w: self.loss_at(w, *theta))(params)
+
+        def forward(params: Any, theta: Any) -> Any:
+            flags = jax.tree.map(lambda x: x.perturbed, theta)
+            params, theta = jax.tree.map(lambda x: x.value, (params, theta))
+            linearised = linearise(self, params, theta, flags)
+            saved = (linearised.primal, linearised.residuals)
+            return linearised.primal[:2], (saved, Static(linearised.jaxpr), freeze(flags))
+
+        def backward(residual: Any, cotangent: Any) -> Any:
+            saved, jaxpr, flags = residual
+            primal, residuals = saved
+            products = Linearised(primal, residuals, jaxpr.value).transposed(*instantiate(cotangent))
+            return products.params, scatter(thaw(flags), products.wanted)
+
+        value_and_gradient.defvjp(forward, backward, symbolic_zeros=True)
+        return value_and_gradient(params, (loss_constants, batch))
+
+
+class Products(NamedTuple):
+    """Cotangents that pass through loss and gradient: of the parameters and of what else is wanted."""
+
+    params: list[Array]
+    wanted: list[Array]
+
+
+class Linearised(NamedTuple):
+    """Loss and gradient at a point, with all that is needed for second derivatives there.
+
+    Attributes:
+      primal: ``(loss, ∂L/∂w, ∂L/∂θ)``.
+      residuals: what the linear map needs besides its argument.
+      jaxpr: the linear map from a direction ``u`` to ``(dL u, ∂²L/∂w∂w u, ∂²L/∂θ∂w u)``.
+    """
+
+    primal: tuple[Array, list[Array], list[Array]]
+    residuals: list[Array]
+    jaxpr: Any
+
+    def transposed(self, loss_cotangent: Array, direction: Sequence[Array]) -> Products:
+        """``(l ∂L/∂w + ∂²L/∂w∂w u,  l ∂L/∂θ + ∂²L/∂θ∂w u)``.
+
+        Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
+        directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u``: forward over reverse.
+        """
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, self.residuals)
+        _, *products = jax.extend.core.jaxpr_as_fun(closed)(*direction)
+        _, first_w, first_theta = self.primal
+        total = [
+            (loss_cotangent * first).astype(first.dtype) + second
+            for first, second in zip([*first_w, *first_theta], products)
+        ]
+        return Products(total[: len(first_w)], total[len(first_w) :])
+
+
+def linearise(
+    run: Run, params: list[Array], theta: PyTree, flags: PyTree, live: Array | None = None
+) -> Linearised:
+    """Evaluate loss and gradient once, keeping what second derivatives need.
+
+    Args:
+      run: the run.
+      params: flat parameters.
+      theta: what else the loss is a function of: `Constants.loss` and `Inputs.batch`.
+      flags: which arrays of ``theta`` are wanted.
+      live: true, at run time: evaluate apart (see `hypergrad.program.isolated`), so that the same bits
+        come out in both directions.  None where that does not matter.
+    """
+    traced = []
+
+    def evaluate(params: list[Array], theta: PyTree) -> Any:
+        wanted, merge = split(flags, theta)
+
+        def both(params: list[Array]) -> tuple[Array, list[Array], list[Array]]:
+            def loss(w: list[Array], wanted: list[Array]) -> Array:
+                return run.loss_at(w, *merge(wanted))
+
+            value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(params, wanted)
+            return value, *gradients
+
+        primal, linear = jax.linearize(both, params)
+        closed = jax.make_jaxpr(linear)(params)
+        # Arguments that the linear map needs too are taken from outside, not copied out.
+        given = {id(x): k for k, x in enumerate(jax.tree.leaves((params, theta)))}
+        sources = [given.get(id(x)) for x in closed.consts]
+        traced.append((closed.jaxpr, sources))
+        return primal, [x for x, source in zip(closed.consts, sources) if source is None]
+
+    if live is None:
+        primal, computed = evaluate(params, theta)
+    else:
+        primal, computed = program.isolated(live, evaluate, params, theta)
+    jaxpr, sources = traced[-1]
+    given, rest = jax.tree.leaves((params, theta)), iter(computed)
+    residuals = [next(rest) if source is None else given[source] for source in sources]
+    return Linearised(primal, residuals, jaxpr)
+
+
+def keep_alive(live: Array, unused: PyTree, value: Array) -> Array:
+    """The value, made to depend on arrays nobody uses, lest the compiler leave out computing them.
+
+    It would change the computation in which they arise, and with it the last bits of the others.
+    """
+
+    def never(value: Array, unused: PyTree) -> Array:
+        total = sum(jnp.sum(x.astype(value.dtype)) for x in jax.tree.leaves(unused))
+        return value + total
+
+    return jax.lax.cond(live, lambda value, _: value, never, value, unused)
+
+
+def instantiate(cotangents: PyTree) -> PyTree:
+    """Symbolic zeros made into arrays."""
+    symbolic = jax.custom_derivatives.SymbolicZero
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, symbolic) else x,
+        cotangents,
+        is_leaf=lambda x: isinstance(x, symbolic),
+    )

@@ -1,0 +1,286 @@
+"""``train``: a whole training run as one differentiable JAX function."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad.adjoints import Adjoint, Reversible
+from hypergrad.optimizers import momentum
+from hypergrad.program import PARAMS, Leaf, Optimizer
+from hypergrad.run import Constants, Hoisted, Inputs, PyTree, Run, Snapshot, hoist
+
+
+class Trained(NamedTuple):
+    """The end of a training run.
+
+    Attributes:
+      params: trained parameters, a tree like those given.
+      state: the optimizer's variables by name, each a tree like the parameters; may start another run.
+      losses: ``(T,)``, the inner loss at every step, before its update; differentiable.
+      watched: what ``watch`` returned, every array with the steps as its leading axis.
+    """
+
+    params: PyTree
+    state: dict[str, PyTree]
+    losses: Array
+    watched: PyTree
+
+
+def train(
+    loss: Callable[[PyTree, PyTree, PyTree], Array],
+    params: PyTree,
+    hypers: Mapping[str, PyTree],
+    meta: PyTree = None,
+    batches: PyTree = None,
+    *,
+    steps: int,
+    optimizer: Optimizer | None = None,
+    adjoint: Adjoint | None = None,
+    state: Mapping[str, PyTree] | None = None,
+    watch: Callable[[Snapshot], PyTree] | None = None,
+) -> Trained:
+    """Train for a number of steps; differentiable in everything that goes in.
+
+    ``w_{t+1} = step(w_t, ∇ loss(w_t, meta, batches[t]), hypers[t])``.  Composes with ``jax.grad``,
+    ``jax.jit`` and ``jax.vmap``; reverse mode only.  Everything that is an array of floats can be
+    differentiated, and what the loss closes over too; only what is costs anything.
+
+    Args:
+      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.
+      params: start, a pytree of float32 or float64 arrays.
+      hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
+        number for all, or one per layer, or one per leaf) of numbers or ``(T, ...)`` arrays, the leading
+        axis being the step and the others broadcasting against the leaf.
+      meta: any pytree, passed to the loss: regularisation, data, labels, scales.
+      batches: a pytree of arrays with leading axis ``T``; slice ``t`` is given to the loss at step
+        ``t``.  Row indices keep the data out of it: see `hypergrad.data.minibatches`.  None gives the
+        loss the step number, int32.
+      steps: ``T >= 1``.
+      optimizer: a program of moves, by default `hypergrad.momentum`.
+      adjoint: how to differentiate, by default `hypergrad.Reversible`.
+      state: start of the optimizer's variables by name, such as ``{"velocity": tree}``; zeros if absent.
+      watch: ``watch(snapshot) -> pytree``, called before every step (see `Snapshot`), not differentiated.
+
+    Returns:
+      A `Trained`.
+
+    Raises:
+      ValueError: where an argument cannot be meant as it is; before any work starts.
+      TypeError: for parameters of a dtype in which a hypergradient would be noise.
+      ReversalError: where the run could not be, or was not, reversed exactly.
+
+    Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
+    learning", ICML 2015.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> loss = lambda w, target, step: jnp.sum((w - target) ** 2)
+    >>> def outer(rate):
+    ...     hypers = {"learning_rate": rate, "momentum": 0.5}
+    ...     return jnp.sum(hg.train(loss, jnp.zeros(3), hypers, 1.0, steps=20).params)
+    >>> jax.grad(outer)(jnp.full(20, 0.1)).shape
+    (20,)
+    """
+    optimizer = momentum() if optimizer is None else optimizer
+    adjoint = Reversible() if adjoint is None else adjoint
+    call = f"train(steps={steps}, optimizer={optimizer.name}, adjoint={adjoint!r})"
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"{call}: steps must be a whole number of at least 1")
+    steps = int(steps)
+    leaves, structure, names = _params(call, params)
+    fixed, scheduled = _hypers(call, optimizer, hypers, params, leaves, names, steps)
+    start = _start(call, optimizer, state, leaves, structure)
+    if batches is None:
+        batches = np.arange(steps, dtype=np.int32)
+    batches = _batches(call, batches, steps)
+
+    # The user's functions are traced here, once, on shapes alone; only their jaxprs are used below.
+    shapes = jax.tree.map(_shape, (params, meta, jax.tree.map(lambda x: x[0], batches)))
+    hoisted, captured, result = hoist(loss, *shapes)
+    if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
+        raise ValueError(f"{call}: the loss must return one scalar, and returned {_describe(result)}")
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        raise TypeError(f"{call}: the loss must return a float, and returned {_describe(result)}")
+    seen: Hoisted | None = None
+    watch_consts: list[Array] = []
+    if watch is not None:
+        variables = {
+            name: structure.unflatten([_shape(leaf[name]) for leaf in start]) for name in optimizer.variables
+        }
+        step: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
+        seen, watch_consts, _ = hoist(watch, Snapshot(step, shapes[0], variables, result, shapes[0]))
+
+    run = Run(
+        call=call,
+        optimizer=optimizer,
+        loss=hoisted,
+        watch=seen,
+        structure=structure,
+        steps=steps,
+        captured=len(captured),
+        x64=jnp.result_type(float) == jnp.float64,
+    )
+    meta_leaves = [jnp.asarray(x) for x in jax.tree.leaves(meta)]
+    constants = Constants([*captured, *meta_leaves], fixed, watch_consts)
+    batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
+    inputs = Inputs(batch_leaves, scheduled, jnp.arange(steps, dtype=jnp.int32))
+    end, outputs = adjoint(run, start, constants, inputs)
+    final = {
+        name: structure.unflatten([leaf[name] for leaf in end]) for name in (PARAMS, *optimizer.variables)
+    }
+    return Trained(final.pop(PARAMS), final, outputs.loss, outputs.watched)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    x = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def _describe(tree: PyTree) -> str:
+    if isinstance(tree, jax.ShapeDtypeStruct):
+        return f"{tree.dtype}{list(tree.shape)}"
+    return f"a {type(tree).__name__}"
+
+
+def _params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]:
+    """Leaves of the parameters, their structure and the path of every leaf."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    if not paths:
+        raise ValueError(f"{call}: params has no arrays in it")
+    names = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
+    leaves = [jnp.asarray(x) for _, x in paths]
+    for name, leaf in zip(names, leaves):
+        if leaf.dtype not in (jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{call}: {name} is {leaf.dtype}; hypergradients of a whole run are noise below float32, "
+                "and integers have none. Pass float32 or float64 parameters (the loss may compute in "
+                "lower precision inside)"
+            )
+    return leaves, structure, names
+
+
+def _hypers(
+    call: str,
+    optimizer: Optimizer,
+    hypers: Mapping[str, PyTree],
+    params: PyTree,
+    leaves: list[Array],
+    names: list[str],
+    steps: int,
+) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
+    """For every leaf of the parameters its constant and its scheduled hyperparameters.
+
+    What is known stays a NumPy array, so that adjoints can compute with it before the run, even under
+    ``jit``.
+    """
+    if not isinstance(hypers, Mapping):
+        raise ValueError(
+            f"{call}: hypers must be a dictionary with the names {list(optimizer.hypers)}, "
+            f"not a {type(hypers).__name__}"
+        )
+    unknown = sorted(set(hypers) - set(optimizer.hypers))
+    missing = sorted(k for k, v in optimizer.hypers.items() if v is None and k not in hypers)
+    if unknown or missing:
+        raise ValueError(
+            f"{call}: hypers must have the names {list(optimizer.hypers)}; "
+            f"unknown: {unknown}, missing: {missing}"
+        )
+    fixed: list[dict[str, Array]] = [{} for _ in leaves]
+    scheduled: list[dict[str, Array]] = [{} for _ in leaves]
+    for key, default in optimizer.hypers.items():
+        value = hypers.get(key, default)
+        try:
+            spread = jax.tree.leaves(jax.tree.broadcast(value, params))
+        except ValueError as error:
+            raise ValueError(
+                f"{call}: hypers[{key!r}] must be one number or array, or a tree of them that is a "
+                f"prefix of params: {error}"
+            ) from None
+        for i, (x, leaf, name) in enumerate(zip(spread, leaves, names)):
+            where = f"{call}: hypers[{key!r}] for {name}"
+            known = not isinstance(x, jax.core.Tracer)
+            x = np.asarray(x) if known else x
+            if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+                raise ValueError(f"{where} is {x.dtype}; it must be a real number")
+            if known:
+                dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
+                x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
+                _check_domain(where, x, optimizer.domains.get(key))
+            if x.ndim == 0:
+                x = np.broadcast_to(x, (steps,)) if known else jnp.broadcast_to(x, (steps,))
+            if x.shape[0] not in (1, steps):
+                raise ValueError(
+                    f"{where} has shape {list(x.shape)}; a schedule's leading axis is the step and must "
+                    f"have length steps={steps} (or 1, for the same at every step)"
+                )
+            try:
+                fits = np.broadcast_shapes(x.shape[1:], leaf.shape) == leaf.shape
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{where} has shape {list(x.shape)}; behind the step axis it must broadcast to the "
+                    f"leaf's {list(leaf.shape)}"
+                )
+            if x.shape[0] == steps:
+                scheduled[i][key] = x
+            else:
+                fixed[i][key] = x[0]
+    return fixed, scheduled
+
+
+def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None) -> None:
+    low, high = (-np.inf, np.inf) if domain is None else domain
+    wrong = ~((x >= low) & (x < high))
+    if wrong.any():
+        place = [int(i) for i in np.argwhere(wrong)[0]]
+        at = f" at index {place}" if place else ""
+        raise ValueError(f"{where} is {x[tuple(place)]}{at}; it must lie in [{low:g}, {high:g})")
+
+
+def _start(
+    call: str,
+    optimizer: Optimizer,
+    state: Mapping[str, PyTree] | None,
+    leaves: list[Array],
+    structure: Any,
+) -> list[Leaf]:
+    """Float variables of every leaf at the start, by name."""
+    state = {} if state is None else state
+    unknown = sorted(set(state) - set(optimizer.variables))
+    if unknown:
+        raise ValueError(f"{call}: state has {unknown}; {optimizer.name} keeps {list(optimizer.variables)}")
+    start: list[Leaf] = [{PARAMS: leaf} for leaf in leaves]
+    for name, variable in optimizer.variables.items():
+        given = None
+        if name in state:
+            given, other = jax.tree.flatten(state[name])
+            if other != structure:
+                raise ValueError(
+                    f"{call}: state[{name!r}] has the tree structure {other}, params has {structure}"
+                )
+        for i, leaf in enumerate(leaves):
+            default = jax.eval_shape(variable.init, leaf)
+            if given is None:
+                start[i][name] = variable.init(leaf)
+                continue
+            if np.shape(given[i]) != default.shape:
+                raise ValueError(
+                    f"{call}: state[{name!r}] has a leaf of shape {list(np.shape(given[i]))} where "
+                    f"{list(default.shape)} is needed"
+                )
+            start[i][name] = jnp.asarray(given[i], default.dtype)
+    return start
+
+
+def _batches(call: str, batches: PyTree, steps: int) -> PyTree:
+    for path, x in jax.tree_util.tree_flatten_with_path(batches)[0]:
+        if np.ndim(x) == 0 or np.shape(x)[0] != steps:
+            raise ValueError(
+                f"{call}: batches{jax.tree_util.keystr(path)} has shape {list(np.shape(x))}; its leading "
+                f"axis is the step and must have length steps={steps}"
+            )
+    return batches

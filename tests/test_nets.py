@@ -1,0 +1,182 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypergrad import nets
+
+
+def numpy_cross_entropy(logits, probabilities):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -(probabilities * log_p).sum(axis=1).mean()
+
+
+@pytest.fixture
+def batch():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(7, 4)).astype(np.float32) * 3
+    labels = np.array([0, 1, 2, 3, 3, 1, 0], np.int32)
+    return logits, labels
+
+
+# ---- mlp
+
+
+def test_mlp_init_default():
+    init, _ = nets.mlp((400, 300, 300))
+    params = init(jax.random.key(0))
+    assert [layer.weights.shape for layer in params] == [(400, 300), (300, 300)]
+    assert [layer.biases.shape for layer in params] == [(300,), (300,)]
+    assert all((layer.biases == 0).all() for layer in params)
+    # 120,000 draws: the standard deviation is known to 0.2%.
+    assert float(params[0].weights.std()) == pytest.approx(1 / 20, rel=0.01)
+    assert float(params[0].weights.mean()) == pytest.approx(0, abs=5e-4)
+
+
+def test_mlp_init_scale():
+    init, _ = nets.mlp((400, 300, 300))
+    default, scaled = init(jax.random.key(0)), init(jax.random.key(0), 0.1)
+    for layer in scaled:
+        assert float(layer.weights.std()) == pytest.approx(0.1, rel=0.01)
+        assert float(layer.biases.std()) == pytest.approx(0.1, rel=0.2)
+    np.testing.assert_allclose(scaled[0].weights, default[0].weights * 20 * 0.1, rtol=1e-6)
+    # Layers of one shape draw apart.
+    assert (scaled[0].biases != scaled[1].biases).all()
+
+
+def test_mlp_apply_is_the_numpy_forward():
+    init, apply = nets.mlp((6, 5, 3))
+    params = init(jax.random.key(1), 0.7)
+    inputs = np.random.default_rng(1).normal(size=(8, 2, 3)).astype(np.float32)
+    (w1, b1), (w2, b2) = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    expected = np.tanh(inputs.reshape(8, 6) @ w1 + b1) @ w2 + b2
+    logits = apply(params, inputs)
+    assert logits.shape == (8, 3) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(apply)(params, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_activation_is_on_hidden_layers_only():
+    init, apply = nets.mlp((2, 3), activation=lambda x: x * jnp.nan)
+    params = init(jax.random.key(0), 1.0)
+    inputs = jnp.ones((4, 2))
+    expected = np.ones((4, 2)) @ np.asarray(params[0].weights) + np.asarray(params[0].biases)
+    np.testing.assert_allclose(apply(params, inputs), expected, rtol=1e-6)
+    init, apply = nets.mlp((1, 1, 1), activation=jax.nn.relu)
+    params = (nets.Dense(jnp.array([[2.0]]), jnp.array([-1.0])),) * 2
+    assert apply(params, jnp.array([0.0, 1.0])).tolist() == [[-1.0], [1.0]]
+
+
+def test_mlp_init_is_differentiable_in_scale():
+    init, apply = nets.mlp((3, 2))
+    inputs = jnp.ones((4, 3))
+    loss = jax.value_and_grad(lambda scale: apply(init(jax.random.key(0), scale), inputs).sum())
+    value, gradient = jax.jit(loss)(0.3)
+    # One linear layer is linear in the scale.
+    assert float(value) != 0
+    assert float(value) == pytest.approx(0.3 * float(gradient), rel=1e-5)
+
+
+def test_mlp_follows_x64():
+    init, apply = nets.mlp((3, 4, 2))
+    with jax.enable_x64(True):
+        logits = jax.eval_shape(lambda key: apply(init(key), np.ones((5, 3))), jax.random.key(0))
+    assert logits.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("sizes", [(), (5,), (5, 0), (5, -1, 2), (5, 2.0)])
+def test_error_mlp_sizes(sizes):
+    with pytest.raises(ValueError, match="widths from inputs to logits") as caught:
+        nets.mlp(sizes)
+    assert str(caught.value).startswith(f"mlp(sizes={sizes!r}): ")
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (8, 8), (2, 8, 7)])
+def test_error_mlp_inputs(shape):
+    _, apply = nets.mlp((64, 3))
+    with pytest.raises(
+        ValueError, match=r"mlp\(sizes=\(64, 3\)\) takes n examples of 64"
+    ) as caught:
+        apply((), np.zeros(shape))
+    assert f"inputs of shape {shape}" in str(caught.value)
+
+
+def test_error_mlp_scalar_input_to_one_wide_net():
+    # A scalar has one element, as many as the net takes, but no axis of examples.
+    _, apply = nets.mlp((1, 3))
+    with pytest.raises(ValueError, match="takes n examples of 1 numbers"):
+        apply((), np.zeros(()))
+
+
+# ---- cross_entropy
+
+
+def test_cross_entropy_is_numpys(batch):
+    logits, labels = batch
+    expected = numpy_cross_entropy(logits, np.eye(4)[labels])
+    assert float(nets.cross_entropy(logits, labels)) == pytest.approx(expected, rel=1e-6)
+    soft = np.random.default_rng(1).dirichlet(np.ones(4), size=7).astype(np.float32)
+    expected = numpy_cross_entropy(logits, soft)
+    assert float(nets.cross_entropy(logits, soft)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_cross_entropy_of_integers_is_that_of_one_hot_rows(batch):
+    logits, labels = batch
+    assert nets.cross_entropy(logits, labels) == nets.cross_entropy(logits, np.eye(4)[labels])
+
+
+def test_cross_entropy_is_stable():
+    logits = jnp.array([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4]])
+    assert float(nets.cross_entropy(logits, jnp.array([0, 0]))) == 0
+    assert float(nets.cross_entropy(logits, jnp.array([1, 2]))) == pytest.approx(1.5e4)
+    gradient = jax.grad(nets.cross_entropy)(logits, jnp.array([1, 0]))
+    np.testing.assert_allclose(gradient, [[0.5, -0.5, 0], [0, 0, 0]], atol=1e-7)
+
+
+def test_cross_entropy_gradient(batch):
+    logits, labels = batch
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    gradient = jax.jit(jax.grad(nets.cross_entropy))(logits, labels)
+    np.testing.assert_allclose(gradient, (softmax - np.eye(4)[labels]) / 7, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_cross_entropy_of_a_label_out_of_range_is_nan(batch, label):
+    logits, labels = batch
+    labels[3] = label
+    assert np.isnan(nets.cross_entropy(logits, labels))
+
+
+# ---- error_rate
+
+
+def test_error_rate(batch):
+    logits, labels = batch
+    expected = np.mean(logits.argmax(axis=1) != labels)
+    assert 0 < expected < 1
+    assert float(nets.error_rate(logits, labels)) == pytest.approx(expected)
+    assert float(nets.error_rate(logits, np.eye(4)[labels])) == pytest.approx(expected)
+    assert float(nets.error_rate(logits, logits.argmax(axis=1))) == 0
+    assert float(nets.error_rate(logits, (logits.argmax(axis=1) + 1) % 4)) == 1
+
+
+@pytest.mark.parametrize("function", [nets.cross_entropy, nets.error_rate])
+@pytest.mark.parametrize(
+    ("logits_shape", "labels_shape", "dtype"),
+    [
+        ((5,), (5,), "int32"),
+        ((5, 3), (), "int32"),
+        ((5, 3), (4,), "int32"),
+        ((5, 3), (5,), "float32"),
+        ((5, 3), (5, 1), "int32"),
+        ((5, 3), (3, 5), "float32"),
+    ],
+)
+def test_error_labels(function, logits_shape, labels_shape, dtype):
+    with pytest.raises(ValueError, match="they do not fit") as caught:
+        function(np.zeros(logits_shape), np.zeros(labels_shape, dtype))
+    message = str(caught.value)
+    assert message.startswith(f"{function.__name__}(logits, labels) with logits {logits_shape}")
+    assert f"labels {labels_shape} of {dtype}" in message
