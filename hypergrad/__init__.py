@@ -1,5 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
+from hypergrad import data, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
 from hypergrad.optimizers import heavy_ball, momentum, sgd
 from hypergrad.run import Snapshot
@@ -15,8 +16,12 @@ __all__ = [
     "Snapshot",
     "Stored",
     "Trained",
+    "data",
     "heavy_ball",
+    "meta",
     "momentum",
+    "nets",
+    "schedules",
     "sgd",
     "train",
 ]

@@ -11,6 +11,7 @@ adjoint           memory beside the parameters                 time, in plain tr
 ================  ===========================================  ============================
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from hypergrad.run import (
     Outputs,
     PyTree,
     Run,
+    Static,
     freeze,
     instantiate,
     keep_alive,
@@ -113,6 +115,14 @@ class Checkpointed:
         return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
 
 
+class _Health(NamedTuple):
+    """How a run went: the first step that failed or -1, tape needed by every scale, start recovered."""
+
+    failed: Array
+    needed: list[Array]
+    recovered: Array
+
+
 class _Scaled(NamedTuple):
     """One `Scale` of one leaf: its variable, that variable's shape, and the factor's: () or the same."""
 
@@ -185,7 +195,7 @@ def _known_lengths(
                 totals, _ = jax.lax.scan(add, zero, (scheduled, inputs.step))
             for k, (total, s) in enumerate(zip(totals, scaled)):
                 bits = exact.empty_bits(s.factor_shape) + total
-                length = exact.tape_length(bits, math.prod(s.shape))
+                length = exact.tape_length(bits)
                 lengths[i][k] = None if isinstance(length, jax.core.Tracer) else int(length)
     return lengths
 
@@ -309,13 +319,17 @@ class Reversible:
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known if _complete(known) else _known_lengths(run, scales, *arguments)
             lengths = self._allot(run, scales, now_known)
-            solution, end, tapes = self._play(run, scales, lengths, flags, *arguments)
-            return solution, (arguments, end, tapes, freeze(flags))
+            solution, *record = self._play(run, scales, lengths, flags, *arguments)
+            return solution, (arguments, record, freeze(flags), Static(lengths))
 
         def backward(saved: Any, cotangents: Any) -> Any:
-            arguments, end, tapes, flags = saved
-            cotangents = instantiate(cotangents)
-            return self._replay(run, scales, thaw(flags), end, tapes, cotangents, *arguments)
+            arguments, (end, tapes, health), flags, lengths = saved
+            bars, health = self._replay(
+                run, scales, thaw(flags), end, tapes, health, instantiate(cotangents), *arguments
+            )
+            # What went wrong forwards is told here too: without jit nobody may have looked there, and
+            # under jit the compiler leaves out what only an unused value depends on.
+            return self._refuse(run, scales, lengths.value, bars, health)
 
         solve.defvjp(forward, backward, symbolic_zeros=True)
         return solve(start, constants, inputs)
@@ -358,8 +372,8 @@ class Reversible:
         start: list[Leaf],
         constants: Constants,
         inputs: Inputs,
-    ) -> tuple[Solution, list[ExactLeaf], list[list[Array]]]:
-        """The run forwards on integers: its solution, its exact end, and the tapes.
+    ) -> tuple[Solution, list[ExactLeaf], list[list[Array]], _Health]:
+        """The run forwards on integers: its solution, its exact end, the tapes, and how it went.
 
         Without `lengths` nothing is recorded.
         """
@@ -391,17 +405,11 @@ class Reversible:
             valid = jnp.all(jnp.stack([exact.fits(x) for x in jax.tree.leaves(_highs(leaves))]))
             carry = leaves, tapes, jnp.where(valid, jnp.int32(-1), jnp.int32(0))
             (leaves, tapes, failed), outputs = jax.lax.scan(step, carry, inputs)
-            needed = [
-                [exact.tape_length(b.bits, math.prod(s.shape)) for b, s in zip(leaf.buffers, scaled)]
-                for leaf, scaled in zip(leaves, scales)
-            ]
+            needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
             end = integers.floats(leaves)
-        end, outputs = refuse_if(partial(self._diverged, run), (end, outputs), failed)
-        if lengths is not None:
-            allotted = [length for leaf in lengths for length in leaf]
-            explain = partial(self._overflowed, run, scales, allotted)
-            end = refuse_if(explain, end, *[n for leaf in needed for n in leaf])
-        return (end, outputs), leaves, tapes
+        health = _Health(failed, needed, jnp.asarray(True))
+        end, outputs = self._refuse(run, scales, lengths, (end, outputs), health)
+        return (end, outputs), leaves, tapes, health
 
     def _replay(
         self,
@@ -410,12 +418,13 @@ class Reversible:
         flags: PyTree,
         end: list[ExactLeaf],
         tapes: list[list[Array]],
+        health: _Health,
         cotangents: Solution,
         start: list[Leaf],
         constants: Constants,
         inputs: Inputs,
-    ) -> tuple[list[Leaf], PyTree, PyTree]:
-        """The run backwards: cotangents of the start, the constants and the inputs."""
+    ) -> tuple[tuple[list[Leaf], PyTree, PyTree], _Health]:
+        """The run backwards: cotangents of start, constants and inputs, and how it went."""
         integers = self._exact(run, start)
         constant_flags, input_flags = flags
         loss_flags = (constant_flags.loss, input_flags.batch)
@@ -465,22 +474,18 @@ class Reversible:
                 unstep, carry, (inputs, output_bars.loss), reverse=True
             )
             recovered = self._recovered(self._to_exact(run, scales, start), leaves)
-        explain = partial(self._not_recovered, run)
-        bars, sums, steps = refuse_if(explain, (bars, sums, steps), recovered)
         batch_bars, hyper_bars = steps
-        return (
-            bars,
-            Constants(
-                scatter(constant_flags.loss, sums[:wanted]),
-                scatter(constant_flags.hypers, sums[wanted:]),
-                scatter(constant_flags.watch, []),
-            ),
-            Inputs(
-                scatter(input_flags.batch, batch_bars),
-                scatter(input_flags.hypers, hyper_bars),
-                None,  # type: ignore[arg-type]  # of integers
-            ),
+        constant_bars = Constants(
+            scatter(constant_flags.loss, sums[:wanted]),
+            scatter(constant_flags.hypers, sums[wanted:]),
+            [None for _ in constants.watch],  # type: ignore[misc]  # watching is not differentiated
         )
+        input_bars = Inputs(
+            scatter(input_flags.batch, batch_bars),
+            scatter(input_flags.hypers, hyper_bars),
+            None,  # type: ignore[arg-type]  # of integers
+        )
+        return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
 
     @staticmethod
     def _recovered(start: list[ExactLeaf], leaves: list[ExactLeaf]) -> Array:
@@ -489,39 +494,45 @@ class Reversible:
         empty = [exact.is_empty(b) for leaf in leaves for b in leaf.buffers]
         return jnp.all(jnp.stack(jax.tree.leaves(same) + empty))
 
-    def _diverged(self, run: Run, failed: int) -> str | None:
-        if failed < 0:
-            return None
-        largest = {name: 62 - r for name, r in self._radix(run).items()}
-        ranges = ", ".join(f"|{name}| < 2**{digits}" for name, digits in largest.items())
+    def _refuse(
+        self, run: Run, scales: list[list[_Scaled]], lengths: Any, result: PyTree, health: _Health
+    ) -> PyTree:
+        """Pass the result on, or raise what was wrong with the run."""
+        allotted = None if lengths is None else [length for leaf in lengths for length in leaf]
+
+        def explain(failed: int, recovered: bool, *needed: int) -> str | None:
+            if failed >= 0:
+                return self._diverged(run, failed)
+            for have, need, scaled in zip(allotted or needed, needed, itertools.chain(*scales)):
+                if need > have:
+                    return self._overflowed(run, scaled, need)
+            return None if recovered else self._not_recovered(run)
+
+        return refuse_if(explain, result, health.failed, health.recovered, *health.needed)
+
+    def _diverged(self, run: Run, failed: int) -> str:
+        own = {name: 62 - radix for name, radix in self._radix(run).items()}
+        ranges = ", ".join(f"|{name}| < 2**{digits}" for name, digits in own.items())
         return (
-            f"{run.call}: at step {failed} the loss, a gradient or a variable became NaN or infinite, left "
-            f"the range of exact arithmetic ({ranges}), or a factor left [2**-16, 1]. Training has "
+            f"{run.call}: at step {failed} the loss, a gradient or a variable became NaN or infinite, or "
+            f"left the range of exact arithmetic ({ranges}), or a factor left [2**-16, 1]. Training has "
             "diverged (lower the learning rate), or a factor such as momentum is 0 (use sgd() with "
             "Checkpointed()), or the range is too small (pass Reversible(radix={'params': ...}))"
         )
 
-    def _overflowed(
-        self, run: Run, scales: list[list[_Scaled]], allotted: list[int], *needed: int
-    ) -> str | None:
-        flat = [scaled for leaf in scales for scaled in leaf]
-        for have, need, scaled in zip(allotted, needed, flat):
-            if need > have:
-                bits = (8 * need / math.prod(scaled.factor_shape) + 8) / run.steps
-                return (
-                    f"{run.call}: the information buffer of {scaled.variable!r} would overflow: its "
-                    f"factors destroy {bits:.3g} bits per element and step, and Reversible(bits="
-                    f"{self.bits}) reserves {1.0 if self.bits is None else self.bits:.3g}; "
-                    f"pass Reversible(bits={math.ceil(100 * bits) / 100}) or more"
-                )
-        return None
-
-    def _not_recovered(self, run: Run, recovered: bool) -> str | None:
-        if recovered:
-            return None
+    def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:
+        bits = (8 * need / math.prod(scaled.factor_shape) + 8) / run.steps
+        reserved = 1.0 if self.bits is None else self.bits
         return (
-            f"{run.call}: played backwards, the run did not arrive at its start, so that its hypergradient "
-            "would be wrong and is withheld. The loss did not give the same gradient bit for bit when "
-            "it was evaluated again (a non-deterministic operation or an impure function?); make it "
-            "deterministic or pass adjoint=Checkpointed()"
+            f"{run.call}: the information buffer of {scaled.variable!r} would overflow: its factors "
+            f"destroy {bits:.3g} bits per element and step, and room for {reserved:.3g} was reserved; "
+            f"pass Reversible(bits={math.ceil(100 * bits) / 100}) or more"
+        )
+
+    def _not_recovered(self, run: Run) -> str:
+        return (
+            f"{run.call}: played backwards, the run did not arrive at its start, so that its "
+            "hypergradient would be wrong and is withheld. The loss did not give the same gradient bit "
+            "for bit when it was evaluated again (a non-deterministic operation or an impure function?); "
+            "make it deterministic or pass adjoint=Checkpointed()"
         )

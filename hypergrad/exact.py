@@ -124,16 +124,18 @@ def cost(n: Array) -> Array:
 
 
 def spilled(bits: Array) -> Array:
-    """Bytes per element that have left the register when the buffer's bound stands at ``bits``."""
+    """Bytes per element that have left the register when the buffer's bound stands at ``bits``.
+
+    As int32: indices of 64 bits do not survive ``vmap`` and ``jit`` with JAX's 64-bit mode off.
+    """
     with jax.enable_x64(True):
-        return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT)))
+        return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT))).astype(jnp.int32)
 
 
-def tape_length(bits: Array, size: int) -> Array:
-    """Rows (one factor per array) or bytes (one factor per element) of tape that ``bits`` needs."""
+def tape_length(bits: Array) -> Array:
+    """Length of tape that ``bits`` needs: rows (one factor per array) or bytes (one per element)."""
     with jax.enable_x64(True):
-        rows = spilled(bits)
-        return jnp.sum(jnp.broadcast_to(rows, (size,))) if jnp.ndim(bits) else rows
+        return jnp.sum(spilled(bits).astype(jnp.int64))
 
 
 def empty_bits(shape: tuple[int, ...]) -> Array:
@@ -245,15 +247,15 @@ def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[A
     if before.ndim == 0:
         # Two rows are always written; those beyond `end` are overwritten by the next spill.
         for k in range(2):
-            tape = jax.lax.dynamic_update_slice_in_dim(tape, pair[k][None], start + k, axis=0)
+            tape = jax.lax.dynamic_update_slice_in_dim(tape, pair[k][None], start + jnp.int32(k), axis=0)
         return register, tape
-    position = jnp.sum(start)
+    position = jnp.sum(start, dtype=jnp.int32)
     for k in range(2):
         mask = (count > k).ravel()
-        where = position + jnp.cumsum(mask) - 1
-        target = jnp.where(mask, where, tape.size)  # out of range, hence dropped
+        where = position + jnp.cumsum(mask, dtype=jnp.int32) - 1
+        target = jnp.where(mask, where, jnp.int32(tape.size))  # out of range, hence dropped
         tape = tape.at[target].set(pair[k].ravel(), mode="drop")
-        position += jnp.sum(mask)
+        position += jnp.sum(mask, dtype=jnp.int32)
     return register, tape
 
 
@@ -262,16 +264,16 @@ def _unspill(register: Array, tape: Array, before: Array, after: Array) -> Array
     start, end = spilled(before), spilled(after)
     count = end - start
     pair = []
-    position = jnp.sum(start)
+    position = jnp.sum(start, dtype=jnp.int32)
     for k in range(2):
         if before.ndim == 0:
-            pair.append(jax.lax.dynamic_index_in_dim(tape, start + k, axis=0, keepdims=False))
+            pair.append(jax.lax.dynamic_index_in_dim(tape, start + jnp.int32(k), axis=0, keepdims=False))
         else:
             mask = (count > k).ravel()
-            where = position + jnp.cumsum(mask) - 1
+            where = position + jnp.cumsum(mask, dtype=jnp.int32) - 1
             taken = tape.at[where].get(mode="fill", fill_value=0)
             pair.append(taken.reshape(register.shape))
-            position += jnp.sum(mask)
+            position += jnp.sum(mask, dtype=jnp.int32)
     first, second = (byte.astype(jnp.uint64) for byte in pair)
     long = register.astype(jnp.uint64) << (8 * count).astype(jnp.uint64)
     return long | jnp.where(count > 0, first, 0) | jnp.where(count > 1, second << 8, 0)

@@ -204,9 +204,16 @@ def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -
     shapes = jax.eval_shape(function, *arguments)
 
     def never(*_: PyTree) -> PyTree:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.tree.map(_zeros, shapes)
 
     return jax.lax.cond(live, function, never, *arguments)
+
+
+def _zeros(like: Any) -> Array:
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        key = jax.random.key(0, impl=str(jax.random.key_impl(like)))
+        return jnp.broadcast_to(key, like.shape)
+    return jnp.zeros(like.shape, like.dtype)
 
 
 class Exact(NamedTuple):

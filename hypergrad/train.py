@@ -108,10 +108,11 @@ def train(
     watch_consts: list[Array] = []
     if watch is not None:
         variables = {
-            name: structure.unflatten([_shape(leaf[name]) for leaf in start]) for name in optimizer.variables
+            v: structure.unflatten([_shape(leaf[v]) for leaf in start]) for v in optimizer.variables
         }
-        step: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
-        seen, watch_consts, _ = hoist(watch, Snapshot(step, shapes[0], variables, result, shapes[0]))
+        number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
+        scalar: Any = result
+        seen, watch_consts, _ = hoist(watch, Snapshot(number, shapes[0], variables, scalar, shapes[0]))
 
     run = Run(
         call=call,
@@ -135,8 +136,8 @@ def train(
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    x = x if hasattr(x, "dtype") and hasattr(x, "shape") else jnp.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)  # as JAX would see it, also a NumPy array
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _describe(tree: PyTree) -> str:

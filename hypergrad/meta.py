@@ -1,0 +1,650 @@
+"""Meta-optimisation: follow hypergradients to better hyperparameters, and survive being killed."""
+
+import functools
+import hashlib
+import math
+import numbers
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+from tqdm import tqdm
+
+from hypergrad import schedules
+from hypergrad.schedules import PyTree
+
+Objective = Callable[[PyTree, jax.Array], Any]
+
+
+class HypergradientExplosion(RuntimeWarning):
+    """The hypergradient became useless and `optimize` stopped before following it."""
+
+
+@dataclass(frozen=True)
+class LBFGSB:
+    """SciPy's L-BFGS-B in float64 on the raw values, as the `optimizer` of `optimize`.
+
+    It suits deterministic objectives with few hyperparameters: its keys are held fixed.
+
+    Args:
+        corrections: how many past steps model the curvature.
+        loss_tolerance: stop when the relative decrease of the loss is below this.
+        gradient_tolerance: stop when every entry of the projected gradient is below this.
+        line_search_steps: most evaluations in one line search.
+        bounds: `(low, high)` on the raw values, each a number or a tree of numbers or arrays that
+            is a prefix of the hyperparameters; infinite entries are free.
+
+    Returns:
+        The settings; `optimize(steps=...)` is the most iterations.
+
+    Example:
+        >>> LBFGSB(bounds=(-5.0, 5.0)).corrections
+        10
+
+    Source: Byrd, Lu, Nocedal and Zhu 1995, "A limited memory algorithm for bound constrained
+    optimization".
+    """
+
+    corrections: int = 10
+    loss_tolerance: float = 2.2e-9
+    gradient_tolerance: float = 1e-5
+    line_search_steps: int = 20
+    bounds: tuple[PyTree, PyTree] | None = None
+
+
+class History(NamedTuple):
+    """What was measured, in order; row i is meta-iteration i (or L-BFGS-B's evaluation i).
+
+    Args:
+        loss: shape `(n,)`, the objective averaged over the seeds.
+        gradient_norm: shape `(n,)`, Euclidean norm of the gradient in the raw values.
+        aux: the objective's aux with leading axes `(n, seeds)`; None without `has_aux`.
+
+    Returns:
+        The three as numpy arrays. After an explosion the last row is what stopped the run.
+    """
+
+    loss: Any
+    gradient_norm: Any
+    aux: Any
+
+
+class Optimized(NamedTuple):
+    """What `optimize` returns.
+
+    Args:
+        hypers: the constrained values after the last good update.
+        raw: the same, unconstrained.
+        history: what was measured on the way.
+        stopped: why the run ended early, in words; empty when it made all its steps.
+
+    Returns:
+        All of it.
+    """
+
+    hypers: PyTree
+    raw: PyTree
+    history: History
+    stopped: str
+
+
+class _Run(NamedTuple):
+    """What both loops need."""
+
+    compile: Callable[[], Callable[..., tuple[History, PyTree]]]  # works once, then remembers
+    row: History  # shapes and dtypes of one row
+    key: jax.Array
+    unit: str  # what a row measures, in words
+    steps: int
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    fingerprint: dict[str, str]
+    explosion: float
+    progress: bool
+
+
+def optimize(
+    objective: Objective,
+    hypers: PyTree,
+    *,
+    optimizer: optax.GradientTransformation | LBFGSB | None = None,
+    steps: int = 50,
+    constraints: PyTree = schedules.real,
+    key: jax.Array | None = None,
+    seeds: int = 1,
+    resample: bool = True,
+    has_aux: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
+    progress: bool = True,
+    explosion: float = 1e4,
+) -> Optimized:
+    """Minimise `mean_seed objective(constrain(raw), key_seed)` over `raw` by gradient steps.
+
+    The loss and its gradient are traced and compiled once. With a checkpoint, a run killed at any
+    moment and started again by the same call reaches bitwise the numbers of an uninterrupted run,
+    on the same kind of device and with the same versions of the libraries.
+
+    Args:
+        objective: `(hypers, key) -> loss`, a floating-point scalar, or `(loss, aux)` with
+            `has_aux`; any function JAX differentiates, such as a validation loss after
+            `hypergrad.train`.
+        hypers: tree of floating-point arrays, inside the domains of `constraints`.
+        optimizer: an optax optimiser, which moves the raw values (default `optax.adam(0.04)`) and
+            is given the loss as `value`; or `LBFGSB(...)`.
+        steps: meta-iterations in total, including those in the checkpoint; for LBFGSB the most
+            iterations, each of one evaluation or more.
+        constraints: one `schedules.Constraint` or a tree of them, a prefix of `hypers`.
+        key: PRNG key of shape `()`; default `jax.random.key(0)`.
+        seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration i
+            `jax.random.split(jax.random.fold_in(key, i), seeds)`.
+        resample: False holds the keys at `jax.random.split(key, seeds)`. LBFGSB always holds them,
+            because its line searches compare losses.
+        has_aux: whether the objective returns `(loss, aux)`.
+        checkpoint: file to resume from if it exists and to write atomically as the run goes; it
+            can tell changed hyperparameters, constraints, keys and seeds, which it refuses, but
+            not a changed objective or learning rate.
+        checkpoint_every: write it after each so many iterations (evaluations for LBFGSB), >= 1.
+        progress: show a progress bar on stderr.
+        explosion: stop when the gradient norm exceeds this many times the median of those before
+            it (three at least), > 1; `math.inf` stops only at losses or gradients that are not
+            finite.
+
+    Returns:
+        `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError or a
+        `jax.errors.JaxRuntimeError` other than out of memory, the run warns with
+        `HypergradientExplosion` and returns the last values with a sound loss and gradient.
+
+    Raises:
+        TypeError: `hypers` are not floating-point, the objective does not return a floating-point
+            scalar, or the optimizer or key is not one.
+        ValueError: an argument is out of range, `hypers` are outside their domains, or the
+            checkpoint is damaged or of another run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> best = optimize(
+        ...     lambda hypers, key: jnp.sum((hypers["rate"] - 0.5) ** 2),
+        ...     {"rate": jnp.ones(3)},
+        ...     optimizer=LBFGSB(),
+        ...     constraints=schedules.positive,
+        ...     progress=False,
+        ... )
+        >>> best.hypers["rate"].round(3).tolist()
+        [0.5, 0.5, 0.5]
+
+    Source: Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
+    reversible learning", section 3.
+    """
+    optimizer = optax.adam(0.04) if optimizer is None else optimizer
+    key = jax.random.key(0) if key is None else key
+    _refuse_bad_settings(optimizer, steps, key, seeds, checkpoint, checkpoint_every, explosion)
+    key = _strong(key)
+    hypers, raw = _start(constraints, hypers)
+    resample = bool(resample) and not isinstance(optimizer, LBFGSB)
+    # Traced here, so that a bad objective is refused before any work; compiled when first needed.
+    evaluate = jax.jit(_evaluation(objective, constraints, seeds, resample, has_aux))
+    lowered = evaluate.lower(raw, key, np.uint32(0))
+    row, _ = lowered.out_info
+    names = jax.tree.broadcast(constraints, hypers, is_leaf=_is_constraint)
+    run = _Run(
+        compile=functools.cache(lowered.compile),
+        row=row,
+        key=key,
+        unit="iteration",
+        steps=int(steps),
+        checkpoint=checkpoint,
+        checkpoint_every=int(checkpoint_every),
+        fingerprint={
+            "hypers": _describe(hypers),
+            "starting values (digest)": _digest(hypers),
+            "constraints": ", ".join(leaf.name for leaf in jax.tree.leaves(names, is_leaf=_is_constraint)),
+            "key": f"{jax.random.key_impl(key)} {np.asarray(_plain(key)).tolist()}",
+            "seeds": str(seeds),
+            "resample": str(resample),
+            "loss and aux": _describe(row),
+        },
+        explosion=explosion,
+        progress=progress,
+    )
+    if isinstance(optimizer, LBFGSB):
+        raw, rows, stopped, exploded = _lbfgsb(run, optimizer, raw)
+    else:
+        raw, rows, stopped, exploded = _optax(run, optimizer, raw)
+    if exploded:
+        warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
+    return Optimized(schedules.constrain(constraints, raw), raw, _stack(row, rows), stopped)
+
+
+def _refuse_bad_settings(
+    optimizer: Any,
+    steps: int,
+    key: Any,
+    seeds: int,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    explosion: float,
+) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation | LBFGSB):
+        raise TypeError(
+            f"optimize(optimizer={optimizer!r}): not an optax optimiser or LBFGSB(...); give one "
+            "with its settings, such as optax.adam(0.04)"
+        )
+    for name, value, least in (
+        ("steps", steps, 0),
+        ("seeds", seeds, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"optimize({name}={value!r}): {name} must be a whole number, at least {least}")
+    if not explosion > 1:
+        raise ValueError(
+            f"optimize(explosion={explosion!r}): a multiple of the median gradient norm must be "
+            "above 1; use math.inf to allow any growth"
+        )
+    legacy = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
+    if not (legacy or (_is_key(key) and key.shape == ())):
+        raise TypeError(
+            f"optimize(key={key!r}): not one PRNG key; use jax.random.key(0), and seeds=n to "
+            "average over n keys split from it"
+        )
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise ValueError(
+            f"optimize(checkpoint={os.fspath(checkpoint)!r}): its folder does not exist; make it first"
+        )
+
+
+def _is_constraint(node: object) -> bool:
+    return isinstance(node, schedules.Constraint)
+
+
+def _start(constraints: PyTree, hypers: PyTree) -> tuple[PyTree, PyTree]:
+    if not jax.tree.leaves(hypers):
+        raise ValueError(
+            f"optimize(hypers={hypers!r}): there is nothing to optimise; give a tree with at "
+            "least one floating-point array"
+        )
+    for path, leaf in jax.tree.leaves_with_path(hypers):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"optimize(hypers): {jax.tree_util.keystr(path) or 'the value'} has dtype "
+                f"{jnp.result_type(leaf)}, which has no gradient; give floating-point values, or "
+                "leave it out of hypers and close over it in the objective"
+            )
+    hypers = jax.tree.map(_strong, hypers)
+    try:
+        return hypers, jax.tree.map(_strong, schedules.unconstrain(constraints, hypers))
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("): ")[2]
+        raise type(error)(f"optimize(hypers, constraints=...): {reason}") from error
+
+
+def _evaluation(
+    objective: Objective, constraints: PyTree, seeds: int, resample: bool, has_aux: bool
+) -> Callable[[PyTree, jax.Array, Any], tuple[History, PyTree]]:
+    def one(hypers: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        outcome = objective(hypers, key)
+        if has_aux and not (isinstance(outcome, tuple) and len(outcome) == 2):
+            raise TypeError(
+                "optimize(objective, has_aux=True): objective(hypers, key) must return "
+                f"(loss, aux); it returned {_brief(outcome)}; drop has_aux if there is no aux"
+            )
+        loss, aux = outcome if has_aux else (outcome, None)
+        if not isinstance(loss, float | jax.Array | np.ndarray | np.generic) or not (
+            jnp.shape(loss) == () and jnp.issubdtype(jnp.result_type(loss), jnp.floating)
+        ):
+            raise TypeError(
+                "optimize(objective): the loss from objective(hypers, key) must be one "
+                f"floating-point number; it is {_brief(loss)}; reduce it, for example by .mean(), "
+                "and pass has_aux=True if the objective returns (loss, aux)"
+            )
+        return _strong(loss), jax.tree.map(_plain, aux)
+
+    def average(raw: PyTree, key: jax.Array, iteration: Any) -> tuple[jax.Array, PyTree]:
+        hypers = schedules.constrain(constraints, raw)
+        keys = jax.random.split(jax.random.fold_in(key, iteration) if resample else key, seeds)
+        if seeds == 1:  # vmap would turn the objective's lax.cond into computing both branches
+            loss, aux = one(hypers, keys[0])
+            return loss, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], aux)
+        losses, aux = jax.vmap(one, in_axes=(None, 0))(hypers, keys)
+        return losses.mean(), aux
+
+    def evaluate(raw: PyTree, key: jax.Array, iteration: Any) -> tuple[History, PyTree]:
+        both = jax.value_and_grad(average, has_aux=True)
+        (loss, aux), gradient = both(raw, key, iteration)
+        return History(loss, _norm(gradient), aux), gradient
+
+    return evaluate
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float | int | jax.Array | np.ndarray | np.generic):
+        return f"of dtype {jnp.result_type(value)} and shape {jnp.shape(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    # At least float32, in which the square of a float16 cannot overflow.
+    squares = [
+        jnp.sum(jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def _measure(run: _Run, raw: PyTree, iteration: int, norms: list[Any]) -> tuple[list[History], PyTree, str]:
+    """The row (none if there is no number), the gradient, and why not to follow it or ''."""
+    evaluate = run.compile()
+    try:
+        # NaN is looked for below; JAX's search would rerun the objective operation by operation.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            # Waiting here makes errors of the computation surface inside this `try`.
+            row, gradient = jax.block_until_ready(evaluate(raw, run.key, np.uint32(iteration)))
+    except (ArithmeticError, jax.errors.JaxRuntimeError) as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # out of memory says nothing of the gradient
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        return [], None, _explanation(run, iteration, f"raised {type(error).__name__}: {lines[-1]}")
+    row = jax.device_get(row)
+    loss, norm = float(row.loss), float(row.gradient_norm)
+    median = float(np.median(np.asarray(norms, float))) if len(norms) >= 3 else 0.0
+    reason = ""
+    if not math.isfinite(loss):
+        reason = f"gave the loss {loss}"
+    elif not math.isfinite(norm):
+        reason = f"gave a hypergradient of norm {norm} (the loss is {loss:.6g})"
+    elif median > 0 and norm > run.explosion * median:
+        reason = (
+            f"gave a hypergradient of norm {norm:.3g}, {norm / median:.3g} times the median "
+            f"{median:.3g} of those before it (the limit is explosion={run.explosion:g})"
+        )
+    return [row], gradient, reason and _explanation(run, iteration, reason)
+
+
+def _explanation(run: _Run, iteration: int, what: str) -> str:
+    return (
+        f"optimize stopped at {run.unit} {iteration}: the objective {what}. The probable cause, if "
+        "none is named here, is chaotic training: its learning rate is too large or its steps are "
+        "too many. The last good values are returned; from there use a smaller meta step, fewer "
+        "training steps or lower learning rates."
+    )
+
+
+def _bar(run: _Run, **settings: Any) -> Any:
+    return tqdm(desc="optimize", unit=run.unit, disable=not run.progress, **settings)
+
+
+def _advance(bar: Any, row: History) -> None:
+    bar.set_postfix_str(
+        f"loss {float(row.loss):.4g}, gradient {float(row.gradient_norm):.2g}", refresh=False
+    )
+    bar.update()
+
+
+def _optax(
+    run: _Run, optimizer: optax.GradientTransformation, raw: PyTree
+) -> tuple[PyTree, list[History], str, bool]:
+    stepper = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def update(gradient: PyTree, state: PyTree, raw: PyTree, loss: Any) -> tuple[PyTree, PyTree]:
+        updates, state = stepper.update(gradient, state, raw, value=loss)
+        # Strong types: a checkpoint cannot hold weak ones, and a resumed run must compute with
+        # the types of the uninterrupted one.
+        return jax.tree.map(_strong, (optax.apply_updates(raw, updates), state))
+
+    # `good` lags one update behind `raw`: the loss and gradient there are known to be sound.
+    good, state = raw, jax.tree.map(_strong, stepper.init(raw))
+    run = run._replace(fingerprint=run.fingerprint | {"optimizer state": _describe(state)})
+    arrays, saved = _restore(run)
+    if saved > run.steps:
+        raise ValueError(
+            f"optimize(steps={run.steps}, checkpoint={_name(run)}): that checkpoint has made "
+            f"{saved} steps already; pass steps={saved} or more, or another file"
+        )
+    if saved:
+        raw, good, state = _unpack("values", (raw, good, state), arrays)
+    rows = _unstack(_unpack("rows", run.row, arrays), saved) if saved else []
+
+    with _bar(run, total=run.steps, initial=saved) as bar:
+        for iteration in range(saved, run.steps):
+            row, gradient, stopped = _measure(run, raw, iteration, [row.gradient_norm for row in rows])
+            if stopped:
+                break
+            good = raw
+            raw, state = update(gradient, state, raw, row[0].loss)
+            rows += row
+            _advance(bar, row[0])
+            if len(rows) % run.checkpoint_every == 0:
+                saved = _save(run, (raw, good, state), run.row, rows)
+        else:
+            row, stopped = [], ""
+    if len(rows) > saved:
+        _save(run, (raw, good, state), run.row, rows)
+    return good if stopped else raw, rows + row, stopped, bool(stopped)
+
+
+class _Evaluation(NamedTuple):
+    """One line of L-BFGS-B's journal: vectors in float64, and the row of the history."""
+
+    point: Any
+    gradient: Any
+    row: Any
+
+
+class _Explosion(Exception):  # noqa: N818  (it stops SciPy, and is no error of the caller)
+    pass
+
+
+def _lbfgsb(run: _Run, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, list[History], str, bool]:
+    start = _flat(raw)
+    bounds = _bounds(optimizer, raw, start)
+    settings = f"LBFGSB({optimizer.corrections}, {optimizer.line_search_steps}, {_digest(bounds)})"
+    run = run._replace(unit="evaluation", fingerprint=run.fingerprint | {"optimizer": settings})
+    like = _Evaluation(start, start, run.row)
+    # SciPy's inner state cannot be saved. But SciPy is deterministic: fed the evaluations of the
+    # journal from the start, it comes to where it was.
+    arrays, saved = _restore(run)
+    journal = _unstack(_unpack("rows", like, arrays), saved) if saved else []
+    if run.steps == 0:
+        return raw, [], "", False
+    done: list[_Evaluation] = []
+    accepted = [start]
+    unused: list[History] = []
+
+    def evaluate(point: Any) -> Any:
+        nonlocal saved
+        if len(done) == len(journal):
+            row, gradient, reason = _measure(
+                run, _unflat(point, raw), len(done), [entry.row.gradient_norm for entry in done]
+            )
+            if reason:
+                unused.extend(row)
+                raise _Explosion(reason)
+            journal.append(_Evaluation(point.copy(), _flat(gradient), row[0]))
+            if len(journal) % run.checkpoint_every == 0:
+                saved = _save(run, (), like, journal)
+        entry = journal[len(done)]
+        if entry.point.tobytes() != point.tobytes():
+            raise ValueError(
+                f"optimize(checkpoint={_name(run)}): replaying its evaluation {len(done)}, SciPy "
+                "asks for other values than it did; resume with the versions of SciPy and NumPy "
+                "and the kind of machine that wrote it, or start again with another file"
+            )
+        done.append(entry)
+        _advance(bar, entry.row)
+        return float(entry.row.loss), entry.gradient
+
+    def accept(point: np.ndarray) -> None:
+        accepted[0] = point.copy()
+
+    options: Any = {
+        "maxiter": run.steps,
+        "maxfun": math.inf,
+        "maxcor": optimizer.corrections,
+        "maxls": optimizer.line_search_steps,
+        "ftol": optimizer.loss_tolerance,
+        "gtol": optimizer.gradient_tolerance,
+    }
+    with _bar(run) as bar:
+        try:
+            result = scipy.optimize.minimize(
+                evaluate,
+                start,
+                jac=True,
+                method="L-BFGS-B",
+                bounds=scipy.optimize.Bounds(*bounds),
+                callback=accept,
+                options=options,
+            )
+            made = f"L-BFGS-B stopped after {result.nit} iterations: {result.message}"
+            stopped = "" if result.nit >= run.steps else made
+        except _Explosion as explosion:
+            stopped = str(explosion)
+            exploded = True
+        else:
+            exploded = False
+    if len(journal) > saved:
+        _save(run, (), like, journal)
+    rows = [entry.row for entry in done] + unused
+    return _unflat(accepted[0], raw), rows, stopped, exploded
+
+
+def _bounds(optimizer: LBFGSB, raw: PyTree, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def vector(ends: PyTree) -> np.ndarray:
+        spread = jax.tree.broadcast(ends, raw)
+        return _flat(jax.tree.map(lambda leaf, end: np.broadcast_to(end, leaf.shape), raw, spread))
+
+    ends = (-math.inf, math.inf) if optimizer.bounds is None else optimizer.bounds
+    try:
+        low, high = (vector(end) for end in ends)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimize(optimizer=LBFGSB(bounds={ends!r})): not (low, high), each a number or a "
+            f"tree that is a prefix of hypers, {jax.tree.structure(raw)}; for no bound on one "
+            "side use math.inf"
+        ) from error
+    outside = ~((low <= start) & (start <= high))
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise ValueError(
+            f"optimize(optimizer=LBFGSB(bounds=...)): entry {at} starts at the raw value "
+            f"{start[at]:g}, outside its bounds [{low[at]:g}, {high[at]:g}]; bounds are on raw "
+            "values (for positive, the log); move hypers or the bounds"
+        )
+    return low, high
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+
+def _unflat(vector: np.ndarray, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    parts = np.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    shaped = [
+        jax.device_put(part.reshape(leaf.shape).astype(leaf.dtype), leaf.sharding)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shaped)
+
+
+def _stack(like: PyTree, rows: list[Any]) -> PyTree:
+    return jax.tree.map(
+        lambda leaf, *column: np.asarray(column, leaf.dtype).reshape(len(rows), *leaf.shape),
+        like,
+        *rows,
+    )
+
+
+def _unstack(stacked: PyTree, count: int) -> list[Any]:
+    return [jax.tree.map(lambda column, i=i: column[i], stacked) for i in range(count)]
+
+
+def _is_key(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _strong(leaf: Any) -> jax.Array:
+    return leaf if _is_key(leaf) else jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def _describe(tree: PyTree) -> str:
+    return "; ".join(
+        f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".strip()
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    )
+
+
+def _digest(tree: PyTree) -> str:
+    leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    return hashlib.sha256(b"".join(leaves)).hexdigest()[:16]
+
+
+def _name(run: _Run) -> str:
+    return repr(os.fspath(run.checkpoint or ""))
+
+
+def _pack(name: str, tree: PyTree) -> dict[str, np.ndarray]:
+    return {
+        name + jax.tree_util.keystr(path): np.asarray(_plain(leaf))
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _unpack(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
+    def leaf(path: Any, old: Any) -> Any:
+        array = arrays[name + jax.tree_util.keystr(path)]
+        if _is_key(old):
+            return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(old))
+        return jax.device_put(array, old.sharding) if isinstance(old, jax.Array) else array
+
+    return jax.tree.map_with_path(leaf, like)
+
+
+def _save(run: _Run, values: PyTree, like: PyTree, rows: list[Any]) -> int:
+    if run.checkpoint is not None:
+        schedules.save(
+            run.checkpoint,
+            _pack("values", values) | _pack("rows", _stack(like, rows)),
+            fingerprint=run.fingerprint,
+            rows=len(rows),
+        )
+    return len(rows)
+
+
+def _restore(run: _Run) -> tuple[dict[str, np.ndarray], int]:
+    if run.checkpoint is None or not os.path.exists(run.checkpoint):
+        return {}, 0
+    try:
+        arrays, metadata = schedules.load(run.checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"optimize(checkpoint={_name(run)}): cannot resume from it, {error}; or delete it to "
+            "start again"
+        ) from error
+    theirs, ours = metadata.get("fingerprint", {}), run.fingerprint
+    differences = [
+        f"{what} there: {theirs.get(what)}; here: {ours.get(what)}"
+        for what in ours | theirs
+        if theirs.get(what) != ours.get(what)
+    ]
+    if differences:
+        raise ValueError(
+            f"optimize(checkpoint={_name(run)}): it holds another run ({' | '.join(differences)}); "
+            "make the call that wrote it, or give another file to start again"
+        )
+    return arrays, metadata["rows"]

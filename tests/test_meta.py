@@ -1,0 +1,512 @@
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hypergrad import meta, schedules
+from hypergrad.meta import LBFGSB, HypergradientExplosion
+
+TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
+START = {"momentum": np.float32(0.5), "rate": np.ones(3, np.float32)}
+CONSTRAINTS = {"momentum": schedules.unit, "rate": schedules.positive}
+
+
+def quadratic(hypers, key):
+    return sum(
+        jnp.sum((leaf - goal) ** 2)
+        for leaf, goal in zip(jax.tree.leaves(hypers), jax.tree.leaves(TARGET))
+    )
+
+
+def noisy(hypers, key):
+    return quadratic(hypers, key) + jnp.sum(hypers["rate"] * jax.random.normal(key, (3,)))
+
+
+def rosenbrock(x, key):
+    noise = 0.1 * jax.random.normal(key, x.shape)
+    loss = jnp.mean(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2) + jnp.mean(noise * x)
+    return loss, {"x": x, "key": key}
+
+
+def run(objective, hypers, **settings):
+    return meta.optimize(objective, hypers, **({"progress": False} | settings))
+
+
+def assert_same(ours, theirs):
+    """Same trees, same bits."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [(optax.adam(0.05), 300), (LBFGSB(), 50)])
+def test_a_quadratic_is_optimised_to_its_known_optimum(optimizer, steps):
+    best = run(quadratic, START, optimizer=optimizer, steps=steps, constraints=CONSTRAINTS)
+    for ours, goal in zip(jax.tree.leaves(best.hypers), jax.tree.leaves(TARGET)):
+        np.testing.assert_allclose(ours, goal, atol=2e-3)
+    assert best.history.loss[0] == pytest.approx(1.3125)
+    assert best.history.loss[-1] < 1e-5
+    assert best.history.aux is None
+    assert_same(best.hypers, schedules.constrain(CONSTRAINTS, best.raw))
+
+
+def test_the_default_is_adam_with_004():
+    best = run(quadratic, START, steps=1)
+    np.testing.assert_allclose(best.hypers["momentum"], 0.54, rtol=1e-6)
+    np.testing.assert_allclose(best.hypers["rate"], [0.96, 1.04, 1.0], rtol=1e-6)
+    assert best.stopped == ""
+
+
+def test_the_first_step_is_the_one_computed_by_hand():
+    best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=schedules.positive)
+    gradient = 2 * (1 - TARGET["rate"])  # d rate / d raw = rate = 1 here
+    np.testing.assert_allclose(best.raw["rate"], -0.1 * gradient, rtol=1e-6)
+    momentum = 0.5 * 2 * (0.5 - 0.75)
+    norm = np.sqrt(momentum**2 + np.sum(gradient**2))
+    np.testing.assert_allclose(best.history.gradient_norm, [norm], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.04), LBFGSB()])
+def test_the_objective_is_traced_and_compiled_once(optimizer):
+    traces = []
+
+    def objective(hypers, key):
+        traces.append(key)
+        return noisy(hypers, key)
+
+    best = run(objective, START, optimizer=optimizer, steps=7, seeds=2, constraints=CONSTRAINTS)
+    assert len(best.history.loss) >= 7
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "key"), [(1, np.asarray(jax.random.PRNGKey(5))), (4, jax.random.key(5))]
+)
+def test_the_loss_is_the_mean_over_seeds(seeds, key):
+    still, by_hand = optax.sgd(0.0), jax.jit(noisy)
+
+    def mean(key):
+        return np.mean([by_hand(START, one) for one in jax.random.split(key, seeds)])
+
+    fresh = run(noisy, START, optimizer=still, steps=3, key=key, seeds=seeds).history
+    expected = [mean(jax.random.fold_in(key, iteration)) for iteration in range(3)]
+    np.testing.assert_allclose(fresh.loss, expected, rtol=1e-5)
+
+    for optimizer, resample in ((still, False), (LBFGSB(), True)):
+        held = run(
+            noisy,
+            START,
+            optimizer=optimizer,
+            steps=2,
+            key=key,
+            seeds=seeds,
+            resample=resample,
+        ).history
+        np.testing.assert_allclose(held.loss[0], mean(key), rtol=1e-5)
+        assert optimizer is not still or held.loss[0] == held.loss[1]
+
+
+def test_the_gradient_is_the_mean_over_seeds():
+    best = run(noisy, START, optimizer=optax.sgd(1.0), steps=1, seeds=3, resample=False)
+    keys = jax.random.split(jax.random.key(0), 3)
+    gradients = [jax.jit(jax.grad(noisy))(START, key) for key in keys]
+    for name in START:
+        expected = START[name] - np.mean([gradient[name] for gradient in gradients], axis=0)
+        np.testing.assert_allclose(best.raw[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seeds", "optimizer"), [(1, LBFGSB()), (3, optax.adam(0.01))])
+def test_aux_is_stacked_over_iterations_and_seeds(seeds, optimizer):
+    start = jnp.full(4, 0.5)
+    history = run(
+        rosenbrock, start, optimizer=optimizer, steps=2, seeds=seeds, has_aux=True
+    ).history
+    rows = len(history.loss)
+    assert rows >= 2
+    assert history.aux["x"].shape == (rows, seeds, 4)
+    assert history.aux["key"].shape == (rows, seeds, 2)  # keys come as their data
+    assert_same(history.aux["x"][0, -1], np.full(4, 0.5, np.float32))
+
+
+def test_no_steps_return_the_start_and_an_empty_history():
+    for optimizer in (optax.adam(0.04), LBFGSB()):
+        best = run(rosenbrock, jnp.ones(3), optimizer=optimizer, steps=0, has_aux=True)
+        assert_same(best.hypers, np.ones(3, np.float32))
+        assert best.history.loss.shape == (0,)
+        assert best.history.aux["x"].shape == (0, 1, 3)
+        assert best.stopped == ""
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.01), LBFGSB()])
+def test_dtypes_and_structure_are_kept(optimizer):
+    hypers = {"a": [jnp.ones(2, jnp.bfloat16), jnp.ones((), jnp.float16)], "b": 2.0}
+
+    def objective(hypers, key):
+        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(hypers))
+
+    best = run(objective, hypers, optimizer=optimizer, steps=3)
+    assert [leaf.dtype for leaf in jax.tree.leaves(best.hypers)] == ["bfloat16", "float16", "f4"]
+    assert jax.tree.structure(best.hypers) == jax.tree.structure(hypers)
+    assert best.history.loss[-1] < best.history.loss[0]
+
+
+def test_lbfgsb_keeps_to_its_bounds_and_says_why_it_stopped():
+    bounds = ({"momentum": -math.inf, "rate": np.float32([-9, -9, -9])}, 1.5)
+    best = run(quadratic, START, optimizer=LBFGSB(bounds=bounds))
+    np.testing.assert_allclose(best.hypers["rate"], [0.5, 1.5, 1.0], atol=1e-4)
+    assert best.stopped.startswith("L-BFGS-B stopped after ")
+    assert "CONVERGENCE" in best.stopped
+    assert run(quadratic, START, optimizer=LBFGSB(), steps=1).stopped == ""
+
+
+def test_the_optimiser_is_given_the_loss():
+    plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(0.5, patience=1))
+    best = run(lambda hypers, key: hypers * 0 + 1.0, 1.0, optimizer=plateau, steps=3)
+    np.testing.assert_array_equal(best.history.loss, np.ones(3))
+
+
+def test_progress_is_on_stderr_only(capfd):
+    run(quadratic, START, steps=2, progress=True)
+    run(quadratic, START, optimizer=LBFGSB(), steps=2, progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "2/2" in shown.err
+    assert "gradient" in shown.err
+    assert "evaluation" in shown.err
+    run(quadratic, START, steps=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+# Stopping when the hypergradient explodes.
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    with pytest.warns(HypergradientExplosion, match="iteration 3: the objective gave the loss nan"):
+        best = run(lambda x, key: jnp.sqrt(x), 1.0, optimizer=optax.sgd(0.7), steps=9)
+    assert best.stopped.startswith("optimize stopped at iteration 3")
+    assert "learning rate" in best.stopped
+    assert "smaller meta step" in best.stopped
+    assert np.isnan(best.history.loss).tolist() == [False, False, False, True]
+    np.testing.assert_allclose(best.hypers, best.history.loss[2] ** 2, rtol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_start():
+    with pytest.warns(HypergradientExplosion, match="iteration 0: .* hypergradient of norm inf"):
+        best = run(lambda x, key: jnp.sqrt(x), 0.0)
+    assert float(best.hypers) == 0.0
+
+
+def cliff(x, key):
+    return jnp.where(x < 0.5, 1e6 * x, x)
+
+
+def test_a_gradient_far_above_the_median_stops():
+    with pytest.warns(HypergradientExplosion, match=r"norm 1e\+06, 1e\+06 times the median 1 of"):
+        best = run(cliff, 1.0, optimizer=optax.sgd(0.2), steps=9)
+    assert len(best.history.loss) == 4
+    assert float(best.hypers) == pytest.approx(0.6)
+    allowed = run(cliff, 1.0, optimizer=optax.sgd(0.2), steps=9, explosion=math.inf)
+    assert len(allowed.history.loss) == 9
+
+
+def test_lbfgsb_stops_at_its_last_accepted_values():
+    def objective(x, key):
+        return jnp.where(x > 1.5, jnp.nan, (x - 3) ** 2)
+
+    with pytest.warns(HypergradientExplosion, match="at evaluation 1: .* loss nan"):
+        best = run(objective, 1.0, optimizer=LBFGSB())
+    assert float(best.hypers) == 1.0
+    assert np.isnan(best.history.loss).tolist() == [False, True]
+
+
+def failing(error):
+    def check(x):
+        if x < 0.7:
+            raise error
+        return x
+
+    def objective(x, key):
+        frozen = jax.lax.stop_gradient(x)
+        return x + 0 * jax.pure_callback(check, jax.ShapeDtypeStruct((), np.float32), frozen)
+
+    return objective
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.2), LBFGSB()])
+def test_errors_of_the_computation_stop_with_the_last_good_values(optimizer):
+    objective = failing(ArithmeticError("the reversal lost bits"))
+    with pytest.warns(HypergradientExplosion, match="ArithmeticError: the reversal lost bits"):
+        best = run(objective, 1.0, optimizer=optimizer)
+    assert float(best.hypers) >= 0.7
+    assert np.isfinite(best.history.loss).all()
+
+
+def test_running_out_of_memory_is_not_an_explosion():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        run(failing(RuntimeError("RESOURCE_EXHAUSTED: pretended")), 0.0)
+
+
+def test_debugging_nans_changes_nothing():
+    settings = {"optimizer": optax.sgd(0.7), "steps": 9}
+    with pytest.warns(HypergradientExplosion, match="iteration 3: the objective gave the loss nan"):
+        plain = run(lambda x, key: jnp.sqrt(x), 1.0, **settings)
+    with jax.debug_nans(True), pytest.warns(HypergradientExplosion, match="the loss nan"):
+        assert_same(run(lambda x, key: jnp.sqrt(x), 1.0, **settings)[:3], plain[:3])
+
+
+# Checkpoints.
+
+OPTIMIZERS = {
+    "adam": optax.adam(0.01),
+    "stateless": optax.sgd(1e-3),
+    "noise": optax.chain(
+        optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.adam(0.01, mu_dtype=jnp.bfloat16)
+    ),
+    "injected": optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.01, 0.0, 9)),
+    "lbfgsb": LBFGSB(),
+}
+
+
+def long_run(name, **settings):
+    start = jnp.linspace(-1.0, 2.0, 10)
+    common = {"optimizer": OPTIMIZERS[name], "seeds": 2, "has_aux": True}
+    return run(rosenbrock, start, **(common | settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [("stateless", 4), ("noise", 4), ("injected", 1), ("lbfgsb", 4)],
+)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, name, every):
+    saving = {"checkpoint": tmp_path / "run.npz", "checkpoint_every": every}
+    for steps in (3, 10, 10):
+        best = long_run(name, steps=steps, **saving)
+    assert_same(best, long_run(name, steps=10))
+    assert os.listdir(tmp_path) == ["run.npz"]
+
+
+def test_lbfgsb_replays_without_evaluating(tmp_path):
+    computed = []
+
+    def objective(x, key):
+        jax.debug.callback(computed.append, x[0])
+        return rosenbrock(x, key)[0]
+
+    settings = {"optimizer": LBFGSB(), "checkpoint": tmp_path / "run.npz"}
+    whole = run(objective, jnp.zeros(4), steps=8, **settings)
+    again = run(objective, jnp.zeros(4), steps=8, **settings)
+    shorter = run(objective, jnp.zeros(4), steps=5, **settings)
+    jax.effects_barrier()
+    assert len(computed) == len(whole.history.loss)
+    assert_same(again, whole)
+    assert_same(shorter, run(objective, jnp.zeros(4), steps=5, optimizer=LBFGSB()))
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.2), LBFGSB()])
+def test_a_stopped_run_stops_again_when_resumed(tmp_path, optimizer):
+    results = []
+    for _ in range(2):
+        with pytest.warns(HypergradientExplosion):
+            settings = {"checkpoint": tmp_path / "run.npz", "checkpoint_every": 50}
+            results.append(
+                run(failing(ArithmeticError("lost")), 1.0, optimizer=optimizer, **settings)
+            )
+    assert (tmp_path / "run.npz").exists()
+    assert_same(results[0][:3], results[1][:3])
+    assert results[0].stopped == results[1].stopped
+
+
+def test_an_interrupt_loses_at_most_the_unsaved_steps(tmp_path, monkeypatch):
+    save, calls = schedules.save, []
+
+    def interrupted(*arguments, **metadata):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(save(*arguments, **metadata))
+
+    monkeypatch.setattr(schedules, "save", interrupted)
+    settings = {"steps": 12, "checkpoint": tmp_path / "run.npz", "checkpoint_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        long_run("adam", **settings)
+    assert schedules.load(tmp_path / "run.npz")[1]["rows"] == 6
+    monkeypatch.undo()
+    assert_same(long_run("adam", **settings), long_run("adam", steps=12))
+
+
+KILLED = {"noise": 100, "lbfgsb": 60}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+@pytest.mark.parametrize("name", KILLED)
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name):
+    path = tmp_path / "run.npz"
+    root = Path(meta.__file__).resolve().parent.parent
+    victim = subprocess.Popen(
+        [sys.executable, __file__, name, os.fspath(path)],
+        env=os.environ | {"PYTHONPATH": os.fspath(root)},
+    )
+    try:
+        while not path.exists():
+            assert victim.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.8))
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+    reached = schedules.load(path)[1]["rows"]
+    whole = long_run(name, steps=KILLED[name])
+    assert 1 <= reached < len(whole.history.loss)
+    assert_same(long_run(name, steps=KILLED[name], checkpoint=path), whole)
+
+
+# What is refused.
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    settings = {"checkpoint": tmp_path / "run.npz", "steps": 2}
+    long_run("adam", **settings)
+    refused = r"optimize\(checkpoint='.*run.npz'\): it holds another run \("
+    for change, message in (
+        ({"seeds": 3}, "seeds there: 2; here: 3"),
+        ({"key": jax.random.key(1)}, r"key there: .* \[0, 0\]; here: .* \[0, 1\]"),
+        ({"resample": False}, "resample there: True; here: False"),
+        ({"constraints": schedules.interval(-9, 9)}, r"constraints there: real; here: interval\("),
+        ({"optimizer": optax.sgd(0.1)}, r"optimizer state there: .*\.mu .*; here: \)"),
+        ({"optimizer": LBFGSB()}, "optimizer there: None; here: LBFGSB"),
+    ):
+        with pytest.raises(ValueError, match=refused + ".*" + message):
+            long_run("adam", **(settings | change))
+    with pytest.raises(ValueError, match="starting values"):
+        run(
+            rosenbrock, jnp.zeros(10), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings
+        )
+    with pytest.raises(ValueError, match="hypers there"):
+        run(rosenbrock, jnp.zeros(9), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings)
+
+
+def test_a_checkpoint_with_more_steps_is_refused(tmp_path):
+    long_run("adam", checkpoint=tmp_path / "run.npz", steps=3)
+    with pytest.raises(ValueError, match=r"optimize\(steps=2, checkpoint=.*has made 3 steps alre"):
+        long_run("adam", checkpoint=tmp_path / "run.npz", steps=2)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"optimize\(checkpoint=.*cannot resume from it, load\("):
+        run(quadratic, START, checkpoint=path)
+    schedules.save(path, np.ones(3))
+    with pytest.raises(ValueError, match="it holds another run"):
+        run(quadratic, START, checkpoint=path)
+    assert_same(schedules.load(path)[0], np.ones(3))
+
+
+def test_a_journal_that_scipy_does_not_follow_is_refused(tmp_path):
+    path = tmp_path / "run.npz"
+    long_run("lbfgsb", checkpoint=path, steps=5)
+    arrays, metadata = schedules.load(path)
+    arrays["rows.point"][3, 0] += 1e-9
+    schedules.save(path, arrays, **metadata)
+    with pytest.raises(ValueError, match="replaying its evaluation 3, SciPy asks for other val"):
+        long_run("lbfgsb", checkpoint=path, steps=5)
+
+
+def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"optimize\(checkpoint=.*its folder does not exist"):
+        run(quadratic, START, checkpoint=tmp_path / "missing" / "run.npz")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": -1}, r"optimize\(steps=-1\): steps must be a whole number, at least 0"),
+        ({"steps": 2.5}, r"optimize\(steps=2.5\): steps must be a whole number"),
+        ({"seeds": 0}, r"optimize\(seeds=0\): seeds must be a whole number, at least 1"),
+        ({"checkpoint_every": 0}, r"optimize\(checkpoint_every=0\): .* at least 1"),
+        ({"explosion": 1.0}, r"optimize\(explosion=1.0\): .*above 1; use math.inf"),
+        ({"explosion": math.nan}, r"optimize\(explosion=nan\)"),
+        ({"optimizer": optax.adam}, r"optimize\(optimizer=<function adam.*not an optax optimiser"),
+        ({"key": 3}, r"optimize\(key=3\): not one PRNG key; use jax.random.key\(0\)"),
+        ({"key": jax.random.split(jax.random.key(0))}, r"(?s)optimize\(key=.*: not one PRNG key"),
+        (
+            {"constraints": schedules.interval(0.6, 3.0)},
+            r"optimize\(hypers, constraints=...\): \['momentum'\] holds 0.5, outside the domain of",
+        ),
+        (
+            {"constraints": {"momentum": schedules.unit}},
+            r"optimize\(hypers, constraints=...\): not a prefix of the tree of values",
+        ),
+        (
+            {"optimizer": LBFGSB(bounds=(0.0, 0.5))},
+            r"optimize\(optimizer=LBFGSB\(bounds=...\)\): entry 1 starts at the raw value 1, outs",
+        ),
+        (
+            {"optimizer": LBFGSB(bounds=({"rat": 0.0}, 1.0))},
+            r"optimize\(optimizer=LBFGSB\(bounds=.*'rat'.*not \(low, high\), each a number or a",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    def untouched(hypers, key):
+        if "optimizer" not in settings:
+            pytest.fail("work was started")
+        return quadratic(hypers, key)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(untouched, START, **settings)
+
+
+@pytest.mark.parametrize(
+    ("hypers", "message"),
+    [
+        ({}, r"optimize\(hypers=\{\}\): there is nothing to optimise"),
+        (3, r"optimize\(hypers\): the value has dtype int32, which has no gradient"),
+        (
+            {"rate": 0.5, "steps": [np.arange(2)]},
+            r"optimize\(hypers\): \['steps'\]\[0\] has dtype int.*close over it in the objective",
+        ),
+    ],
+)
+def test_hypers_without_gradients_are_refused(hypers, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(quadratic, hypers)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda x, key: jnp.stack([x, x]), r"it is of dtype float32 and shape \(2,\); reduce it"),
+        (lambda x, key: jnp.int32(1), r"it is of dtype int32 and shape \(\)"),
+        (lambda x, key: (x, x), r"it is a tuple; .*pass has_aux=True"),
+        (lambda x, key: None, r"it is a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_objectives_that_return_no_scalar_are_refused(objective, message, seeds):
+    with pytest.raises(TypeError, match=r"optimize\(objective\): the loss .*" + message):
+        run(objective, 1.0, seeds=seeds)
+
+
+def test_an_objective_without_its_aux_is_refused():
+    with pytest.raises(TypeError, match=r"has_aux=True\): .*it returned of dtype float32 and sh"):
+        run(lambda x, key: x, 1.0, has_aux=True)
+
+
+if __name__ == "__main__":  # the run that is killed
+    # Slow writes, so that the kill often falls into one.
+    os.fsync = lambda descriptor: time.sleep(0.04)
+    long_run(sys.argv[1], steps=KILLED[sys.argv[1]], checkpoint=sys.argv[2])
+    sys.exit("not killed in time")
