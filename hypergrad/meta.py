@@ -19,6 +19,7 @@ import scipy.optimize
 from tqdm import tqdm
 
 from hypergrad import schedules
+from hypergrad.run import hoist
 from hypergrad.schedules import PyTree
 
 Objective = Callable[[PyTree, jax.Array], Any]
@@ -191,12 +192,16 @@ def optimize(
     hypers, raw = _start(constraints, hypers)
     resample = bool(resample) and not isinstance(optimizer, LBFGSB)
     # Traced here, so that a bad objective is refused before any work; compiled when first needed.
-    evaluate = jax.jit(_evaluation(objective, constraints, seeds, resample, has_aux))
-    lowered = evaluate.lower(raw, key, np.uint32(0))
+    # Data that the objective closes over is passed in, for the compiler not to copy it into the program.
+    arguments = (raw, key, np.uint32(0))
+    evaluate, data, _ = hoist(_evaluation(objective, constraints, seeds, resample, has_aux), *arguments)
+    lowered = jax.jit(lambda data, *arguments: evaluate(data, jax.tree.leaves(arguments))).lower(
+        data, *arguments
+    )
     row, _ = lowered.out_info
     names = jax.tree.broadcast(constraints, hypers, is_leaf=_is_constraint)
     run = _Run(
-        compile=functools.cache(lowered.compile),
+        compile=functools.cache(lambda: functools.partial(lowered.compile(), data)),
         row=row,
         key=key,
         unit="iteration",

@@ -4,6 +4,7 @@ A meta-optimiser moves unconstrained ("raw") numbers; a training run wants learn
 zero and momenta between zero and one. A `Constraint` is the pair of maps between the two.
 """
 
+import io
 import json
 import math
 import os
@@ -327,12 +328,24 @@ def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None
         header = json.dumps({"format": 1, "dtypes": foreign, "metadata": metadata})
     except (TypeError, ValueError) as error:
         raise TypeError(f"save(**metadata): metadata must be JSON; {error}") from error
+    buffer = io.BytesIO()
+    np.savez(buffer, **(arrays | {_HEADER: np.asarray(header)}))
+    replace_file(path, buffer.getvalue())
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file atomically: whoever reads it, and whenever we are killed, finds the old or the new one.
+
+    Args:
+        path: file to write; its folder must exist.
+        content: of the file.
+    """
     target = Path(path)
     # In the same folder, because os.replace is atomic only within one file system.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **(arrays | {_HEADER: np.asarray(header)}))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
