@@ -299,8 +299,8 @@ class Reversible:
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not 0 < self.bits <= 16:
-            raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 16]")
+        if self.bits is not None and not 0 < self.bits <= 7:
+            raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
         object.__setattr__(self, "radix", tuple(dict(self.radix).items()))  # hashable
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -515,9 +515,9 @@ class Reversible:
         ranges = ", ".join(f"|{name}| < 2**{digits}" for name, digits in own.items())
         return (
             f"{run.call}: at step {failed} the loss, a gradient or a variable became NaN or infinite, or "
-            f"left the range of exact arithmetic ({ranges}), or a factor left [2**-16, 1]. Training has "
-            "diverged (lower the learning rate), or a factor such as momentum is 0 (use sgd() with "
-            "Checkpointed()), or the range is too small (pass Reversible(radix={'params': ...}))"
+            f"left the range of exact arithmetic ({ranges}), or a factor left [2**-7, 1]. Training has "
+            "diverged (lower the learning rate), or a factor such as momentum is 0 or nearly so (use "
+            "sgd() with Checkpointed()), or the range is too small (pass Reversible(radix={'params': ...}))"
         )
 
     def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:

@@ -8,16 +8,17 @@ and both can be undone bit for bit:
   bits of every element; they are kept in an information buffer instead (Algorithm 3 of Maclaurin,
   Duvenaud, Adams 2015, with the buffer's big integer cut into bytes).
 
-============  =============================  =====================================================
-symbol        shape and type                 meaning
-============  =============================  =====================================================
-``high``      leaf, int64                    the number, in units of ``2**-radix``
-``low``       leaf, uint32                   32 digits below the radix: the ``c mod d`` of the paper
-``register``  leaf, uint32                   top of the information buffer, one word per element
-``tape``      bytes, uint8                   bytes that left the register, oldest first
-``bits``      scalar or leaf, int64          upper bound of log2(buffer), in units of ``2**-40`` bit
-``n``         scalar or leaf, uint64         numerator of the factor, in ``[2**16, 2**32]``
-============  =============================  =====================================================
+===============  =====================  ============================================================
+symbol           shape and type         meaning
+===============  =====================  ============================================================
+``high``         leaf, int64            the number, in units of ``2**-radix``
+``information``  leaf, uint64           32 bits ``i``, the top of the information buffer, above 32 digits
+                                        of the number below the radix: ``i d + (c mod d)`` of the paper
+``tape``         bytes, uint8           bytes that left ``i``, oldest first
+``bits``         scalar or leaf, int64  upper bound of log2(buffer), in units of ``2**-40`` bit
+``n``            scalar or leaf,        numerator of the factor, in ``[2**25, 2**32]``
+                 uint64
+===============  =====================  ============================================================
 
 The digits shuffled by a scale lie *below* the radix, so that a scale is also accurate to one unit in the
 last place of ``high``.  When a whole array shares one factor, its registers fill in lock-step and a byte
@@ -38,7 +39,7 @@ from jax import Array
 
 DIGITS = 32  # binary digits of a factor
 BASE = 1 << DIGITS  # common denominator of all factors
-SMALLEST_FACTOR = 2.0**-16  # at most two bytes leave the register per scale
+SMALLEST_FACTOR = 2.0**-7  # so that at most one byte leaves the register per scale
 LIMIT = 1 << 62  # |high| stays below; one addition of two such numbers cannot wrap
 MARGIN = 24  # the register's bound never falls below 2**24, so rounding it up costs < 2**-23 bit
 BIT = 1 << 40  # resolution of `Buffer.bits`
@@ -48,8 +49,7 @@ ROUNDING = 2.0**-23  # bits per scale: log2(1 + 2**-24), rounded up
 class Buffer(NamedTuple):
     """Information buffer of one array: what scaling it has destroyed (see the table above)."""
 
-    low: Array
-    register: Array
+    information: Array
     bits: Array
 
 
@@ -89,7 +89,7 @@ def unshift(high: Array, amount: Array, radix: int) -> Array:
 def numerator(factor: Array) -> Array:
     """``n`` such that ``n / 2**32`` is the ratio nearest to ``factor``, as uint64.
 
-    Factors outside ``[2**-16, 1]`` give 0, which `scale` must not be given; check with `admissible`.
+    Factors outside ``[2**-7, 1]`` give 0, which `scale` must not be given; check with `admissible`.
     """
     with jax.enable_x64(True):
         wide = jnp.round(jnp.asarray(factor, jnp.float64) * BASE)
@@ -104,7 +104,7 @@ def spread(n: Array, shape: tuple[int, ...]) -> Array:
 
 
 def admissible(n: Array) -> Array:
-    """Whether all numerators are usable: ``2**16 <= n <= 2**32``."""
+    """Whether all numerators are usable: ``2**25 <= n <= 2**32``."""
     with jax.enable_x64(True):
         return jnp.all((n >= jnp.uint64(BASE * SMALLEST_FACTOR)) & (n <= jnp.uint64(BASE)))
 
@@ -152,22 +152,19 @@ def empty(shape: tuple[int, ...], factor_shape: tuple[int, ...]) -> Buffer:
       factor_shape: ``()`` if one factor scales the whole array, else ``shape``.
     """
     with jax.enable_x64(True):
-        digits = jnp.zeros(shape, jnp.uint32)
-        return Buffer(digits, digits, empty_bits(factor_shape))
+        return Buffer(jnp.zeros(shape, jnp.uint64), empty_bits(factor_shape))
 
 
 def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Array:
     """A tape for the bytes of an array's buffer; ``length`` in rows or bytes, from `tape_length`."""
-    # Rows are written in pairs: two rows of slack keep the last write inside.
-    return jnp.zeros((length + 2, *shape) if factor_shape == () else (length,), jnp.uint8)
+    # A row is written at every step: one row of slack takes what will not stay.
+    return jnp.zeros((length + 1, *(shape if factor_shape == () else ())), jnp.uint8)
 
 
 def is_empty(buffer: Buffer) -> Array:
     """Whether nothing is left in the buffer, which is so exactly at the start of a run."""
     with jax.enable_x64(True):
-        return (
-            jnp.all(buffer.low == 0) & jnp.all(buffer.register == 0) & jnp.all(buffer.bits == MARGIN * BIT)
-        )
+        return jnp.all(buffer.information == 0) & jnp.all(buffer.bits == MARGIN * BIT)
 
 
 def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer, Array]:
@@ -181,7 +178,7 @@ def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Bu
       high: int64 array.
       buffer: its information buffer.
       tape: where the buffer's bytes go when its register is full.
-      n: uint64, ``2**16 <= n <= 2**32``, a scalar or of the array's shape, like ``buffer.bits``.
+      n: uint64, ``2**25 <= n <= 2**32``, a scalar or of the array's shape, like ``buffer.bits``.
 
     Returns:
       The scaled array, the buffer and the tape.  Writing beyond the end of the tape destroys it;
@@ -201,32 +198,31 @@ def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Bu
     True
     """
     with jax.enable_x64(True):
-        quotient, digit = _divide(_join(buffer.register, buffer.low), n)
+        quotient, digit = _divide(buffer.information, n)
         upper, lower = high >> DIGITS, high.astype(jnp.uint64) & jnp.uint64(BASE - 1)
         product = lower * n + digit  # < 2**64, for lower < 2**32, digit < n <= 2**32
         new_high = upper * n.astype(jnp.int64) + (product >> DIGITS).astype(jnp.int64)
         bits = buffer.bits + cost(n)
         register, tape = _spill(quotient, tape, buffer.bits, bits)
-        return new_high, Buffer(product.astype(jnp.uint32), register, bits), tape
+        return new_high, Buffer(_join(register, product), bits), tape
 
 
 def unscale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer]:
     """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
     with jax.enable_x64(True):
         bits = buffer.bits - cost(n)
-        quotient = _unspill(buffer.register, tape, bits, buffer.bits)
-        # Long division of the 96-bit number (high, low) by n, in base 2**32; the top digit is signed.
+        quotient = _unspill(buffer.information >> DIGITS, tape, bits, buffer.bits)
+        # Long division of the 96-bit number (high, low) by n, in base 2**32; its top digit is signed.
         rest = (high >> DIGITS) % n.astype(jnp.int64)
-        upper_digit, rest = _divide(_join(rest, high.astype(jnp.uint32)), n)
-        lower_digit, digit = _divide(_join(rest, buffer.low), n)
+        upper_digit, rest = _divide(_join(rest, high), n)
+        lower_digit, digit = _divide(_join(rest, buffer.information), n)
         old_high = _join(upper_digit, lower_digit).astype(jnp.int64)
-        information = quotient * n + digit
-        register = (information >> DIGITS).astype(jnp.uint32)
-        return old_high, Buffer(information.astype(jnp.uint32), register, bits)
+        return old_high, Buffer(quotient * n + digit, bits)
 
 
 def _join(upper: Array, lower: Array) -> Array:
-    return (upper.astype(jnp.uint64) << DIGITS) | lower.astype(jnp.uint64)
+    """The low 32 bits of two words as one."""
+    return (upper.astype(jnp.uint64) << DIGITS) | (lower.astype(jnp.uint64) & jnp.uint64(BASE - 1))
 
 
 def _divide(dividend: Array, n: Array) -> tuple[Array, Array]:
@@ -239,41 +235,30 @@ def _divide(dividend: Array, n: Array) -> tuple[Array, Array]:
 
 
 def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[Array, Array]:
-    """Move bytes from a register that has become too long to the tape."""
-    start, end = spilled(before), spilled(after)
-    count = end - start  # 0, 1 or 2
-    register = (quotient >> (8 * count).astype(jnp.uint64)).astype(jnp.uint32)
-    pair = [quotient.astype(jnp.uint8), (quotient >> 8).astype(jnp.uint8)]
+    """Move a byte to the tape from registers that have become too long."""
+    start = spilled(before)
+    full = spilled(after) > start
+    byte = quotient.astype(jnp.uint8)
+    register = jnp.where(full, quotient >> 8, quotient)
     if before.ndim == 0:
-        # Two rows are always written; those beyond `end` are overwritten by the next spill.
-        for k in range(2):
-            tape = jax.lax.dynamic_update_slice_in_dim(tape, pair[k][None], start + jnp.int32(k), axis=0)
-        return register, tape
-    position = jnp.sum(start, dtype=jnp.int32)
-    for k in range(2):
-        mask = (count > k).ravel()
-        where = position + jnp.cumsum(mask, dtype=jnp.int32) - 1
-        target = jnp.where(mask, where, jnp.int32(tape.size))  # out of range, hence dropped
-        tape = tape.at[target].set(pair[k].ravel(), mode="drop")
-        position += jnp.sum(mask, dtype=jnp.int32)
-    return register, tape
+        # The row is always written; unless registers were full the next one overwrites it.
+        return register, jax.lax.dynamic_update_slice_in_dim(tape, byte[None], start, axis=0)
+    # Out of range, hence dropped, where the register was not full.
+    place = jnp.where(full.ravel(), _places(start, full), jnp.int32(tape.size))
+    return register, tape.at[place].set(byte.ravel(), mode="drop")
 
 
 def _unspill(register: Array, tape: Array, before: Array, after: Array) -> Array:
     """Undo `_spill`: the long register as it was."""
-    start, end = spilled(before), spilled(after)
-    count = end - start
-    pair = []
-    position = jnp.sum(start, dtype=jnp.int32)
-    for k in range(2):
-        if before.ndim == 0:
-            pair.append(jax.lax.dynamic_index_in_dim(tape, start + jnp.int32(k), axis=0, keepdims=False))
-        else:
-            mask = (count > k).ravel()
-            where = position + jnp.cumsum(mask, dtype=jnp.int32) - 1
-            taken = tape.at[where].get(mode="fill", fill_value=0)
-            pair.append(taken.reshape(register.shape))
-            position += jnp.sum(mask, dtype=jnp.int32)
-    first, second = (byte.astype(jnp.uint64) for byte in pair)
-    long = register.astype(jnp.uint64) << (8 * count).astype(jnp.uint64)
-    return long | jnp.where(count > 0, first, 0) | jnp.where(count > 1, second << 8, 0)
+    start = spilled(before)
+    full = spilled(after) > start
+    if before.ndim == 0:
+        byte = jax.lax.dynamic_index_in_dim(tape, start, axis=0, keepdims=False)
+    else:
+        byte = tape.at[_places(start, full)].get(mode="fill", fill_value=0).reshape(register.shape)
+    return jnp.where(full, (register << 8) | byte.astype(jnp.uint64), register)
+
+
+def _places(start: Array, full: Array) -> Array:
+    """Where on a dense tape the bytes of the full registers stand, behind all earlier ones."""
+    return jnp.sum(start, dtype=jnp.int32) + jnp.cumsum(full.ravel(), dtype=jnp.int32) - 1

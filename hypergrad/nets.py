@@ -72,8 +72,8 @@ def mlp(
             )
         hidden = jnp.asarray(inputs).reshape(inputs.shape[0], widths[0])
         for weights, biases in params[:-1]:
-            hidden = activation(hidden @ weights + biases)
-        return hidden @ params[-1].weights + params[-1].biases
+            hidden = activation(hidden @ weights + biases[None])
+        return hidden @ params[-1].weights + params[-1].biases[None]
 
     return init, apply
 

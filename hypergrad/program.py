@@ -244,7 +244,7 @@ class Exact(NamedTuple):
         gradient: Sequence[Array | None],
         live: Array,
     ) -> list[Array]:
-        """By how much shift ``k`` of the program moves every leaf, in units of the last place."""
+        """By how much shift ``k`` of the program moves every leaf."""
         variable = programs[0][k].variable
         others = [ExactLeaf({v: x for v, x in leaf.high.items() if v != variable}, []) for leaf in leaves]
 
@@ -255,8 +255,7 @@ class Exact(NamedTuple):
                 assert isinstance(move, Shift)
                 with jax.enable_x64(self.x64):
                     amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, g)))
-                amount = jnp.broadcast_to(amount, full.high[variable].shape)
-                result.append(exact.to_fixed(amount, self.radix[variable]))
+                result.append(jnp.broadcast_to(amount, full.high[variable].shape))
             return result
 
         return isolated(live, evaluate, others, list(gradient))
@@ -289,7 +288,7 @@ class Exact(NamedTuple):
             else:
                 now = [ExactLeaf(*part) for part in zip(highs, buffers)]
                 for high, amount in zip(highs, self.amounts(k, programs, now, gradient, live)):
-                    high[v] = high[v] + amount
+                    high[v] = exact.shift(high[v], amount, self.radix[v])
                     valid &= exact.fits(high[v])
         return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, valid
 
@@ -326,7 +325,7 @@ class Exact(NamedTuple):
             else:
                 now = [ExactLeaf(*part) for part in zip(highs, buffers)]
                 for high, amount in zip(highs, self.amounts(k, programs, now, given, live)):
-                    high[v] = high[v] - amount
+                    high[v] = exact.unshift(high[v], amount, self.radix[v])
         return [ExactLeaf(*part) for part in zip(highs, buffers)]
 
 

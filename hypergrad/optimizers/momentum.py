@@ -62,7 +62,7 @@ def heavy_ball() -> Optimizer:
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.1, "momentum": 0.5}
     >>> hg.train(square, jnp.ones(2), hypers, steps=2, optimizer=hg.heavy_ball()).params
-    Array([0.53999996, 0.53999996], dtype=float32)
+    Array([0.54, 0.54], dtype=float32)
     """
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
