@@ -391,9 +391,12 @@ class Reversible:
             leaves, tapes, failed = carry
             live = x.step >= 0
             params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
-            at = linearise(run, params, (constants.loss, x.batch), loss_flags, live)
-            loss, gradient, _ = at.primal
-            loss = keep_alive(live, (at.primal, at.residuals), loss)
+            if lengths is None:
+                loss, gradient = run.gradient(params, constants.loss, x.batch)
+            else:
+                at = linearise(run, params, (constants.loss, x.batch), loss_flags, live)
+                loss, gradient, _ = at.primal
+                loss = keep_alive(live, (at.primal, at.residuals), loss)
             moves = run.moves(constants.hypers, x.hypers, x.step)
             new, tapes, valid = integers.step(moves, leaves, tapes, gradient, live)
             failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)
