@@ -91,7 +91,8 @@ def mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     directory: the folder that holds `mnist/` with the four original `*-ubyte.gz` files; None
         takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
 
-    Returns a Dataset with images (n, 28, 28), pixels divided by 255, and 10 classes.
+    Returns a Dataset with images (n, 28, 28), pixels divided by 255 in float32, and 10 classes;
+    `np.rint(255 * images)` gives the bytes back.
     Raises DataError where a file is missing or its md5 is not the original's.
 
     >>> mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
@@ -109,7 +110,8 @@ def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     directory: the folder that holds `fashion-mnist/` with the four original `*-ubyte.gz` files;
         None takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
 
-    Returns a Dataset with images (n, 28, 28), pixels divided by 255, and 10 classes.
+    Returns a Dataset with images (n, 28, 28), pixels divided by 255 in float32, and 10 classes;
+    `np.rint(255 * images)` gives the bytes back.
     Raises DataError where a file is missing or its md5 is not the original's.
 
     >>> fashion_mnist("path/to/data").train_labels[:5]  # doctest: +SKIP

@@ -121,7 +121,7 @@ def error_rate(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -
     """
     _check_labels("error_rate", logits, labels)
     wanted = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)
-    return jnp.mean(jnp.argmax(logits, axis=1) != wanted)
+    return jnp.mean(jnp.argmax(logits, axis=1) != wanted, dtype=jnp.result_type(float))
 
 
 def _check_labels(name: str, logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> None:

@@ -1,0 +1,144 @@
+"""The 2015 authors' numbers; those tests need HYPERGRAD_REFERENCE and, some, HYPERGRAD_DATA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from experiments import reproduce_2015 as reproduce
+
+FIGURE1 = "figure1_toy_2d"
+needs_reference = pytest.mark.skipif(
+    not os.environ.get("HYPERGRAD_REFERENCE"), reason="HYPERGRAD_REFERENCE is not set"
+)
+needs_data = pytest.mark.skipif(not os.environ.get("HYPERGRAD_DATA"), reason="HYPERGRAD_DATA is not set")
+
+
+def test_authors_numerator():
+    n = reproduce.authors_numerator(np.array([0.9, 0.5, 1 - 1e-9]))
+    assert n.dtype == jnp.uint64
+    # floor(65536 * 0.9) is 58982: the reference's own example.
+    assert n.tolist() == [58983 * 65536, 32769 * 65536, 2**32]
+
+
+def test_optimizer_rounds_like_the_authors_and_differentiates_the_exact_factor(x64):
+    def end(momentum, adjoint):
+        hypers = {"learning_rate": 0.1, "momentum": momentum}
+
+        def loss(w, meta, step):
+            return jnp.sum(w**2)
+
+        optimizer = reproduce.maclaurin_2015()
+        trained = hg.train(loss, jnp.ones(1), hypers, steps=2, optimizer=optimizer, adjoint=adjoint)
+        return trained.params[0]
+
+    momentum, ratio = 0.9, 58983 / 65536
+    # By hand: v1 = -(1 - β) 2;  w1 = 1 + v1 / 10;  v2 = r v1 - (1 - β) 2 w1;  w2 = w1 + v2 / 10.
+    v1 = -2 * (1 - momentum)
+    w1 = 1 + 0.1 * v1
+    v2 = ratio * v1 - (1 - momentum) * 2 * w1
+    # Derivatives in β, of the formula with β and not r: v1' = 2, v2' = v1 + β v1' + 2 w1 - (1 - β) 2 w1'.
+    v2_slope = v1 + momentum * 2 + 2 * w1 - (1 - momentum) * 2 * 0.2
+    for adjoint in (hg.Reversible(), hg.Stored()):
+        value, slope = jax.value_and_grad(end)(momentum, adjoint)
+        assert float(value) == pytest.approx(w1 + 0.1 * v2, abs=1e-13)
+        assert float(slope) == pytest.approx(0.2 + 0.1 * v2_slope, abs=1e-13)
+
+
+def test_rounding_is_half_a_unit_in_the_sixth_digit():
+    numbers = np.array([[1.23456, 999.999], [0.001, -4.5e-7], [0.0, 100000.0]])
+    expected = [[5e-6, 5e-4], [5e-9, 5e-13], [0.0, 0.5]]
+    np.testing.assert_allclose(reproduce.rounding(numbers), expected, rtol=1e-12)
+
+
+def test_compare_grants_rounding_and_nothing_else():
+    exact = np.array([1.2345649, -0.012345651, 0.0])
+    saved = np.array([float(f"{x:.5e}") for x in exact])
+    row = reproduce.compare("array", exact, saved)
+    assert row.agrees is True and row.beyond == 0 and row.agreeing == 1
+    assert not reproduce.compare("array", exact * (1 + 1e-5), saved).agrees
+    assert not reproduce.compare("array", np.array([1.2345649, np.nan, 0.0]), saved).agrees
+    # Measured each by itself, small numbers are held to their own digits.
+    off = saved[:2] + np.array([0.0, 5e-8 + 0.5 * reproduce.FLOOR])
+    assert reproduce.compare("array", off, saved[:2]).agrees
+    assert not reproduce.compare("array", off, saved[:2], apart=True).agrees
+
+
+def test_compare_takes_the_first_rows_of_a_shorter_run():
+    row = reproduce.compare("array", np.array([1.0, 2.0]), np.array([1.0, 2.0, 3.0]))
+    assert row.numbers == 2 and row.agrees
+
+
+def test_without_the_reference_status_two_and_the_variable(monkeypatch, capsys):
+    monkeypatch.delenv("HYPERGRAD_REFERENCE", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--fast"])
+    assert stop.value.code == 2
+    assert "HYPERGRAD_REFERENCE" in capsys.readouterr().err
+
+
+def test_reference_folder_without_the_files(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--only", FIGURE1, "--reference", str(tmp_path)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert FIGURE1 in message and "HYPERGRAD_REFERENCE" in message
+
+
+@needs_reference
+def test_figure1_agrees_through_the_engine(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    arrays = reproduce.main(["--only", FIGURE1, "--output", str(tmp_path)])
+    assert arrays[FIGURE1]["params"].shape == (3, 50, 2)
+    assert "NO" not in capsys.readouterr().out
+    record = json.loads((tmp_path / "reproduce_2015.json").read_text())
+    rows = record["experiments"][FIGURE1]["comparisons"]
+    assert set(rows) == {"train_loss", "learning_curves", "params", "log_alphas", "invlogit_betas"}
+    assert all(row["agrees"] for row in rows.values())
+    with np.load(tmp_path / "reproduce_2015.npz") as saved:
+        np.testing.assert_array_equal(saved[f"{FIGURE1}/params"], arrays[FIGURE1]["params"])
+    assert (tmp_path / f"reproduce_2015_{FIGURE1}.png").stat().st_size > 10_000
+
+
+@needs_reference
+def test_plain_momentum_disagrees_and_the_status_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "maclaurin_2015", hg.momentum)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--fast", "--only", FIGURE1])
+    assert stop.value.code == 1
+    assert f"{FIGURE1}/train_loss" in capsys.readouterr().out
+
+
+@needs_reference
+def test_fast_without_data_names_what_it_skips(monkeypatch, capsys):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    arrays = reproduce.main(["--fast"])
+    assert list(arrays) == [FIGURE1]
+    printed = capsys.readouterr().out
+    assert all(f"skipped {name}" in printed for name in reproduce.EXPERIMENTS if name != FIGURE1)
+
+
+@needs_reference
+def test_without_data_status_two_and_the_variable(monkeypatch, capsys):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--only", "init_distribution_1"])
+    assert stop.value.code == 2
+    assert "HYPERGRAD_DATA" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_reference
+@needs_data
+def test_fast_pass_agrees(tmp_path):
+    command = [sys.executable, "-m", "experiments.reproduce_2015", "--fast", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("reproduce_2015_*.png"))) == len(reproduce.EXPERIMENTS)
