@@ -35,7 +35,6 @@ from hypergrad.run import (
     Static,
     freeze,
     instantiate,
-    keep_alive,
     linearise,
     scatter,
     split,
@@ -305,6 +304,11 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
+        unknown = sorted(set(dict(self.radix)) - {PARAMS, *run.optimizer.variables})
+        if unknown:
+            raise ValueError(
+                f"{run.call}: radix has {unknown}; the variables are {[PARAMS, *run.optimizer.variables]}"
+            )
         scales = _scales(run, start, constants, inputs)
         known = _known_lengths(run, scales, start, constants, inputs)
         nothing = jax.tree.map(lambda _: False, (constants, inputs))
@@ -396,7 +400,6 @@ class Reversible:
             else:
                 at = linearise(run, params, (constants.loss, x.batch), loss_flags, live)
                 loss, gradient, _ = at.primal
-                loss = keep_alive(live, (at.primal, at.residuals), loss)
             moves = run.moves(constants.hypers, x.hypers, x.step)
             new, tapes, valid = integers.step(moves, leaves, tapes, gradient, live)
             failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)

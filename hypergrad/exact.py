@@ -198,40 +198,42 @@ def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Bu
     True
     """
     with jax.enable_x64(True):
-        quotient, digit = _divide(buffer.information, n)
-        upper, lower = high >> DIGITS, high.astype(jnp.uint64) & jnp.uint64(BASE - 1)
-        product = lower * n + digit  # < 2**64, for lower < 2**32, digit < n <= 2**32
-        new_high = upper * n.astype(jnp.int64) + (product >> DIGITS).astype(jnp.int64)
+        quotient = jax.lax.optimization_barrier(buffer.information // n)
         bits = buffer.bits + cost(n)
         register, tape = _spill(quotient, tape, buffer.bits, bits)
-        return new_high, Buffer(_join(register, product), bits), tape
+        # The number (high, low) times n, plus the digit; lower * n + digit < 2**64.
+        digit = buffer.information - quotient * n
+        information = _join(register, _lower(high) * n + digit)
+        # The digit once more, from what is new: the old information can be overwritten in place.
+        product = _lower(high) * n
+        product += _lower(information - product)
+        new_high = (high >> DIGITS) * n.astype(jnp.int64) + (product >> DIGITS).astype(jnp.int64)
+        return new_high, Buffer(information, bits), tape
 
 
 def unscale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer]:
     """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
     with jax.enable_x64(True):
         bits = buffer.bits - cost(n)
-        quotient = _unspill(buffer.information >> DIGITS, tape, bits, buffer.bits)
         # Long division of the 96-bit number (high, low) by n, in base 2**32; its top digit is signed.
-        rest = (high >> DIGITS) % n.astype(jnp.int64)
-        upper_digit, rest = _divide(_join(rest, high), n)
-        lower_digit, digit = _divide(_join(rest, buffer.information), n)
-        old_high = _join(upper_digit, lower_digit).astype(jnp.int64)
+        dividend = _join((high >> DIGITS) % n.astype(jnp.int64), high)
+        upper_digit = jax.lax.optimization_barrier(dividend // n)
+        lower_digit = _join(dividend - upper_digit * n, buffer.information) // n
+        old_high = jax.lax.optimization_barrier(_join(upper_digit, lower_digit).astype(jnp.int64))
+        # The remainder, below n <= 2**32, from its lowest 32 bits.
+        digit = _lower(buffer.information - old_high.astype(jnp.uint64) * n)
+        quotient = _unspill(buffer.information >> DIGITS, tape, bits, buffer.bits)
         return old_high, Buffer(quotient * n + digit, bits)
+
+
+def _lower(word: Array) -> Array:
+    """The low 32 bits of a word."""
+    return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
 def _join(upper: Array, lower: Array) -> Array:
     """The low 32 bits of two words as one."""
-    return (upper.astype(jnp.uint64) << DIGITS) | (lower.astype(jnp.uint64) & jnp.uint64(BASE - 1))
-
-
-def _divide(dividend: Array, n: Array) -> tuple[Array, Array]:
-    """Quotient and remainder.
-
-    The barrier makes the compiler store the quotient instead of dividing again wherever it is used.
-    """
-    quotient = jax.lax.optimization_barrier(dividend // n)
-    return quotient, dividend - quotient * n
+    return (upper.astype(jnp.uint64) << DIGITS) | _lower(lower)
 
 
 def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[Array, Array]:

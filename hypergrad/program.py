@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 
 from hypergrad import exact
 
@@ -209,6 +210,33 @@ def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -
     return jax.lax.cond(live, function, never, *arguments)
 
 
+# Each is one correctly rounded operation for every element, and nothing to fuse changes its bits.
+ROUNDED_ALONE = {
+    "abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "max", "min", "mul", "neg", "reshape",
+    "select_n", "sign", "sqrt", "squeeze", "stop_gradient", "transpose",
+}  # fmt: skip
+
+
+def _rounds_alike(function: Callable[..., PyTree], *arguments: PyTree) -> bool:
+    """Whether a function gives the same bits however it is compiled, so that it need not stand apart.
+
+    So it is if it consists of single roundings, and adds or subtracts scalars only, or nothing that a
+    multiplication gave; ``a * b + c`` in one rounding would differ.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    products = set()
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name not in ROUNDED_ALONE | {"add", "sub"}:
+            return False
+        from_product = any(v in products for v in eqn.invars if isinstance(v, Var))
+        if name in {"add", "sub"} and from_product:
+            return False
+        if name == "mul" or from_product:
+            products.update(eqn.outvars)
+    return True
+
+
 def _zeros(like: Any) -> Array:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         key = jax.random.key(0, impl=str(jax.random.key_impl(like)))
@@ -258,6 +286,8 @@ class Exact(NamedTuple):
                 result.append(jnp.broadcast_to(amount, full.high[variable].shape))
             return result
 
+        if _rounds_alike(evaluate, others, list(gradient)):
+            return evaluate(others, list(gradient))
         return isolated(live, evaluate, others, list(gradient))
 
     def step(

@@ -15,7 +15,7 @@ symbol    name                  meaning
 ========  ====================  ==============================================================
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 
 from hypergrad import program
 from hypergrad.program import PARAMS, Leaf, Optimizer
@@ -297,7 +298,7 @@ def linearise(
       live: true, at run time: evaluate apart (see `hypergrad.program.isolated`), so that the same bits
         come out in both directions.  None where that does not matter.
     """
-    traced = []
+    linear_map: list[Any] = []
 
     def evaluate(params: list[Array], theta: PyTree) -> Any:
         wanted, merge = split(flags, theta)
@@ -311,31 +312,63 @@ def linearise(
 
         primal, linear = jax.linearize(both, params)
         closed = jax.make_jaxpr(linear)(params)
-        # Arguments that the linear map needs too are taken from outside, not copied out.
-        given = {id(x): k for k, x in enumerate(jax.tree.leaves((params, theta)))}
-        sources = [given.get(id(x)) for x in closed.consts]
-        traced.append((closed.jaxpr, sources))
-        return primal, [x for x, source in zip(closed.consts, sources) if source is None]
+        linear_map.append(closed.jaxpr)
+        return primal, list(closed.consts)
 
     if live is None:
-        primal, computed = evaluate(params, theta)
+        primal, residuals = evaluate(params, theta)
     else:
-        primal, computed = program.isolated(live, evaluate, params, theta)
-    jaxpr, sources = traced[-1]
-    given, rest = jax.tree.leaves((params, theta)), iter(computed)
-    residuals = [next(rest) if source is None else given[source] for source in sources]
-    return Linearised(primal, residuals, jaxpr)
+        primal, residuals = _first_apart(live, evaluate, params, theta)
+    return Linearised(primal, residuals, linear_map[-1])
+
+
+def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
+    """Evaluate a function that returns ``(first, second)``, what ``first`` needs in isolation.
+
+    Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler
+    that is let know what goes unused makes another computation of what is left.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
+    split_at = len(jax.tree.leaves(shapes[0]))
+    first_outputs, second_outputs = jaxpr.outvars[:split_at], jaxpr.outvars[split_at:]
+
+    needed = {v for v in first_outputs if isinstance(v, Var)}
+    first, second = [], []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            first.append(eqn)
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+        else:
+            second.append(eqn)
+    made = {v for eqn in first for v in eqn.outvars}
+    used = [*first_outputs, *(v for eqn in second for v in eqn.invars), *second_outputs]
+    handed = list(dict.fromkeys(v for v in used if isinstance(v, Var) and v in made))
+
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    given = [*closed.consts, *jax.tree.leaves(arguments)]
+    results = program.isolated(live, _part(jaxpr, inputs, reversed(first), handed), *given)
+    smallest = min(range(len(results)), key=lambda k: (results[k].dtype.kind != "f", results[k].size))
+    results[smallest] = keep_alive(live, results, results[smallest])
+    outputs = _part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
+    return jax.tree.unflatten(structure, outputs)
+
+
+def _part(
+    jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
+) -> Callable[..., list[Array]]:
+    """Some of the equations of a jaxpr as a function."""
+    names = jaxpr.debug_info.with_unknown_names()
+    part = jaxpr.replace(constvars=[], invars=inputs, eqns=list(eqns), outvars=outputs, debug_info=names)
+    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, []))
 
 
 def keep_alive(live: Array, unused: PyTree, value: Array) -> Array:
-    """The value, made to depend on arrays nobody uses, lest the compiler leave out computing them.
-
-    It would change the computation in which they arise, and with it the last bits of the others.
-    """
+    """The value, made to depend on arrays nobody may use, lest the compiler leave out computing them."""
 
     def never(value: Array, unused: PyTree) -> Array:
-        total = sum(jnp.sum(x.astype(value.dtype)) for x in jax.tree.leaves(unused))
-        return value + total
+        numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+        return value + sum(jnp.sum(x.astype(value.dtype)) for x in numbers)
 
     return jax.lax.cond(live, lambda value, _: value, never, value, unused)
 

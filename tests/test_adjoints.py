@@ -401,6 +401,13 @@ def test_refuses_bits_that_make_no_sense(bits: float) -> None:
         hg.Reversible(bits=bits)
 
 
+def test_refuses_a_radix_of_no_variable() -> None:
+    with pytest.raises(
+        ValueError, match=r"radix has \['weights'\]; the variables are \['params', 'velocity'\]"
+    ):
+        end({"learning_rate": 0.1}, hg.Reversible(radix={"weights": 40}))
+
+
 def test_refuses_no_segments() -> None:
     with pytest.raises(ValueError, match=r"Checkpointed\(segments=0\)"):
         hg.Checkpointed(segments=0)

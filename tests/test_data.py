@@ -227,9 +227,7 @@ def test_error_read_idx(tmp_path, name, content, message):
 
 
 def test_error_read_idx_missing(tmp_path):
-    with pytest.raises(
-        data.DataError, match=r"cannot read the file \(No such file.*HYPERGRAD_DATA"
-    ):
+    with pytest.raises(data.DataError, match=r"cannot read the file \(No such file.*HYPERGRAD_DATA"):
         data.read_idx(tmp_path / "absent")
     with pytest.raises(data.DataError, match=r"cannot read the file \(Is a directory"):
         data.read_idx(tmp_path)
@@ -250,9 +248,7 @@ def test_every_cut_of_a_file_is_a_data_error(tmp_path):
 @pytest.mark.parametrize(("examples", "batch_size"), [(11, 4), (6, 6)])
 def test_minibatches_cover_each_epoch_once(examples, batch_size):
     per_epoch = examples // batch_size
-    rows = np.asarray(
-        data.minibatches(jax.random.key(0), examples, batch_size, steps=3 * per_epoch)
-    )
+    rows = np.asarray(data.minibatches(jax.random.key(0), examples, batch_size, steps=3 * per_epoch))
     assert rows.shape == (3 * per_epoch, batch_size) and rows.dtype == np.int32
     assert rows.min() >= 0 and rows.max() < examples
     epochs = rows.reshape(3, -1)

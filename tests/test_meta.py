@@ -23,8 +23,7 @@ CONSTRAINTS = {"momentum": schedules.unit, "rate": schedules.positive}
 
 def quadratic(hypers, key):
     return sum(
-        jnp.sum((leaf - goal) ** 2)
-        for leaf, goal in zip(jax.tree.leaves(hypers), jax.tree.leaves(TARGET))
+        jnp.sum((leaf - goal) ** 2) for leaf, goal in zip(jax.tree.leaves(hypers), jax.tree.leaves(TARGET))
     )
 
 
@@ -92,9 +91,7 @@ def test_the_objective_is_traced_and_compiled_once(optimizer):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(
-    ("seeds", "key"), [(1, np.asarray(jax.random.PRNGKey(5))), (4, jax.random.key(5))]
-)
+@pytest.mark.parametrize(("seeds", "key"), [(1, np.asarray(jax.random.PRNGKey(5))), (4, jax.random.key(5))])
 def test_the_loss_is_the_mean_over_seeds(seeds, key):
     still, by_hand = optax.sgd(0.0), jax.jit(noisy)
 
@@ -131,9 +128,7 @@ def test_the_gradient_is_the_mean_over_seeds():
 @pytest.mark.parametrize(("seeds", "optimizer"), [(1, LBFGSB()), (3, optax.adam(0.01))])
 def test_aux_is_stacked_over_iterations_and_seeds(seeds, optimizer):
     start = jnp.full(4, 0.5)
-    history = run(
-        rosenbrock, start, optimizer=optimizer, steps=2, seeds=seeds, has_aux=True
-    ).history
+    history = run(rosenbrock, start, optimizer=optimizer, steps=2, seeds=seeds, has_aux=True).history
     rows = len(history.loss)
     assert rows >= 2
     assert history.aux["x"].shape == (rows, seeds, 4)
@@ -321,9 +316,7 @@ def test_a_stopped_run_stops_again_when_resumed(tmp_path, optimizer):
     for _ in range(2):
         with pytest.warns(HypergradientExplosion):
             settings = {"checkpoint": tmp_path / "run.npz", "checkpoint_every": 50}
-            results.append(
-                run(failing(ArithmeticError("lost")), 1.0, optimizer=optimizer, **settings)
-            )
+            results.append(run(failing(ArithmeticError("lost")), 1.0, optimizer=optimizer, **settings))
     assert (tmp_path / "run.npz").exists()
     assert_same(results[0][:3], results[1][:3])
     assert results[0].stopped == results[1].stopped
@@ -390,9 +383,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match=refused + ".*" + message):
             long_run("adam", **(settings | change))
     with pytest.raises(ValueError, match="starting values"):
-        run(
-            rosenbrock, jnp.zeros(10), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings
-        )
+        run(rosenbrock, jnp.zeros(10), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings)
     with pytest.raises(ValueError, match="hypers there"):
         run(rosenbrock, jnp.zeros(9), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings)
 

@@ -96,9 +96,7 @@ def test_error_mlp_sizes(sizes):
 @pytest.mark.parametrize("shape", [(), (64,), (8, 8), (2, 8, 7)])
 def test_error_mlp_inputs(shape):
     _, apply = nets.mlp((64, 3))
-    with pytest.raises(
-        ValueError, match=r"mlp\(sizes=\(64, 3\)\) takes n examples of 64"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"mlp\(sizes=\(64, 3\)\) takes n examples of 64") as caught:
         apply((), np.zeros(shape))
     assert f"inputs of shape {shape}" in str(caught.value)
 

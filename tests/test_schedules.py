@@ -21,9 +21,7 @@ anything = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @given(finite)
 def test_positive_round_trip(raw):
     value = schedules.constrain(schedules.positive, jnp.float32(raw))
-    np.testing.assert_allclose(
-        schedules.unconstrain(schedules.positive, value), raw, rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(schedules.unconstrain(schedules.positive, value), raw, rtol=1e-6, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -142,9 +140,7 @@ def test_from_optax_gives_the_values_and_their_derivatives():
     np.testing.assert_allclose(values(2.0), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jacobian(values)(2.0), np.array(expected) / 2, rtol=1e-6)
     assert schedules.from_optax(optax.constant_schedule(1), 2).dtype == jnp.float32
-    np.testing.assert_array_equal(
-        schedules.from_optax(schedules.as_optax(values(2.0)), 5), values(2.0)
-    )
+    np.testing.assert_array_equal(schedules.from_optax(schedules.as_optax(values(2.0)), 5), values(2.0))
 
 
 def test_from_optax_refuses_no_steps():
