@@ -26,6 +26,7 @@ from jax.extend.core import Var
 
 from hypergrad import exact
 
+PyTree = Any
 PARAMS = "params"
 RADIX = 48  # values up to 2**14 in steps of 2**-48: finer than float64 needs near one
 
@@ -43,7 +44,8 @@ class View:
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_refused", {}):
             raise AttributeError(self.__dict__["_refused"][name])
-        raise AttributeError(f"a move reads {name!r}, but the optimizer has only {list(vars(self))}")
+        names = [key for key in vars(self) if key != "_refused"]
+        raise AttributeError(f"a move reads {name!r}, but there is only {names}")
 
 
 class Scale(NamedTuple):
@@ -136,7 +138,6 @@ class ExactLeaf(NamedTuple):
     buffers: list[exact.Buffer]
 
 
-PyTree = Any
 Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
 
 
@@ -175,7 +176,10 @@ def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
     for k, move in enumerate(moves):
         x = leaf[move.variable]
         if isinstance(move, Scale):
-            quantised = exact.ratio(move.numerator(jax.lax.stop_gradient(move.factor)), x.dtype)
+            factor = jax.lax.stop_gradient(move.factor)
+            n = move.numerator(factor)
+            # A factor too small to be undone is no obstacle here, and is taken as it is.
+            quantised = jnp.where(n > 0, exact.ratio(n, x.dtype), factor)
             moved = straight_through(quantised * x, move.factor * x)
         elif isinstance(move, Shift):
             moved = x + move.amount(_view(move, k, moves, leaf, gradient))
@@ -183,11 +187,6 @@ def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
             moved = jnp.asarray(move.value(_view(move, k, moves, leaf, gradient)))
         leaf[move.variable] = moved.astype(start[move.variable].dtype)
     return leaf
-
-
-def is_reversible(moves: Sequence[Move]) -> bool:
-    """Whether every move can be undone."""
-    return not any(isinstance(move, Assign) for move in moves)
 
 
 def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:

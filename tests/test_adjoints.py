@@ -240,6 +240,16 @@ def test_gradient_descent_on_a_quadratic_in_closed_form() -> None:
     np.testing.assert_allclose(found, jnp.full(steps, expected), rtol=1e-10)
 
 
+def test_momenta_too_small_to_be_undone_are_exact_in_floats() -> None:
+    for momentum in (0.0, 0.005):
+        hypers = {"learning_rate": 0.1, "momentum": momentum}
+        trained = hg.train(square, jnp.zeros(2), hypers, steps=2, adjoint=hg.Stored())
+        v = 2 * (1 - momentum)
+        w = 0.1 * v
+        v = momentum * v - (1 - momentum) * 2 * (w - 1)
+        np.testing.assert_allclose(trained.params, w + 0.1 * v, rtol=1e-6)
+
+
 def test_watch_sees_every_step_before_its_moves() -> None:
     def watch(snapshot: hg.Snapshot) -> Any:
         return {

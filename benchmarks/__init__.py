@@ -1,0 +1,1 @@
+"""Benchmarks: what a hypergradient costs, measured side by side."""
