@@ -1,5 +1,6 @@
 """The table of small training problems that feeds the tests of every adjoint."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ def network(params: tuple[Layer, ...], inputs: Array) -> Array:
 
 
 def classification(optimizer: str = "momentum", dtype: Any = None, steps: int = STEPS) -> Problem:
-    """A small network on random data; learns starts, schedules of all granularities, data, penalty, batches."""
+    """A small network on random data, with everything learned, schedules of all granularities."""
     rng = np.random.default_rng(0)
     dtype = jnp.float64 if dtype is None else dtype
 
@@ -47,7 +48,7 @@ def classification(optimizer: str = "momentum", dtype: Any = None, steps: int = 
     rows = jnp.asarray(rng.integers(0, 40, (steps, 10)))
     sizes = [6, 5, 3]
     params = tuple(
-        Layer(normal(a, b, scale=a**-0.5), jnp.zeros(b, dtype)) for a, b in zip(sizes, sizes[1:])
+        Layer(normal(a, b, scale=a**-0.5), jnp.zeros(b, dtype)) for a, b in itertools.pairwise(sizes)
     )
     rate = 0.5 if optimizer == "momentum" else 0.1
 
@@ -79,7 +80,7 @@ def classification(optimizer: str = "momentum", dtype: Any = None, steps: int = 
         "params": params,
         "velocity": jax.tree.map(lambda w: 0.1 * jnp.ones_like(w), params),
         "hypers": {
-            # one per layer: a schedule, and a constant; one per leaf: schedules, a constant, one per weight
+            # by layer: a schedule, and a constant; by leaf: schedules, a constant, and by weight
             "learning_rate": (between(0.5 * rate, rate, steps), jnp.asarray(rate, dtype)),
             "momentum": (
                 Layer(between(0.3, 0.95, steps), jnp.asarray(0.7, dtype)),
