@@ -185,7 +185,7 @@ def main(
     judged = {name: judge(config, s, hypers, unseen) for name, hypers in contestants.items()}
 
     print(
-        f"{config.data}: {config.steps} steps, mean ± standard deviation over {config.judged_on} unseen seeds"
+        f"{config.data}, {config.steps} steps: mean ± standard deviation over {config.judged_on} new seeds"
     )
     print(f"{'schedule':<20}{'training loss':>20}{'test error, %':>20}   runs")
     runs = {"before": 0, "learned": config.meta_iterations} | {k: int(v["runs"]) for k, v in found.items()}
