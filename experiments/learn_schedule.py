@@ -53,15 +53,25 @@ SETTINGS = {
 }
 
 
-class Setting(NamedTuple):
-    """Data and network of a configuration."""
+class Examples(NamedTuple):
+    """The data: arguments of the compiled functions, not constants inside them."""
 
     images: Array  # (n, pixels), centred
     labels: Array  # (n,)
     test_images: Array
     test_labels: Array
+
+
+class Setting(NamedTuple):
+    """Data and network of a configuration."""
+
+    examples: Examples
     init: Callable[..., Any]
     apply: Callable[..., Array]
+
+    def loss(self, params: Any, examples: Examples) -> Array:
+        """Loss on all training examples."""
+        return nets.cross_entropy(self.apply(params, examples.images), examples.labels)
 
 
 class Judged(NamedTuple):
@@ -84,26 +94,20 @@ def setting(config: Config, directory: str | None) -> Setting:
     mean = images.mean(axis=0)
     init, apply = nets.mlp([images.shape[1], *HIDDEN, loaded.classes])
     few = slice(config.examples)
-    return Setting(
-        jnp.asarray((images - mean)[few]),
-        jnp.asarray(loaded.train_labels[few]),
-        jnp.asarray(test - mean),
-        jnp.asarray(loaded.test_labels),
-        init,
-        apply,
-    )
+    arrays = (images - mean)[few], loaded.train_labels[few], test - mean, loaded.test_labels
+    return Setting(Examples(*map(jnp.asarray, arrays)), init, apply)
 
 
-def trainer(config: Config, s: Setting, adjoint: Any = None) -> Callable[[Any, Array], hg.Trained]:
-    """A training run as a function of the hyperparameters and a key for weights and minibatches."""
+def trainer(config: Config, s: Setting, adjoint: Any = None) -> Callable[..., hg.Trained]:
+    """Training as a function of examples, hyperparameters, and a key for weights and minibatches."""
 
-    def loss(params: Any, meta: Any, rows: Array) -> Array:
-        return nets.cross_entropy(s.apply(params, s.images[rows]), s.labels[rows])
+    def run(examples: Examples, hypers: Any, key: Array) -> hg.Trained:
+        def loss(params: Any, meta: Any, rows: Array) -> Array:
+            return nets.cross_entropy(s.apply(params, examples.images[rows]), examples.labels[rows])
 
-    def run(hypers: Any, key: Array) -> hg.Trained:
         weights, batches = jax.random.split(key)
-        size = min(config.batch_size, len(s.images))
-        rows = data.minibatches(batches, len(s.images), size, config.steps)
+        count = len(examples.images)
+        rows = data.minibatches(batches, count, min(config.batch_size, count), config.steps)
         return hg.train(loss, s.init(weights), hypers, None, rows, steps=config.steps, adjoint=adjoint)
 
     return run
@@ -114,12 +118,12 @@ def judge(config: Config, s: Setting, hypers: Any, seeds: Sequence[int]) -> Judg
     run = trainer(config, s)
 
     @jax.jit
-    def results(hypers: Any, key: Array) -> tuple[Array, Array]:
-        params = run(hypers, key).params
-        loss = nets.cross_entropy(s.apply(params, s.images), s.labels)
-        return loss, nets.error_rate(s.apply(params, s.test_images), s.test_labels)
+    def results(examples: Examples, hypers: Any, key: Array) -> tuple[Array, Array]:
+        params = run(examples, hypers, key).params
+        error = nets.error_rate(s.apply(params, examples.test_images), examples.test_labels)
+        return s.loss(params, examples), error
 
-    pairs = [results(hypers, jax.random.key(seed)) for seed in seeds]
+    pairs = [results(s.examples, hypers, jax.random.key(seed)) for seed in seeds]
     return Judged(*(np.asarray(column, np.float64) for column in zip(*pairs)))
 
 
@@ -130,13 +134,13 @@ def search(config: Config, s: Setting, shape: Callable[[float], Array], runs: in
     run = trainer(config, s, hg.Stored())  # floats may overflow here: a diverged run just loses
 
     @jax.jit
-    def final(rate: Array, momentum: Array, key: Array) -> Array:
-        params = run({"learning_rate": rate, "momentum": momentum}, key).params
-        return nets.cross_entropy(s.apply(params, s.images), s.labels)
+    def final(examples: Examples, rate: Array, momentum: Array, key: Array) -> Array:
+        hypers = {"learning_rate": rate, "momentum": momentum}
+        return s.loss(run(examples, hypers, key).params, examples)
 
     key = jax.random.key(config.seed)
     trials = {
-        (rate, momentum): float(final(shape(rate), jnp.float32(momentum), key))
+        (rate, momentum): float(final(s.examples, shape(rate), jnp.float32(momentum), key))
         for rate, momentum in itertools.product(rates, momenta)
     }
     rate, momentum = min(trials, key=lambda k: np.nan_to_num(trials[k], nan=np.inf))
@@ -156,7 +160,7 @@ def main(
     run = trainer(config, s)
 
     def objective(hypers: Any, key: Array) -> Array:
-        return nets.cross_entropy(s.apply(run(hypers, key).params, s.images), s.labels)
+        return s.loss(run(s.examples, hypers, key).params, s.examples)
 
     learned = meta.optimize(
         objective,
@@ -199,7 +203,7 @@ def main(
 
     if output is not None:
         key = jax.random.key(UNSEEN)
-        curves = {name: run(hypers, key).losses for name, hypers in contestants.items()}
+        curves = {name: run(s.examples, hypers, key).losses for name, hypers in contestants.items()}
         record = {
             "config": asdict(config),
             "searches": found,

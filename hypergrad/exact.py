@@ -109,10 +109,14 @@ def admissible(n: Array) -> Array:
         return jnp.all((n >= jnp.uint64(BASE * SMALLEST_FACTOR)) & (n <= jnp.uint64(BASE)))
 
 
-def ratio(n: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """The factor that a numerator stands for, ``n / 2**32``, as a float."""
+def quantised(factor: Array, n: Array) -> Array:
+    """The factor that a numerator stands for, ``n / 2**32``, in the type of the factor.
+
+    Where the factor cannot be undone and has no numerator, it is the factor itself.
+    """
     with jax.enable_x64(True):
-        return (n.astype(jnp.float64) * (1.0 / BASE)).astype(dtype)
+        ratio = (n.astype(jnp.float64) * (1.0 / BASE)).astype(factor.dtype)
+        return jnp.where(n > 0, ratio, factor)
 
 
 def cost(n: Array) -> Array:

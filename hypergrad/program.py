@@ -176,10 +176,8 @@ def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
     for k, move in enumerate(moves):
         x = leaf[move.variable]
         if isinstance(move, Scale):
-            factor = jax.lax.stop_gradient(move.factor)
-            n = move.numerator(factor)
-            # A factor too small to be undone is no obstacle here, and is taken as it is.
-            quantised = jnp.where(n > 0, exact.ratio(n, x.dtype), factor)
+            factor = jax.lax.stop_gradient(jnp.asarray(move.factor, x.dtype))
+            quantised = exact.quantised(factor, move.numerator(factor))
             moved = straight_through(quantised * x, move.factor * x)
         elif isinstance(move, Shift):
             moved = x + move.amount(_view(move, k, moves, leaf, gradient))
