@@ -1,14 +1,14 @@
 """Gradient descent with and without momentum.
 
-======  ==================  =====================================
+======  ==================  ===========================================
 symbol  name                meaning
-======  ==================  =====================================
+======  ==================  ===========================================
 ``w``   params              parameters
 ``v``   velocity            running average (or sum) of gradients
 ``g``   gradient            gradient at ``w`` before the step
 ``α``   learning_rate       ``>= 0``
-``γ``   momentum            ``0 <= γ < 1``, and ``γ > 0`` to be reversed
-======  ==================  =====================================
+``γ``   momentum            ``0 <= γ < 1``; ``γ >= 2**-7`` to be reversed
+======  ==================  ===========================================
 """
 
 from collections.abc import Sequence
