@@ -642,7 +642,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rows = [r for r in report["rows"] if r["time_ratio"] and r["temp_bytes"] and r["contestant"] != PLAIN]
     names = list(dict.fromkeys(r["contestant"] for r in rows))
     markers = dict(zip([*CONTESTANTS, *TORCH], "xoDsv^<>PXd"))
-    left = (REVERSIBLE, REMAT_STEPS, "optax")  # where labels keep clear of their neighbours
+    # Where labels keep clear of their neighbours: offset in points and alignment; the others right.
+    left, above, below = ((-6, 1), "right"), ((0, 6), "center"), ((0, -13), "center")
+    sides = {REVERSIBLE: left, "Checkpointed": above, REMAT_STEPS: above, REMAT: below, "optax": below}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name in names:
         own = [r for r in rows if r["contestant"] == name]
@@ -650,9 +652,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ours = name == REVERSIBLE
         colours = {"color": "black" if ours else "0.45", "markerfacecolor": "black" if ours else "white"}
         axes.plot(x, y, marker=markers[name], linewidth=1.4 if ours else 0.7, label=name, **colours)
-        side = {"xytext": (-6, 1), "ha": "right"} if name in left else {"xytext": (6, -5), "ha": "left"}
+        offset, align = sides.get(name, ((6, -5), "left"))
         for r, a, b in list(zip(own, x, y))[:: max(1, len(own) - 1)]:  # the ends of the line
-            axes.annotate(str(r["steps"]), (a, b), textcoords="offset points", fontsize=7, **side)
+            text = {"textcoords": "offset points", "fontsize": 7, "ha": align}
+            axes.annotate(str(r["steps"]), (a, b), offset, **text)
     axes.axhline(1, color="0.6", linestyle=":", label=PLAIN)
     axes.set(xscale="log", yscale="log", xlabel="temporary memory, MiB", ylabel="time / plain training")
     axes.margins(x=0.1)
