@@ -49,6 +49,7 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import nets
+from hypergrad.schedules import replace_file
 
 MOMENTUM = 0.9
 RESULTS = Path(__file__).parent / "results"
@@ -621,10 +622,7 @@ def versions() -> dict[str, str]:
 def save(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(report, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    replace_file(path, json.dumps(report, indent=1).encode())
 
 
 def load(path: Path) -> dict[str, Any]:

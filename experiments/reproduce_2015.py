@@ -28,6 +28,7 @@ learning", ICML 2015, and the results in the authors' repository.
 import argparse
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -51,6 +52,7 @@ from tqdm import tqdm
 import hypergrad as hg
 from hypergrad import data, nets
 from hypergrad.program import Move, Optimizer, Scale, Shift
+from hypergrad.schedules import replace_file
 
 Arrays = dict[str, np.ndarray]
 Params = tuple[nets.Dense, ...]
@@ -710,8 +712,10 @@ def write(folder: Path, config: dict[str, Any], results: Mapping[str, tuple[floa
         "floor": FLOOR,
         "experiments": {k: record[k] for k in EXPERIMENTS if k in record},
     }
-    numbers.write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n")
-    np.savez_compressed(arrays, **{k: kept[k] for k in sorted(kept)})
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{k: kept[k] for k in sorted(kept)})
+    replace_file(numbers, (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(arrays, packed.getvalue())
 
 
 def draw(folder: Path, name: str, ours: Arrays, theirs: Arrays) -> None:
@@ -721,7 +725,9 @@ def draw(folder: Path, name: str, ours: Arrays, theirs: Arrays) -> None:
         size = (4.6 * columns if columns > 1 else 7, 3.4 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
         EXPERIMENTS[name].draw(axes.ravel(), ours, theirs)
-        figure.savefig(folder / f"reproduce_2015_{name}.png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        replace_file(folder / f"reproduce_2015_{name}.png", picture.getvalue())
         plt.close(figure)
 
 

@@ -199,7 +199,7 @@ def optimize(
         data, *arguments
     )
     row, _ = lowered.out_info
-    names = jax.tree.broadcast(constraints, hypers, is_leaf=_is_constraint)
+    names = jax.tree.broadcast(constraints, hypers, is_leaf=schedules.is_constraint)
     run = _Run(
         compile=functools.cache(lambda: functools.partial(lowered.compile(), data)),
         row=row,
@@ -211,7 +211,9 @@ def optimize(
         fingerprint={
             "hypers": _describe(hypers),
             "starting values (digest)": _digest(hypers),
-            "constraints": ", ".join(leaf.name for leaf in jax.tree.leaves(names, is_leaf=_is_constraint)),
+            "constraints": ", ".join(
+                leaf.name for leaf in jax.tree.leaves(names, is_leaf=schedules.is_constraint)
+            ),
             "key": f"{jax.random.key_impl(key)} {np.asarray(_plain(key)).tolist()}",
             "seeds": str(seeds),
             "resample": str(resample),
@@ -265,10 +267,6 @@ def _refuse_bad_settings(
         raise ValueError(
             f"optimize(checkpoint={os.fspath(checkpoint)!r}): its folder does not exist; make it first"
         )
-
-
-def _is_constraint(node: object) -> bool:
-    return isinstance(node, schedules.Constraint)
 
 
 def _start(constraints: PyTree, hypers: PyTree) -> tuple[PyTree, PyTree]:

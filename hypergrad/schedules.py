@@ -110,21 +110,22 @@ def interval(low: float, high: float) -> Constraint:
     return Constraint(to_constrained, to_raw, f"interval({low}, {high})", f"{low} < x < {high}")
 
 
-def _is_constraint(node: object) -> bool:
+def is_constraint(node: object) -> bool:
+    """Whether a node of a tree is a Constraint, which a tree of them has for leaves."""
     return isinstance(node, Constraint)
 
 
 def _spread(call: str, constraints: PyTree, values: PyTree) -> PyTree:
-    for leaf in jax.tree.leaves(constraints, is_leaf=_is_constraint):
+    for leaf in jax.tree.leaves(constraints, is_leaf=is_constraint):
         if not isinstance(leaf, Constraint):
             raise TypeError(
                 f"{call}(constraints=...): the leaf {leaf!r} is not a Constraint; use "
                 "schedules.real, positive, unit, interval(low, high) or a Constraint of your own"
             )
     try:
-        return jax.tree.broadcast(constraints, values, is_leaf=_is_constraint)
+        return jax.tree.broadcast(constraints, values, is_leaf=is_constraint)
     except ValueError as error:
-        names = jax.tree.map(lambda leaf: leaf.name, constraints, is_leaf=_is_constraint)
+        names = jax.tree.map(lambda leaf: leaf.name, constraints, is_leaf=is_constraint)
         raise ValueError(
             f"{call}(constraints={names}): not a prefix of the tree of values, "
             f"{jax.tree.structure(values)}; give one Constraint for all values, or a tree with "
