@@ -1,8 +1,9 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
 from hypergrad import data, meta, nets, schedules
-from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
+from hypergrad.adjoints import Adjoint, Checkpointed, Stored
 from hypergrad.optimizers import heavy_ball, momentum, sgd
+from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
 

@@ -85,6 +85,9 @@ class Outputs(NamedTuple):
     watched: PyTree
 
 
+Solution = tuple[list[Leaf], Outputs]  # the end of a run, and what its steps gave out
+
+
 @dataclass(frozen=True)
 class Hoisted:
     """A function traced once, with what it closed over as an explicit list of arguments.

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad.adjoints import Adjoint, Reversible
+from hypergrad.adjoints import Adjoint
 from hypergrad.optimizers import momentum
 from hypergrad.program import PARAMS, Leaf, Optimizer
+from hypergrad.reversible import Reversible
 from hypergrad.run import Constants, Hoisted, Inputs, PyTree, Run, Snapshot, hoist
 
 
