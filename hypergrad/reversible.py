@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad import exact, program
+from hypergrad import exact
 from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Scale
 from hypergrad.run import (
     Constants,
@@ -49,6 +49,34 @@ class _Health(NamedTuple):
     recovered: Array
 
 
+class _Played(NamedTuple):
+    """A segment of the run forwards: its exact end, its tapes, what it remembered, and how it went."""
+
+    leaves: list[ExactLeaf]
+    tapes: list[list[Array]]
+    records: list[dict[str, Array]]
+    outputs: Outputs
+    failed: Array
+    needed: list[Array]
+
+
+class _Flags(NamedTuple):
+    """Which arrays of constants and inputs are to be differentiated."""
+
+    constants: PyTree
+    inputs: PyTree
+
+    @property
+    def loss(self) -> PyTree:
+        """Those that the loss takes."""
+        return self.constants.loss, self.inputs.batch
+
+    @property
+    def hypers(self) -> PyTree:
+        """Those that the moves take."""
+        return self.constants.hypers, self.inputs.hypers
+
+
 class _Scaled(NamedTuple):
     """One `Scale` of one leaf: its variable, that variable's shape, and the factor's: () or the same."""
 
@@ -57,12 +85,14 @@ class _Scaled(NamedTuple):
     factor_shape: tuple[int, ...]
 
 
-def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array]:
-    """Numerators of all scales of one leaf at one step."""
+def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
+    """Numerators of all scales of one leaf at one step; None where only the run itself tells."""
     with jax.enable_x64(run.x64):
         moves = run.optimizer.moves(SimpleNamespace(**fixed, **scheduled), t)
     return [
-        exact.spread(move.numerator(move.factor), start[move.variable].shape)
+        None
+        if callable(move.factor)
+        else exact.spread(move.numerator(move.factor), start[move.variable].shape)
         for move in moves
         if isinstance(move, Scale)
     ]
@@ -85,7 +115,9 @@ def _scales(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -
         for move in moves:
             if isinstance(move, Scale):
                 shape = leaf[move.variable].shape
-                n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), move.factor)
+                # What a factor may remember are scalars.
+                factor = move.factor(_Ones()) if callable(move.factor) else move.factor
+                n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
                 scaled.append(_Scaled(move.variable, shape, n.shape))
         result.append(scaled)
     return result
@@ -97,8 +129,9 @@ def _known_lengths(
     start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
+    length: int,
 ) -> list[list[int | None]]:
-    """Length of every tape, computed before the run, or None where the factors are traced."""
+    """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
     lengths: list[list[int | None]] = []
     for i, (leaf, scaled) in enumerate(zip(start, scales)):
         fixed, scheduled = constants.hypers[i], inputs.hypers[i]
@@ -107,23 +140,56 @@ def _known_lengths(
             continue
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             numerators = partial(_factors, run, i, leaf)
+            # A factor may come out one unit away from that of the run: one bit more is enough for all.
+            empty = [exact.empty_bits(s.factor_shape) + exact.BIT for s in scaled]
             if all(s.factor_shape == () for s in scaled):
-                over = jax.vmap(numerators, (None, 0, 0))
-                totals = [jnp.sum(exact.cost(n)) for n in over(fixed, scheduled, inputs.step)]
+                over = jax.vmap(numerators, (None, 0, 0))(fixed, scheduled, inputs.step)
+                needed = [
+                    None if n is None else exact.tape_length(bits + _longest(exact.cost(n), length))
+                    for n, bits in zip(over, empty)
+                ]
             elif any(isinstance(x, jax.core.Tracer) for x in [*fixed.values(), *scheduled.values()]):
                 continue
             else:
-                zero = [jnp.zeros(s.factor_shape, jnp.int64) for s in scaled]
-
-                def add(totals: list[Array], x: Any, fixed: Any = fixed, f: Any = numerators) -> Any:
-                    return [a + exact.cost(n) for a, n in zip(totals, f(fixed, *x))], None
-
-                totals, _ = jax.lax.scan(add, zero, (scheduled, inputs.step))
-            for k, (total, s) in enumerate(zip(totals, scaled)):
-                bits = exact.empty_bits(s.factor_shape) + total
-                length = exact.tape_length(bits)
-                lengths[i][k] = None if isinstance(length, jax.core.Tracer) else int(length)
+                needed = _needed(partial(numerators, fixed), empty, length, scheduled, inputs.step)
+            for k, need in enumerate(needed):
+                lengths[i][k] = None if need is None or isinstance(need, jax.core.Tracer) else int(need)
     return lengths
+
+
+def _needed(
+    numerators: Callable[..., list[Array | None]],
+    empty: list[Array],
+    length: int,
+    scheduled: Mapping[str, Array],
+    steps: Array,
+) -> list[Array | None]:
+    """Tape that any segment needs, for factors that differ from element to element."""
+
+    def add(carry: Any, x: Any) -> Any:
+        (bits, needed), (hypers, t) = carry, x
+        first = (t - steps[0]) % length == 0
+        costs = [0 if n is None else exact.cost(n) for n in numerators(hypers, t)]
+        bits = [jnp.where(first, e, b) + c for e, b, c in zip(empty, bits, costs)]
+        return (bits, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, bits)]), None
+
+    nothing = [jnp.int64(0) for _ in empty]
+    (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
+    told = numerators({name: x[0] for name, x in scheduled.items()}, steps[0])
+    return [None if n is None else need for n, need in zip(told, needed)]
+
+
+def _longest(costs: Array, length: int) -> Array:
+    """The most that a segment of so many steps costs, from the costs ``(T,)`` of all."""
+    padded = jnp.pad(costs, (0, -costs.size % length))
+    return jnp.max(jnp.sum(padded.reshape(-1, length), axis=1))
+
+
+class _Ones:
+    """Stands for what a step remembers where only shapes matter."""
+
+    def __getattr__(self, name: str) -> float:
+        return 1.0
 
 
 def _complete(lengths: list[list[int | None]]) -> bool:
@@ -194,6 +260,152 @@ def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Arra
     )
 
 
+def _cut(tree: PyTree, length: int) -> tuple[PyTree, PyTree]:
+    """Arrays by step, cut into whole segments ``(S, length, ...)``, and what is left over."""
+
+    def whole(x: Array) -> Array:
+        count = x.shape[0] // length
+        return x[: count * length].reshape(count, length, *x.shape[1:])
+
+    return jax.tree.map(whole, tree), jax.tree.map(lambda x: x[x.shape[0] // length * length :], tree)
+
+
+def _all_equal(a: PyTree, b: PyTree) -> Array:
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
+    return jnp.all(jnp.stack(jax.tree.leaves(same)))
+
+
+def _same(start: list[dict[str, Array]], found: list[ExactLeaf]) -> Array:
+    """Whether a segment backwards arrived at its start, with nothing left in the buffers."""
+    empty = [exact.is_empty(b) for leaf in found for b in leaf.buffers]
+    return jnp.all(jnp.stack([_all_equal(start, _highs(found)), *empty]))
+
+
+def _play(
+    run: Run,
+    integers: Exact,
+    scales: list[list[_Scaled]],
+    lengths: list[list[int]] | None,
+    flags: _Flags,
+    high: list[dict[str, Array]],
+    constants: Constants,
+    inputs: Inputs,
+    failed: Array,
+) -> _Played:
+    """A segment forwards on integers, from empty buffers.
+
+    Args:
+      run: the run.
+      integers: its exact arithmetic.
+      scales: of every leaf.
+      lengths: of the tapes; None if there will be no way back.
+      flags: what will be differentiated on the way back.
+      high: integers at the start.
+      constants: of the run.
+      inputs: of the steps of the segment.
+      failed: the first step that has failed so far, or -1.
+    """
+    tapes = [
+        [
+            exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
+            for k, s in enumerate(leaf)
+        ]
+        for i, leaf in enumerate(scales)
+    ]
+    leaves = [
+        ExactLeaf(each, [exact.empty(s.shape, s.factor_shape) for s in scaled])
+        for each, scaled in zip(high, scales)
+    ]
+
+    def step(carry: Any, x: Inputs) -> Any:
+        leaves, tapes, failed = carry
+        live = x.step >= 0
+        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+        if lengths is None:
+            loss, gradient = run.gradient(params, constants.loss, x.batch)
+        else:
+            at = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
+            loss, gradient, _ = at.primal
+        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+        at_step = (constants.hypers, x.hypers, x.step)
+        new, tapes, records, valid = integers.step(at_step, leaves, tapes, seen, live)
+        failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)
+        snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
+        return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
+
+    (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), inputs)
+    needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
+    return _Played(leaves, tapes, records, outputs, failed, needed)
+
+
+def _replay(
+    run: Run,
+    integers: Exact,
+    flags: _Flags,
+    played: _Played,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    loss_bars: Array,
+    bars: list[Leaf],
+    sums: list[Array],
+) -> Any:
+    """A segment backwards.
+
+    Args:
+      run: the run.
+      integers: its exact arithmetic.
+      flags: what is differentiated.
+      played: the segment forwards.
+      start: of the run, for shapes.
+      constants: of the run.
+      inputs: of the steps of the segment.
+      loss_bars: cotangents of the losses of the segment.
+      bars: cotangents of its end.
+      sums: cotangents of the constants, from later segments.
+
+    Returns:
+      Exact start of the segment, its cotangents and the sums; and the cotangents of the inputs.
+    """
+    wanted = sum(jax.tree.leaves(flags.constants.loss))
+    fixed = len(sums) - wanted
+    slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
+    spread_shapes = _spread_shapes(flags.hypers, (constants.hypers, slices), start)
+
+    def unstep(carry: Any, inputs: tuple[Inputs, list[dict[str, Array]], Array]) -> Any:
+        leaves, bars, sums = carry
+        x, records, loss_bar = inputs
+        at_step = (constants.hypers, x.hypers, x.step)
+        live = x.step >= 0
+        leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
+        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+        linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
+        gradient = linearised.primal[1]
+        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+        leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
+        floats = integers.floats(leaves)
+
+        # The float twin of the step, as a function of everything but the loss.
+        hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
+        spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
+
+        def twin(floats: list[Leaf], gradient: list[Array], spread: list[Array]) -> list[Leaf]:
+            fixed, scheduled = merge(spread)
+            return run.stepped(floats, gradient, fixed, scheduled, x.step)
+
+        bars, direction, spread = jax.vjp(twin, floats, gradient, spread)[1](bars)
+        products = linearised.transposed(loss_bar, direction)
+        for leaf, product in zip(bars, products.params):
+            leaf[PARAMS] += product
+        each = [_sum_to(bar, h.shape) for bar, h in zip(spread, hypers)]
+        same = [*products.wanted[:wanted], *each[:fixed]]
+        sums = [a + b for a, b in zip(sums, same)]
+        return (leaves, bars, sums), (products.wanted[wanted:], each[fixed:])
+
+    carry = (played.leaves, bars, sums)
+    return jax.lax.scan(unstep, carry, (inputs, played.records, loss_bars), reverse=True)
+
+
 @dataclass(frozen=True)
 class Reversible:
     """The run is played backwards, bit for bit; memory holds only the bits that a step destroys.
@@ -202,6 +414,11 @@ class Reversible:
     Before a hypergradient is returned the recovered start is compared with the real one; where a single
     bit differs the caller gets a `ReversalError`.
 
+    With several segments only their starts are kept, as integers, and every segment is played forwards
+    again before it is played backwards: for one more training run, memory falls from ``T b`` bits per
+    parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (64 for the
+    parameters and for every variable).  It is least for ``S = √(T b / k)``.
+
     Args:
       bits: room of the information buffers, in bits per element and step for every `Scale` of the
         optimizer; the mean of ``log2(1 / factor)`` over the run is needed.  It counts only where the
@@ -209,6 +426,7 @@ class Reversible:
         computed.  None is 1.
       radix: binary digits after the point, by variable (``{"params": 40}``), where the optimizer's own
         do not suit; values must stay below ``2**(62 - radix)``.
+      segments: in how many segments the run is played back, in ``[1, T]``.
 
     Raises:
       ReversalError: at the call, or, under ``jit``, from the running program.
@@ -218,15 +436,18 @@ class Reversible:
 
     >>> import hypergrad as hg
     >>> hg.Reversible(bits=0.2)
-    Reversible(bits=0.2, radix=())
+    Reversible(bits=0.2, radix=(), segments=1)
     """
 
     bits: float | None = None
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    segments: int = 1
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 0 < self.bits <= 7:
             raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
+        if self.segments < 1:
+            raise ValueError(f"Reversible(segments={self.segments}): there must be at least one segment")
         object.__setattr__(self, "radix", tuple(dict(self.radix).items()))  # hashable
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -237,26 +458,39 @@ class Reversible:
                 f"{run.call}: radix has {unknown}; the variables are {[PARAMS, *run.optimizer.variables]}"
             )
         scales = _scales(run, start, constants, inputs)
-        known = _known_lengths(run, scales, start, constants, inputs)
-        nothing = jax.tree.map(lambda _: False, (constants, inputs))
+        length = -(-run.steps // min(self.segments, run.steps))
+        known = _known_lengths(run, scales, start, constants, inputs, length)
+        nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-            return self._play(run, scales, None, nothing, start, constants, inputs)[0]
+            return self._forward(run, scales, None, nothing, length, start, constants, inputs)[0]
 
         def forward(*arguments: Any) -> Any:
-            flags = jax.tree.map(lambda x: x.perturbed, arguments[1:])
+            flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
-            now_known = known if _complete(known) else _known_lengths(run, scales, *arguments)
-            lengths = self._allot(run, scales, now_known)
-            solution, *record = self._play(run, scales, lengths, flags, *arguments)
+            now_known = known
+            if not _complete(known):
+                start, constants, inputs = arguments
+                now_known = _known_lengths(run, scales, start, constants, inputs, length)
+            lengths = self._allot(scales, now_known, length)
+            solution, *record = self._forward(run, scales, lengths, flags, length, *arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
 
         def backward(saved: Any, cotangents: Any) -> Any:
-            arguments, (end, tapes, health), flags, lengths = saved
-            bars, health = self._replay(
-                run, scales, thaw(flags), end, tapes, health, instantiate(cotangents), *arguments
+            arguments, (played, checkpoints, health), flags, lengths = saved
+            bars, health = self._backward(
+                run,
+                scales,
+                lengths.value,
+                thaw(flags),
+                length,
+                played,
+                checkpoints,
+                health,
+                instantiate(cotangents),
+                *arguments,
             )
             # What went wrong forwards is told here too: without jit nobody may have looked there, and
             # under jit the compiler leaves out what only an unused value depends on.
@@ -270,87 +504,84 @@ class Reversible:
         return own | dict(self.radix)
 
     def _exact(self, run: Run, start: list[Leaf]) -> Exact:
-        return Exact(self._radix(run), [leaf[PARAMS].dtype for leaf in start], run.x64)
+        return Exact(run.moves, self._radix(run), [leaf[PARAMS].dtype for leaf in start], run.x64)
 
     def _allot(
-        self, run: Run, scales: list[list[_Scaled]], known: list[list[int | None]]
+        self, scales: list[list[_Scaled]], known: list[list[int | None]], length: int
     ) -> list[list[int]]:
         """Length of every tape: what is needed where that is known, else from `bits`."""
-        room = exact.MARGIN + (1.0 if self.bits is None else self.bits) * run.steps
+        room = exact.MARGIN + (1.0 if self.bits is None else self.bits) * length
         rows = max(0, math.ceil((room - exact.DIGITS) / 8)) + 1
         return [
-            [
-                rows * math.prod(scaled.factor_shape) if length is None else length
-                for length, scaled in zip(*leaf)
-            ]
+            [rows * math.prod(scaled.factor_shape) if need is None else need for need, scaled in zip(*leaf)]
             for leaf in zip(known, scales)
         ]
 
-    def _to_exact(self, run: Run, scales: list[list[_Scaled]], start: list[Leaf]) -> list[ExactLeaf]:
-        """The start as integers, with empty buffers."""
-        leaves, radix = [], self._radix(run)
-        for leaf, scaled in zip(start, scales):
-            high = {name: exact.to_fixed(x, radix[name]) for name, x in leaf.items()}
-            leaves.append(ExactLeaf(high, [exact.empty(s.shape, s.factor_shape) for s in scaled]))
-        return leaves
+    def _to_high(self, run: Run, start: list[Leaf]) -> list[dict[str, Array]]:
+        """The start as integers."""
+        radix = self._radix(run)
+        return [{name: exact.to_fixed(x, radix[name]) for name, x in leaf.items()} for leaf in start]
 
-    def _play(
+    def _forward(
         self,
         run: Run,
         scales: list[list[_Scaled]],
         lengths: list[list[int]] | None,
-        flags: PyTree,
+        flags: _Flags,
+        length: int,
         start: list[Leaf],
         constants: Constants,
         inputs: Inputs,
-    ) -> tuple[Solution, list[ExactLeaf], list[list[Array]], _Health]:
-        """The run forwards on integers: its solution, its exact end, the tapes, and how it went.
+    ) -> tuple[Solution, _Played, list[list[dict[str, Array]]], _Health]:
+        """The run forwards: its solution, its last segment, the starts of segments, and how it went.
 
         Without `lengths` nothing is recorded.
         """
         integers = self._exact(run, start)
-        loss_flags = (flags[0].loss, flags[1].batch)
-        tapes = [
-            [
-                exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
-                for k, s in enumerate(leaf)
-            ]
-            for i, leaf in enumerate(scales)
-        ]
-
-        def step(carry: Any, x: Inputs) -> Any:
-            leaves, tapes, failed = carry
-            live = x.step >= 0
-            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
-            if lengths is None:
-                loss, gradient = run.gradient(params, constants.loss, x.batch)
-            else:
-                at = linearise(run, params, (constants.loss, x.batch), loss_flags, live)
-                loss, gradient, _ = at.primal
-            moves = run.moves(constants.hypers, x.hypers, x.step)
-            new, tapes, valid = integers.step(moves, leaves, tapes, gradient, live)
-            failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)
-            snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
-            return (new, tapes, failed), Outputs(loss, run.watched(snapshot, constants))
-
+        whole, rest = divmod(run.steps, length)
+        tapeless = None if lengths is None else [[0 for _ in leaf] for leaf in lengths]
         with jax.enable_x64(True):
-            leaves = self._to_exact(run, scales, start)
-            valid = jnp.all(jnp.stack([exact.fits(x) for x in jax.tree.leaves(_highs(leaves))]))
-            carry = leaves, tapes, jnp.where(valid, jnp.int32(-1), jnp.int32(0))
-            (leaves, tapes, failed), outputs = jax.lax.scan(step, carry, inputs)
-            needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
-            end = integers.floats(leaves)
-        health = _Health(failed, needed, jnp.asarray(True))
-        end, outputs = self._refuse(run, scales, lengths, (end, outputs), health)
-        return (end, outputs), leaves, tapes, health
+            high = self._to_high(run, start)
+            valid = jnp.all(jnp.stack([exact.fits(x) for x in jax.tree.leaves(high)]))
+            failed = jnp.where(valid, jnp.int32(-1), jnp.int32(0))
+            if whole == 1 and rest == 0:
+                played = _play(run, integers, scales, lengths, flags, high, constants, inputs, failed)
+                checkpoints, outputs = [], played.outputs
+                needed = played.needed
+            else:
 
-    def _replay(
+                def segment(carry: Any, x: Inputs) -> Any:
+                    high, failed, needed = carry
+                    played = _play(run, integers, scales, tapeless, flags, high, constants, x, failed)
+                    needed = [jnp.maximum(*pair) for pair in zip(needed, played.needed)]
+                    return (_highs(played.leaves), played.failed, needed), (high, played.outputs)
+
+                nothing = [jnp.int64(0) for leaf in scales for _ in leaf]
+                carry = (high, failed, nothing)
+                cut, last = _cut(inputs, length)
+                carry, (kept, outputs) = jax.lax.scan(segment, carry, cut)
+                checkpoints = [kept]
+                outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
+                if rest:
+                    carry, (kept, ended) = segment(carry, last)
+                    checkpoints.append(kept)
+                    outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
+                high, failed, needed = carry
+                played = _Played([ExactLeaf(x, []) for x in high], [], [], outputs, failed, needed)
+            end = integers.floats(played.leaves)
+        health = _Health(played.failed, needed, jnp.asarray(True))
+        end, outputs = self._refuse(run, scales, lengths, (end, outputs), health)
+        return (end, outputs), played._replace(outputs=Outputs(outputs.loss, None)), checkpoints, health
+
+    def _backward(
         self,
         run: Run,
         scales: list[list[_Scaled]],
-        flags: PyTree,
-        end: list[ExactLeaf],
-        tapes: list[list[Array]],
+        lengths: list[list[int]],
+        flags: _Flags,
+        length: int,
+        played: _Played,
+        checkpoints: list[Any],
         health: _Health,
         cotangents: Solution,
         start: list[Leaf],
@@ -359,73 +590,55 @@ class Reversible:
     ) -> tuple[tuple[list[Leaf], PyTree, PyTree], _Health]:
         """The run backwards: cotangents of start, constants and inputs, and how it went."""
         integers = self._exact(run, start)
-        constant_flags, input_flags = flags
-        loss_flags = (constant_flags.loss, input_flags.batch)
-        hyper_flags = (constant_flags.hypers, input_flags.hypers)
         constant, _ = split(
-            (constant_flags.loss, constant_flags.hypers), (constants.loss, constants.hypers)
+            (flags.constants.loss, flags.constants.hypers), (constants.loss, constants.hypers)
         )
-        wanted = sum(jax.tree.leaves(constant_flags.loss))
-        fixed = len(constant) - wanted
-        slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
-        spread_shapes = _spread_shapes(hyper_flags, (constants.hypers, slices), start)
-
-        def unstep(carry: Any, inputs: tuple[Inputs, Array]) -> Any:
-            leaves, bars, sums = carry
-            x, output_bar = inputs
-            moves = run.moves(constants.hypers, x.hypers, x.step)
-            live = x.step >= 0
-            leaves = integers.unstep(moves, leaves, tapes, None, live)
-            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
-            linearised = linearise(run, params, (constants.loss, x.batch), loss_flags, live)
-            gradient = linearised.primal[1]
-            leaves = integers.unstep(moves, leaves, tapes, gradient, live)
-            floats = integers.floats(leaves)
-
-            # The float twin of the step, as a function of everything but the loss.
-            hypers, merge = split(hyper_flags, (constants.hypers, x.hypers))
-            spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
-
-            def twin(floats: list[Leaf], gradient: list[Array], spread: list[Array]) -> list[Leaf]:
-                fixed, scheduled = merge(spread)
-                moves = run.moves(fixed, scheduled, x.step)
-                return [program.step(*part) for part in zip(moves, floats, gradient)]
-
-            bars, direction, spread = jax.vjp(twin, floats, gradient, spread)[1](bars)
-            products = linearised.transposed(output_bar, direction)
-            for leaf, product in zip(bars, products.params):
-                leaf[PARAMS] += product
-            each = [_sum_to(bar, h.shape) for bar, h in zip(spread, hypers)]
-            same = [*products.wanted[:wanted], *each[:fixed]]
-            sums = [a + b for a, b in zip(sums, same)]
-            return (leaves, bars, sums), (products.wanted[wanted:], each[fixed:])
-
+        wanted = sum(jax.tree.leaves(flags.constants.loss))
         bars, output_bars = cotangents
         with jax.enable_x64(True):
-            carry = (end, bars, [jnp.zeros_like(x) for x in constant])
-            (leaves, bars, sums), steps = jax.lax.scan(
-                unstep, carry, (inputs, output_bars.loss), reverse=True
-            )
-            recovered = self._recovered(self._to_exact(run, scales, start), leaves)
+            sums = [jnp.zeros_like(x) for x in constant]
+            if not checkpoints:
+                high = self._to_high(run, start)
+                (found, bars, sums), steps = _replay(
+                    run, integers, flags, played, start, constants, inputs, output_bars.loss, bars, sums
+                )
+                recovered = _same(high, found)
+            else:
+
+                def segment(carry: Any, x: Any) -> Any:
+                    end, bars, sums, recovered = carry
+                    high, x, loss_bars = x
+                    unharmed = jnp.int32(-1)
+                    played = _play(run, integers, scales, lengths, flags, high, constants, x, unharmed)
+                    again = _all_equal(end, _highs(played.leaves))
+                    (found, bars, sums), steps = _replay(
+                        run, integers, flags, played, start, constants, x, loss_bars, bars, sums
+                    )
+                    return (high, bars, sums, recovered & again & _same(high, found)), steps
+
+                carry = (_highs(played.leaves), bars, sums, jnp.asarray(True))
+                cut, last = _cut(inputs, length)
+                cut_bars, last_bars = _cut(output_bars.loss, length)
+                ended = []
+                if len(checkpoints) > 1:
+                    carry, steps = segment(carry, (checkpoints[1], last, last_bars))
+                    ended.append(steps)
+                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], cut, cut_bars), reverse=True)
+                joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+                steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended)
+                _, bars, sums, recovered = carry
         batch_bars, hyper_bars = steps
         constant_bars = Constants(
-            scatter(constant_flags.loss, sums[:wanted]),
-            scatter(constant_flags.hypers, sums[wanted:]),
+            scatter(flags.constants.loss, sums[:wanted]),
+            scatter(flags.constants.hypers, sums[wanted:]),
             [None for _ in constants.watch],  # type: ignore[misc]  # watching is not differentiated
         )
         input_bars = Inputs(
-            scatter(input_flags.batch, batch_bars),
-            scatter(input_flags.hypers, hyper_bars),
+            scatter(flags.inputs.batch, batch_bars),
+            scatter(flags.inputs.hypers, hyper_bars),
             None,  # type: ignore[arg-type]  # of integers
         )
         return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
-
-    @staticmethod
-    def _recovered(start: list[ExactLeaf], leaves: list[ExactLeaf]) -> Array:
-        """Whether the run backwards arrived at the start, with nothing left in the buffers."""
-        same = jax.tree.map(lambda a, b: jnp.all(a == b), _highs(start), _highs(leaves))
-        empty = [exact.is_empty(b) for leaf in leaves for b in leaf.buffers]
-        return jnp.all(jnp.stack(jax.tree.leaves(same) + empty))
 
     def _refuse(
         self, run: Run, scales: list[list[_Scaled]], lengths: Any, result: PyTree, health: _Health

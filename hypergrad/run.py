@@ -188,6 +188,31 @@ class Run:
                 for fixed, scheduled in zip(constants, inputs)
             ]
 
+    def transformed(
+        self,
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        gradient: Sequence[Array],
+    ) -> list[Array]:
+        """The gradient as the moves see it."""
+        if self.optimizer.transform is None:
+            return list(gradient)
+        with jax.enable_x64(self.x64):
+            hypers = [SimpleNamespace(**fixed, **each) for fixed, each in zip(constants, inputs)]
+            return list(self.optimizer.transform(hypers, gradient))
+
+    def seen(
+        self,
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        gradient: Sequence[Array],
+        live: Array,
+    ) -> list[Array]:
+        """The same, in a way that gives the same bits in both directions (see `program.isolated`)."""
+        if self.optimizer.transform is None:
+            return list(gradient)
+        return program.isolated(live, self.transformed, constants, inputs, list(gradient))
+
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
         """The inner loss of flat parameters."""
         captured, meta = loss_constants[: self.captured], loss_constants[self.captured :]
@@ -215,14 +240,22 @@ class Run:
         """One step in floats, for adjoints that leave differentiation to JAX."""
         params = [leaf[PARAMS] for leaf in leaves]
         loss, gradient = self.gradient(params, constants.loss, inputs.batch)
-        new = [
-            program.step(moves, leaf, g)
-            for moves, leaf, g in zip(
-                self.moves(constants.hypers, inputs.hypers, inputs.step), leaves, gradient
-            )
-        ]
+        new = self.stepped(leaves, gradient, constants.hypers, inputs.hypers, inputs.step)
         snapshot = self.snapshot(leaves, loss, gradient, inputs.step)
         return new, Outputs(loss, self.watched(snapshot, constants))
+
+    def stepped(
+        self,
+        leaves: Sequence[Leaf],
+        gradient: Sequence[Array],
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        t: Array,
+    ) -> list[Leaf]:
+        """The moves of one step in floats."""
+        seen = self.transformed(constants, inputs, gradient)
+        moves = self.moves(constants, inputs, t)
+        return [program.step(*part) for part in zip(moves, leaves, seen)]
 
     def gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
