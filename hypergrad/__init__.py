@@ -1,8 +1,16 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
 from hypergrad import data, meta, nets, schedules
-from hypergrad.adjoints import Adjoint, Checkpointed, Stored
-from hypergrad.optimizers import heavy_ball, momentum, sgd
+from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
+from hypergrad.optimizers import (
+    as_optax,
+    clip,
+    clip_by_global_norm,
+    from_optax,
+    heavy_ball,
+    momentum,
+    sgd,
+)
 from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
@@ -12,12 +20,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Adjoint",
     "Checkpointed",
+    "Forward",
     "ReversalError",
     "Reversible",
     "Snapshot",
     "Stored",
     "Trained",
+    "Truncated",
+    "as_optax",
+    "clip",
+    "clip_by_global_norm",
     "data",
+    "from_optax",
     "heavy_ball",
     "meta",
     "momentum",

@@ -2,22 +2,27 @@
 
 An adjoint is one function from a run and its arrays to the end of the run, whose derivative it arranges.
 
-================  ===========================================  ============================
-adjoint           memory beside the parameters                 time, in plain trainings
-================  ===========================================  ============================
-`Reversible`      ``log2(1/γ)`` bits per parameter and step    about 3 to 4
-`Stored`          everything, every step                       about 3
-`Checkpointed`    ``2 √T`` copies of the state                 about 4
-================  ===========================================  ============================
+=================  ===========================================  ============================
+adjoint            memory beside the parameters                 time, in plain trainings
+=================  ===========================================  ============================
+`Reversible`       ``log2(1/γ)`` bits per parameter and step    about 3 to 4
+`Stored`           everything, every step                       about 3
+`Checkpointed`     ``2 √T`` copies of the state                 about 4
+`Truncated(k)`     that of another adjoint over ``k`` steps     1, and that over ``k`` steps
+`Forward`          one copy of the state per number             1 to 2 per number
+=================  ===========================================  ============================
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from hypergrad.program import Leaf
 from hypergrad.run import Constants, Inputs, Run, Solution
@@ -87,3 +92,127 @@ class Checkpointed:
             return leaves, outputs
         leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
         return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Only the last steps are differentiated; what went in before them counts as constant.
+
+    The hypergradient is biased: it leaves out what the end of the run owes to earlier steps, and its
+    derivatives in the start of the run and in the schedules of earlier steps are zero.
+
+    Args:
+      steps: how many of the last steps are differentiated, at least 1.
+      adjoint: how, by default `Stored`.
+
+    Source: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel optimization",
+    AISTATS 2019.
+
+    >>> import hypergrad as hg
+    >>> hg.Truncated(20)
+    Truncated(steps=20, adjoint=Stored())
+    """
+
+    steps: int
+    adjoint: Adjoint = field(default_factory=Stored)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Truncated(steps={self.steps}): at least one step must be differentiated")
+
+    def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+        """See `Adjoint`."""
+        before = run.steps - self.steps
+        if before <= 0:
+            return self.adjoint(run, start, constants, inputs)
+        early, late = (
+            jax.tree.map(lambda x, part=part: x[part], inputs)
+            for part in (slice(before), slice(before, None))
+        )
+        held = jax.lax.stop_gradient((start, constants, early))
+        leaves, outputs = self.adjoint(replace(run, steps=before), *held)
+        leaves, rest = self.adjoint(
+            replace(run, steps=self.steps), jax.lax.stop_gradient(leaves), constants, late
+        )
+        outputs = jax.lax.stop_gradient(outputs)
+        return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Forward mode: derivatives are carried along with the run, one copy of the state for each number.
+
+    Memory does not grow with the steps.  For a handful of numbers, such as constant hyperparameters; also
+    the only adjoint that `jax.jvp` and `jax.jacfwd` can differentiate.
+
+    Args:
+      limit: how many numbers may be differentiated before the call is refused.
+
+    Raises:
+      ValueError: if more are.
+
+    Source: Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter
+    optimization", ICML 2017, section 3.2.
+
+    >>> import hypergrad as hg
+    >>> hg.Forward()
+    Forward(limit=64)
+    """
+
+    limit: int = 64
+
+    def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+        """See `Adjoint`."""
+
+        everything = (start, constants, inputs)
+        arrays = jax.tree.leaves(everything)
+        structure: Any = jax.tree.structure(everything)
+        # A hyperparameter is given to many leaves: it is one number, to be carried once.
+        once = {id(x): x for x in arrays}
+        place = {key: k for k, key in enumerate(once)}
+        places = [place[id(x)] for x in arrays]
+
+        def plain(*distinct: Array) -> Solution:
+            start, constants, inputs = structure.unflatten([distinct[k] for k in places])
+
+            def step(leaves: list[Leaf], x: Inputs) -> Solution:
+                return run.step(leaves, constants, x, run.plain_gradient)
+
+            return jax.lax.scan(step, start, inputs)
+
+        def rule(flat: Any, given: Any) -> Any:
+            wanted = [k for k, x in enumerate(given) if not isinstance(x, SymbolicZero)]
+            sizes = [flat[k].size for k in wanted]
+            if sum(sizes) > self.limit:
+                raise ValueError(
+                    f"{run.call}: {sum(sizes)} numbers are differentiated, and Forward carries a copy of "
+                    f"the state for each of at most limit={self.limit}; pass adjoint=Reversible() or "
+                    "Checkpointed(), or a higher limit"
+                )
+
+            def end(values: list[Array]) -> Solution:
+                replaced = dict(zip(wanted, values))
+                return plain(*(replaced.get(k, x) for k, x in enumerate(flat)))
+
+            point = [flat[k] for k in wanted]
+
+            def column(k: Array) -> Any:
+                """Derivative of the end in the ``k``-th number."""
+                parts = np.split(jnp.arange(sum(sizes)) == k, np.cumsum(sizes)[:-1])
+                units = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, point)]
+                return jax.jvp(end, (point,), (units,))
+
+            solution, columns = jax.vmap(column, out_axes=(None, 0))(jnp.arange(sum(sizes)))
+            direction = jnp.concatenate([jnp.ravel(given[k]) for k in wanted])
+            return solution, jax.tree.map(lambda x: _combined(direction, x), columns)
+
+        solve = jax.custom_jvp(plain)
+        solve.defjvp(rule, symbolic_zeros=True)
+        return solve(*once.values())
+
+
+def _combined(weights: Array, columns: Array) -> Array | np.ndarray:
+    """``Σ_k weights_k columns_k``; integers have no derivative."""
+    if columns.dtype == jax.dtypes.float0:
+        return np.zeros(columns.shape[1:], jax.dtypes.float0)
+    return jnp.tensordot(weights, columns, 1, precision="highest").astype(columns.dtype)

@@ -147,6 +147,25 @@ class Optimizer:
         return self.radix if variable == PARAMS else self.variables[variable].radix
 
 
+@dataclass(frozen=True)
+class Whole:
+    """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
+
+    Attributes:
+      name: as the user would call it.
+      init: from the parameters to the optimizer's state, any pytree.
+      update: ``(h, gradient, state, params) -> (params, state)``, with ``h`` a dictionary of scalars.
+      hypers: names and default values of the hyperparameters; None marks one that must be given.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    hypers: Mapping[str, float | None] = field(default_factory=dict)
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
 class ExactLeaf(NamedTuple):
     """Exact state of one leaf: integers by variable, and one buffer for every `Scale` of the program."""
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from hypergrad import exact
-from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Scale
+from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Optimizer, Scale, Whole
 from hypergrad.run import (
     Constants,
     Inputs,
@@ -87,8 +87,7 @@ class _Scaled(NamedTuple):
 
 def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
     """Numerators of all scales of one leaf at one step; None where only the run itself tells."""
-    with jax.enable_x64(run.x64):
-        moves = run.optimizer.moves(SimpleNamespace(**fixed, **scheduled), t)
+    moves = run.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
     return [
         None
         if callable(move.factor)
@@ -102,9 +101,8 @@ def _scales(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -
     """The scales of every leaf; refuses a program that cannot be reversed."""
     result = []
     for i, leaf in enumerate(start):
-        with jax.enable_x64(run.x64):
-            h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
-            moves = run.optimizer.moves(h, inputs.step[0])
+        h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
+        moves = run.leaf_moves(h, inputs.step[0])
         for move in moves:
             if isinstance(move, Assign):
                 raise ReversalError(
@@ -452,6 +450,11 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.adjoints.Adjoint`."""
+        if isinstance(run.optimizer, Whole):
+            raise ReversalError(
+                f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
+                "reversal; pass adjoint=Checkpointed() or Stored()"
+            )
         unknown = sorted(set(dict(self.radix)) - {PARAMS, *run.optimizer.variables})
         if unknown:
             raise ValueError(
@@ -500,6 +503,7 @@ class Reversible:
         return solve(start, constants, inputs)
 
     def _radix(self, run: Run) -> dict[str, int]:
+        assert isinstance(run.optimizer, Optimizer)
         own = {name: run.optimizer.radix_of(name) for name in (PARAMS, *run.optimizer.variables)}
         return own | dict(self.radix)
 

@@ -23,7 +23,7 @@ Transform = Callable[[Sequence[Any], Sequence[Array]], list[Array]]
 def clip(optimizer: Optimizer) -> Optimizer:
     """Clip every element of the gradient, ``g <- min(max(g, -c), c)``, as `optax.clip` does.
 
-    Adds the hyperparameter ``max_delta`` (c > 0, no default), which like any other may be a schedule or differ
+    Adds the hyperparameter ``max_delta`` (c, no default), which like any other may be a schedule or differ
     by leaf, and can be learned.  Reversible if the optimizer is.
 
     Args:
@@ -49,7 +49,7 @@ def clip(optimizer: Optimizer) -> Optimizer:
 def clip_by_global_norm(optimizer: Optimizer) -> Optimizer:
     """Shorten a gradient that is too long, ``g <- g min(1, c / ‖g‖)``, with the norm over all leaves.
 
-    As `optax.clip_by_global_norm`.  Adds the hyperparameter ``max_norm`` (c > 0, no default), which like any
+    As `optax.clip_by_global_norm`.  Adds the hyperparameter ``max_norm`` (c, no default), which like any
     other may be a schedule or differ by leaf, and can be learned.  Reversible if the optimizer is.
 
     Args:
@@ -64,17 +64,18 @@ def clip_by_global_norm(optimizer: Optimizer) -> Optimizer:
     >>> import jax.numpy as jnp
     >>> steep = lambda w, meta, step: 3.0 * w[0] + 4.0 * w[1]
     >>> hypers = {"learning_rate": 0.1, "momentum": 0.5, "max_norm": 1.0}
-    >>> hg.train(steep, jnp.ones(2), hypers, steps=1, optimizer=hg.clip_by_global_norm(hg.heavy_ball())).params
+    >>> clipped = hg.clip_by_global_norm(hg.heavy_ball())
+    >>> hg.train(steep, jnp.ones(2), hypers, steps=1, optimizer=clipped).params
     Array([0.94, 0.92], dtype=float32)
     """
 
     def transform(hypers: Sequence[Any], gradient: Sequence[Array]) -> list[Array]:
-        norm = jnp.sqrt(sum((jnp.sum(g**2) for g in gradient), start=jnp.zeros(())))
+        squares = jnp.sum(jnp.stack([jnp.sum(g**2) for g in gradient]))
         clipped = []
         for h, g in zip(hypers, gradient):
-            short = norm < h.max_norm
-            # Where nothing is clipped the norm may be 0, whose derivative must not come in as NaN.
-            clipped.append(jnp.where(short, g, g * (h.max_norm / jnp.where(short, 1.0, norm))))
+            short = squares <= h.max_norm**2
+            norm = jnp.sqrt(jnp.where(short, 1.0, squares))  # of a zero gradient: no derivative, not NaN
+            clipped.append(g * jnp.where(short, 1.0, h.max_norm / norm).astype(g.dtype))
         return clipped
 
     return _with(optimizer, "clip_by_global_norm", "max_norm", transform)
