@@ -198,7 +198,7 @@ def _hypers(
     fixed: list[dict[str, Array]] = [{} for _ in leaves]
     scheduled: list[dict[str, Array]] = [{} for _ in leaves]
     for key, default in optimizer.hypers.items():
-        value = hypers.get(key, default)
+        value = jax.tree.map(_plain_array, hypers.get(key, default))
         try:
             spread = jax.tree.leaves(jax.tree.broadcast(value, params))
         except ValueError as error:
@@ -209,7 +209,6 @@ def _hypers(
         for i, (x, leaf, name) in enumerate(zip(spread, leaves, names)):
             where = f"{call}: hypers[{key!r}] for {name}"
             known = not isinstance(x, jax.core.Tracer)
-            x = np.asarray(x) if known else x
             if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
                 raise ValueError(f"{where} is {x.dtype}; it must be a real number")
             if known:
@@ -238,6 +237,11 @@ def _hypers(
             else:
                 fixed[i][key] = x[0]
     return fixed, scheduled
+
+
+def _plain_array(x: Any) -> Any:
+    """What is known as a NumPy array; what is traced without the weak type of a Python number."""
+    return jnp.asarray(x, x.dtype) if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None) -> None:
