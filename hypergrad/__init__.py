@@ -11,6 +11,7 @@ from hypergrad.optimizers import (
     momentum,
     sgd,
 )
+from hypergrad.planner import Estimate, Plan, plan
 from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
@@ -20,7 +21,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adjoint",
     "Checkpointed",
+    "Estimate",
     "Forward",
+    "Plan",
     "ReversalError",
     "Reversible",
     "Snapshot",
@@ -36,6 +39,7 @@ __all__ = [
     "meta",
     "momentum",
     "nets",
+    "plan",
     "schedules",
     "sgd",
     "train",

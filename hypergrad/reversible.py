@@ -99,6 +99,11 @@ def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Ar
 
 def _scales(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[_Scaled]]:
     """The scales of every leaf; refuses a program that cannot be reversed."""
+    if isinstance(run.optimizer, Whole):
+        raise ReversalError(
+            f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
+            "reversal; pass adjoint=Checkpointed() or Stored()"
+        )
     result = []
     for i, leaf in enumerate(start):
         h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
@@ -188,6 +193,20 @@ class _Ones:
 
     def __getattr__(self, name: str) -> float:
         return 1.0
+
+
+def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
+    """Bits per element and step that scales destroy, by variable; the most over all leaves.
+
+    One bit, for which `Reversible` has room by default, where only the run itself tells.
+    """
+    scales = _scales(run, start, constants, inputs)
+    lengths = _known_lengths(run, scales, start, constants, inputs, run.steps)
+    bits: dict[str, float] = {}
+    for scaled, need in zip(itertools.chain(*scales), itertools.chain(*lengths)):
+        each = 1.0 if need is None else 8 * need / math.prod(scaled.factor_shape) / run.steps
+        bits[scaled.variable] = max(each, bits.get(scaled.variable, 0.0))
+    return bits
 
 
 def _complete(lengths: list[list[int | None]]) -> bool:
@@ -419,9 +438,9 @@ class Reversible:
 
     Args:
       bits: room of the information buffers, in bits per element and step for every `Scale` of the
-        optimizer; the mean of ``log2(1 / factor)`` over the run is needed.  It counts only where the
-        factors (momentum) are not known before the run, that is under ``jit``; else the need is
-        computed.  None is 1.
+        optimizer, in (0, 7]; one number, or by variable (``{"velocity": 0.2}``).  The mean of
+        ``log2(1 / factor)`` over the run is needed.  It counts only where the factors (momentum) are not
+        known before the run, that is under ``jit``; else the need is computed.  By default 1.
       radix: binary digits after the point, by variable (``{"params": 40}``), where the optimizer's own
         do not suit; values must stay below ``2**(62 - radix)``.
       segments: in how many segments the run is played back, in ``[1, T]``.
@@ -433,34 +452,35 @@ class Reversible:
     learning", ICML 2015, Algorithms 2 and 3.
 
     >>> import hypergrad as hg
-    >>> hg.Reversible(bits=0.2)
-    Reversible(bits=0.2, radix=(), segments=1)
+    >>> hg.Reversible(segments=10)
+    Reversible(bits=(), radix=(), segments=10)
     """
 
-    bits: float | None = None
+    bits: float | Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     segments: int = 1
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not 0 < self.bits <= 7:
+        given = [self.bits] if isinstance(self.bits, int | float) else dict(self.bits).values()
+        if not all(0 < bits <= 7 for bits in given):
             raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
         if self.segments < 1:
             raise ValueError(f"Reversible(segments={self.segments}): there must be at least one segment")
-        object.__setattr__(self, "radix", tuple(dict(self.radix).items()))  # hashable
+        # Hashable, as what is static must be.
+        object.__setattr__(self, "radix", tuple(dict(self.radix).items()))
+        if not isinstance(self.bits, int | float):
+            object.__setattr__(self, "bits", tuple(dict(self.bits).items()))
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.adjoints.Adjoint`."""
-        if isinstance(run.optimizer, Whole):
-            raise ReversalError(
-                f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
-                "reversal; pass adjoint=Checkpointed() or Stored()"
-            )
-        unknown = sorted(set(dict(self.radix)) - {PARAMS, *run.optimizer.variables})
-        if unknown:
-            raise ValueError(
-                f"{run.call}: radix has {unknown}; the variables are {[PARAMS, *run.optimizer.variables]}"
-            )
         scales = _scales(run, start, constants, inputs)
+        assert isinstance(run.optimizer, Optimizer)
+        variables = [PARAMS, *run.optimizer.variables]
+        bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
+        for name, given in (("radix", [*dict(self.radix)]), ("bits", [*bits])):
+            unknown = sorted(set(given) - set(variables))
+            if unknown:
+                raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {variables}")
         length = -(-run.steps // min(self.segments, run.steps))
         known = _known_lengths(run, scales, start, constants, inputs, length)
         nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
@@ -514,12 +534,29 @@ class Reversible:
         self, scales: list[list[_Scaled]], known: list[list[int | None]], length: int
     ) -> list[list[int]]:
         """Length of every tape: what is needed where that is known, else from `bits`."""
-        room = exact.MARGIN + (1.0 if self.bits is None else self.bits) * length
-        rows = max(0, math.ceil((room - exact.DIGITS) / 8)) + 1
+
+        def room(scaled: _Scaled) -> int:
+            bits = exact.MARGIN + self._bits(scaled.variable) * length
+            rows = max(0, math.ceil((bits - exact.DIGITS) / 8)) + 1
+            return rows * math.prod(scaled.factor_shape)
+
         return [
-            [rows * math.prod(scaled.factor_shape) if need is None else need for need, scaled in zip(*leaf)]
+            [room(scaled) if need is None else need for need, scaled in zip(*leaf)]
             for leaf in zip(known, scales)
         ]
+
+    def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
+        """Bytes of tape that are reserved under ``jit`` when no factor is known."""
+        scales = _scales(run, start, constants, inputs)
+        length = -(-run.steps // min(self.segments, run.steps))
+        lengths = self._allot(scales, [[None] * len(leaf) for leaf in scales], length)
+        return sum(
+            (n + 1) * math.prod(scaled.shape if scaled.factor_shape == () else ())
+            for scaled, n in zip(itertools.chain(*scales), itertools.chain(*lengths))
+        )
+
+    def _bits(self, variable: str) -> float:
+        return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
 
     def _to_high(self, run: Run, start: list[Leaf]) -> list[dict[str, Array]]:
         """The start as integers."""
@@ -671,12 +708,13 @@ class Reversible:
         )
 
     def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:
-        bits = (8 * need / math.prod(scaled.factor_shape) + 8) / run.steps
-        reserved = 1.0 if self.bits is None else self.bits
+        length = -(-run.steps // min(self.segments, run.steps))
+        bits = (8 * need / math.prod(scaled.factor_shape) + 8) / length
+        enough = {scaled.variable: math.ceil(100 * bits) / 100}
         return (
             f"{run.call}: the information buffer of {scaled.variable!r} would overflow: its factors "
-            f"destroy {bits:.3g} bits per element and step, and room for {reserved:.3g} was reserved; "
-            f"pass Reversible(bits={math.ceil(100 * bits) / 100}) or more"
+            f"destroy {bits:.3g} bits per element and step, and room for "
+            f"{self._bits(scaled.variable):.3g} was reserved; pass Reversible(bits={enough}) or more"
         )
 
     def _not_recovered(self, run: Run) -> str:
