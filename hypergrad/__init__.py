@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import data, meta, nets, schedules
+from hypergrad import data, files, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
 from hypergrad.optimizers import heavy_ball, momentum, sgd
 from hypergrad.run import Snapshot
@@ -17,6 +17,7 @@ __all__ = [
     "Stored",
     "Trained",
     "data",
+    "files",
     "heavy_ball",
     "meta",
     "momentum",

@@ -18,9 +18,8 @@ import optax
 import scipy.optimize
 from tqdm import tqdm
 
-from hypergrad import schedules
-from hypergrad.run import hoist
-from hypergrad.schedules import PyTree
+from hypergrad import files, schedules
+from hypergrad.run import PyTree, hoist
 
 Objective = Callable[[PyTree, jax.Array], Any]
 
@@ -620,7 +619,7 @@ def _unpack(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
 
 def _save(run: _Run, values: PyTree, like: PyTree, rows: list[Any]) -> int:
     if run.checkpoint is not None:
-        schedules.save(
+        files.save(
             run.checkpoint,
             _pack("values", values) | _pack("rows", _stack(like, rows)),
             fingerprint=run.fingerprint,
@@ -633,7 +632,7 @@ def _restore(run: _Run) -> tuple[dict[str, np.ndarray], int]:
     if run.checkpoint is None or not os.path.exists(run.checkpoint):
         return {}, 0
     try:
-        arrays, metadata = schedules.load(run.checkpoint)
+        arrays, metadata = files.load(run.checkpoint)
     except ValueError as error:
         raise ValueError(
             f"optimize(checkpoint={_name(run)}): cannot resume from it, {error}; or delete it to "

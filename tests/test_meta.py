@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad import meta, schedules
+from hypergrad import files, meta, schedules
 from hypergrad.meta import LBFGSB, HypergradientExplosion
 
 TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
@@ -323,18 +323,18 @@ def test_a_stopped_run_stops_again_when_resumed(tmp_path, optimizer):
 
 
 def test_an_interrupt_loses_at_most_the_unsaved_steps(tmp_path, monkeypatch):
-    save, calls = schedules.save, []
+    save, calls = files.save, []
 
     def interrupted(*arguments, **metadata):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(save(*arguments, **metadata))
 
-    monkeypatch.setattr(schedules, "save", interrupted)
+    monkeypatch.setattr(files, "save", interrupted)
     settings = {"steps": 12, "checkpoint": tmp_path / "run.npz", "checkpoint_every": 3}
     with pytest.raises(KeyboardInterrupt):
         long_run("adam", **settings)
-    assert schedules.load(tmp_path / "run.npz")[1]["rows"] == 6
+    assert files.load(tmp_path / "run.npz")[1]["rows"] == 6
     monkeypatch.undo()
     assert_same(long_run("adam", **settings), long_run("adam", steps=12))
 
@@ -359,7 +359,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name
     finally:
         victim.send_signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
-    reached = schedules.load(path)[1]["rows"]
+    reached = files.load(path)[1]["rows"]
     whole = long_run(name, steps=KILLED[name])
     assert 1 <= reached < len(whole.history.loss)
     assert_same(long_run(name, steps=KILLED[name], checkpoint=path), whole)
@@ -399,18 +399,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"optimize\(checkpoint=.*cannot resume from it, load\("):
         run(quadratic, START, checkpoint=path)
-    schedules.save(path, np.ones(3))
+    files.save(path, np.ones(3))
     with pytest.raises(ValueError, match="it holds another run"):
         run(quadratic, START, checkpoint=path)
-    assert_same(schedules.load(path)[0], np.ones(3))
+    assert_same(files.load(path)[0], np.ones(3))
 
 
 def test_a_journal_that_scipy_does_not_follow_is_refused(tmp_path):
     path = tmp_path / "run.npz"
     long_run("lbfgsb", checkpoint=path, steps=5)
-    arrays, metadata = schedules.load(path)
+    arrays, metadata = files.load(path)
     arrays["rows.point"][3, 0] += 1e-9
-    schedules.save(path, arrays, **metadata)
+    files.save(path, arrays, **metadata)
     with pytest.raises(ValueError, match="replaying its evaluation 3, SciPy asks for other val"):
         long_run("lbfgsb", checkpoint=path, steps=5)
 
