@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import data, files, meta, nets, schedules
+from hypergrad import constraints, data, files, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
 from hypergrad.optimizers import heavy_ball, momentum, sgd
 from hypergrad.run import Snapshot
@@ -16,6 +16,7 @@ __all__ = [
     "Snapshot",
     "Stored",
     "Trained",
+    "constraints",
     "data",
     "files",
     "heavy_ball",

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad import files, meta, schedules
+from hypergrad import constraints, files, meta
 from hypergrad.meta import LBFGSB, HypergradientExplosion
 
 TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
 START = {"momentum": np.float32(0.5), "rate": np.ones(3, np.float32)}
-CONSTRAINTS = {"momentum": schedules.unit, "rate": schedules.positive}
+CONSTRAINTS = {"momentum": constraints.unit, "rate": constraints.positive}
 
 
 def quadratic(hypers, key):
@@ -59,7 +59,7 @@ def test_a_quadratic_is_optimised_to_its_known_optimum(optimizer, steps):
     assert best.history.loss[0] == pytest.approx(1.3125)
     assert best.history.loss[-1] < 1e-5
     assert best.history.aux is None
-    assert_same(best.hypers, schedules.constrain(CONSTRAINTS, best.raw))
+    assert_same(best.hypers, constraints.constrain(CONSTRAINTS, best.raw))
 
 
 def test_the_default_is_adam_with_004():
@@ -70,7 +70,7 @@ def test_the_default_is_adam_with_004():
 
 
 def test_the_first_step_is_the_one_computed_by_hand():
-    best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=schedules.positive)
+    best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=constraints.positive)
     gradient = 2 * (1 - TARGET["rate"])  # d rate / d raw = rate = 1 here
     np.testing.assert_allclose(best.raw["rate"], -0.1 * gradient, rtol=1e-6)
     momentum = 0.5 * 2 * (0.5 - 0.75)
@@ -376,7 +376,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"seeds": 3}, "seeds there: 2; here: 3"),
         ({"key": jax.random.key(1)}, r"key there: .* \[0, 0\]; here: .* \[0, 1\]"),
         ({"resample": False}, "resample there: True; here: False"),
-        ({"constraints": schedules.interval(-9, 9)}, r"constraints there: real; here: interval\("),
+        ({"constraints": constraints.interval(-9, 9)}, r"constraints there: real; here: interval\("),
         ({"optimizer": optax.sgd(0.1)}, r"optimizer state there: .*\.mu .*; here: \)"),
         ({"optimizer": LBFGSB()}, "optimizer there: None; here: LBFGSB"),
     ):
@@ -433,11 +433,11 @@ def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
         ({"key": 3}, r"optimize\(key=3\): not one PRNG key; use jax.random.key\(0\)"),
         ({"key": jax.random.split(jax.random.key(0))}, r"(?s)optimize\(key=.*: not one PRNG key"),
         (
-            {"constraints": schedules.interval(0.6, 3.0)},
+            {"constraints": constraints.interval(0.6, 3.0)},
             r"optimize\(hypers, constraints=...\): \['momentum'\] holds 0.5, outside the domain of",
         ),
         (
-            {"constraints": {"momentum": schedules.unit}},
+            {"constraints": {"momentum": constraints.unit}},
             r"optimize\(hypers, constraints=...\): not a prefix of the tree of values",
         ),
         (
