@@ -16,7 +16,7 @@ PyTree = Any
 
 
 class Constraint(NamedTuple):
-    """A smooth bijection between the real line and an open domain, applied element by element.
+    """A smooth bijection between raw numbers and a domain; all but `ascending` act element by element.
 
     Args:
         to_constrained: raw array -> array of the same shape and dtype inside the domain.
@@ -101,6 +101,26 @@ def interval(low: float, high: float) -> Constraint:
         return jnp.log(value - low) - jnp.log(high - value)
 
     return Constraint(to_constrained, to_raw, f"interval({low}, {high})", f"{low} < x < {high}")
+
+
+def _ascend(raw: jax.Array) -> jax.Array:
+    # Rounding may make a sum smaller than the one before it, by the order of additions.
+    return jax.lax.cummax(jnp.cumsum(jnp.concatenate([raw[:1], _exp(raw[1:])])))
+
+
+def _gaps(value: jax.Array) -> jax.Array:
+    if value.ndim != 1:
+        raise ValueError(
+            f"constraints.ascending for a value of shape {value.shape}: an order needs an array of shape "
+            "(K,); give it at a leaf that is one, and other constraints elsewhere"
+        )
+    gaps = jnp.diff(value)
+    smallest = jnp.exp(-_largest_raw(value.dtype))  # a gap of 0 stands for one lost to rounding
+    return jnp.concatenate([value[:1], jnp.log(jnp.where(gaps == 0, smallest, gaps))])
+
+
+ascending = Constraint(_ascend, _gaps, "ascending", "x_1 <= x_2 <= ...")
+"""Arrays `(K,)` in order, such as the knots of a schedule: `value_k = raw_1 + sum_{1<j<=k} exp(raw_j)`."""
 
 
 def is_constraint(node: object) -> bool:

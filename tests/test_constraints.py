@@ -62,6 +62,38 @@ def test_maps_keep_dtypes_and_ends_in_low_precision(dtype):
         assert constraints.unconstrain(constraint, value).dtype == dtype
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(finite, min_size=6, max_size=6))
+def test_ascending_round_trip(raw):
+    value = constraints.constrain(constraints.ascending, jnp.asarray(raw, jnp.float32))
+    assert (np.diff(value) >= 0).all()
+    again = constraints.constrain(
+        constraints.ascending, constraints.unconstrain(constraints.ascending, value)
+    )
+    np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=6, max_size=6))
+def test_ascending_never_leaves_its_domain(raw):
+    raw = jnp.asarray(raw, jnp.float32)
+    value, pull = jax.vjp(constraints.ascending.to_constrained, raw)
+    constraints.unconstrain(constraints.ascending, value)  # refuses what is outside
+    assert np.isfinite(pull(jnp.ones_like(raw))[0]).all()
+
+
+def test_ascending_is_the_documented_formula():
+    value = constraints.constrain(constraints.ascending, jnp.array([-2.0, 0.0, 1.0]))
+    np.testing.assert_allclose(value, [-2, -1, -1 + np.e], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"holds 1.0, outside the domain of ascending \(x_1 <="):
+        constraints.unconstrain(constraints.ascending, jnp.array([0.0, 2.0, 1.0]))
+
+
+def test_ascending_refuses_what_is_no_sequence():
+    with pytest.raises(ValueError, match=r"ascending for a value of shape \(\): an order needs an ar"):
+        constraints.unconstrain(constraints.ascending, 1.0)
+
+
 def test_constraints_are_a_prefix_of_the_values():
     values = {"model": [jnp.array([0.5]), jnp.array([0.25])], "rate": jnp.array(0.1)}
     raw = constraints.unconstrain({"model": constraints.unit, "rate": constraints.positive}, values)
