@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import data, meta, nets, schedules
+from hypergrad import constraints, data, files, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.optimizers import (
     as_optax,
@@ -33,7 +33,9 @@ __all__ = [
     "as_optax",
     "clip",
     "clip_by_global_norm",
+    "constraints",
     "data",
+    "files",
     "from_optax",
     "heavy_ball",
     "meta",

@@ -198,7 +198,7 @@ def test_heavy_ball_is_optax_sgd_with_momentum() -> None:
     rates = jnp.linspace(0.05, 0.01, 50)
     hypers = {"learning_rate": rates, "momentum": 0.8}
     trained = hg.train(loss, w, hypers, steps=50, optimizer=hg.heavy_ball())
-    transformation = optax.sgd(hg.schedules.as_optax(rates), momentum=0.8)
+    transformation = optax.sgd(hg.schedules.PerStep(rates), momentum=0.8)
     state = transformation.init(w)
     for t in range(50):
         assert float(trained.losses[t]) == pytest.approx(float(loss(w, None, t)), rel=1e-5)
@@ -213,7 +213,7 @@ def test_momentum_is_optax_ema_for_a_schedule_of_momenta() -> None:
     momenta = jnp.linspace(0.3, 0.95, 40)
     trained = hg.train(loss, w, {"learning_rate": 0.1, "momentum": momenta}, steps=40)
     transformation = optax.inject_hyperparams(lambda decay: optax.ema(decay, debias=False))(
-        decay=hg.schedules.as_optax(momenta)
+        decay=hg.schedules.PerStep(momenta)
     )
     state = transformation.init(w)
     for t in range(40):
