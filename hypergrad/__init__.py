@@ -2,7 +2,26 @@
 
 from hypergrad import data, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
-from hypergrad.optimizers import heavy_ball, momentum, sgd
+from hypergrad.optimizers import (
+    adadelta,
+    adagrad,
+    adagrad_momentum,
+    adam,
+    adamax,
+    adamw,
+    amsgrad,
+    heavy_ball,
+    lars,
+    momentum,
+    nadam,
+    nesterov,
+    radam,
+    rmsprop,
+    rmsprop_momentum,
+    sgd,
+    shampoo,
+    sm3,
+)
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
 
@@ -16,12 +35,27 @@ __all__ = [
     "Snapshot",
     "Stored",
     "Trained",
+    "adadelta",
+    "adagrad",
+    "adagrad_momentum",
+    "adam",
+    "adamax",
+    "adamw",
+    "amsgrad",
     "data",
     "heavy_ball",
+    "lars",
     "meta",
     "momentum",
+    "nadam",
+    "nesterov",
     "nets",
+    "radam",
+    "rmsprop",
+    "rmsprop_momentum",
     "schedules",
     "sgd",
+    "shampoo",
+    "sm3",
     "train",
 ]

@@ -1,5 +1,35 @@
 """Optimizers, each a short program of moves (see `hypergrad.program`)."""
 
-from hypergrad.optimizers.momentum import heavy_ball, momentum, sgd
+from hypergrad.optimizers.adam import adam, adamax, adamw, amsgrad, nadam, radam
+from hypergrad.optimizers.adaptive import (
+    adadelta,
+    adagrad,
+    adagrad_momentum,
+    rmsprop,
+    rmsprop_momentum,
+    sm3,
+)
+from hypergrad.optimizers.layerwise import lars
+from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
+from hypergrad.optimizers.shampoo import shampoo
 
-__all__ = ["heavy_ball", "momentum", "sgd"]
+__all__ = [
+    "adadelta",
+    "adagrad",
+    "adagrad_momentum",
+    "adam",
+    "adamax",
+    "adamw",
+    "amsgrad",
+    "heavy_ball",
+    "lars",
+    "momentum",
+    "nadam",
+    "nesterov",
+    "radam",
+    "rmsprop",
+    "rmsprop_momentum",
+    "sgd",
+    "shampoo",
+    "sm3",
+]
