@@ -3,18 +3,34 @@
 from hypergrad import constraints, data, files, meta, nets, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.optimizers import (
+    adadelta,
+    adagrad,
+    adagrad_momentum,
+    adam,
+    adamax,
+    adamw,
+    amsgrad,
     as_optax,
     clip,
     clip_by_global_norm,
     from_optax,
     heavy_ball,
+    lars,
     momentum,
+    nadam,
+    nesterov,
+    radam,
+    rmsprop,
+    rmsprop_momentum,
     sgd,
+    shampoo,
+    sm3,
 )
 from hypergrad.planner import Estimate, Plan, plan
 from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
+from hypergrad.tuning import Tuned, tune
 
 __version__ = "0.1.0"
 
@@ -30,6 +46,14 @@ __all__ = [
     "Stored",
     "Trained",
     "Truncated",
+    "Tuned",
+    "adadelta",
+    "adagrad",
+    "adagrad_momentum",
+    "adam",
+    "adamax",
+    "adamw",
+    "amsgrad",
     "as_optax",
     "clip",
     "clip_by_global_norm",
@@ -38,11 +62,20 @@ __all__ = [
     "files",
     "from_optax",
     "heavy_ball",
+    "lars",
     "meta",
     "momentum",
+    "nadam",
+    "nesterov",
     "nets",
     "plan",
+    "radam",
+    "rmsprop",
+    "rmsprop_momentum",
     "schedules",
     "sgd",
+    "shampoo",
+    "sm3",
     "train",
+    "tune",
 ]

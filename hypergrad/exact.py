@@ -97,6 +97,17 @@ def numerator(factor: Array) -> Array:
         return jnp.where(inside, wide, 0.0).astype(jnp.uint64)
 
 
+def complement(a: Array, b: Array) -> Array:
+    """The numerator of the ratio nearest to ``1 - a b``, which floats would round when ``a b`` is small.
+
+    Its sum is one of integers, so that no compiler changes its bits by rounding ``1 - a b`` only once.
+    """
+    with jax.enable_x64(True):
+        wide = BASE - jnp.round(jnp.asarray(a, jnp.float64) * jnp.asarray(b, jnp.float64) * BASE)
+        inside = (wide >= BASE * SMALLEST_FACTOR) & (wide <= BASE)
+        return jnp.where(inside, wide, 0.0).astype(jnp.uint64)
+
+
 def spread(n: Array, shape: tuple[int, ...]) -> Array:
     """A numerator as `scale` wants it: a scalar for the whole array, or one for every element."""
     n = jnp.asarray(n)

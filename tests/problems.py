@@ -1,4 +1,4 @@
-"""The table of small training problems that feeds the tests of every adjoint."""
+"""The table of small training problems that feeds the tests of every adjoint and every optimizer."""
 
 import itertools
 from collections.abc import Callable
@@ -10,9 +10,60 @@ import numpy as np
 from jax import Array
 
 import hypergrad as hg
+from hypergrad.program import Assign, Optimizer
 
 STEPS = 30
-OPTIMIZERS = {"momentum": hg.momentum(), "heavy_ball": hg.heavy_ball()}
+TABLE = [  # with learning rates at which a run neither diverges nor stands still
+    (hg.momentum(), 0.5),
+    (hg.heavy_ball(), 0.1),
+    (hg.sgd(), 0.3),
+    (hg.nesterov(), 0.1),
+    (hg.adagrad(), 0.1),
+    (hg.adagrad_momentum(), 0.03),
+    (hg.adadelta(), 1.0),
+    (hg.rmsprop(), 0.03),
+    (hg.rmsprop(centered=True), 0.03),
+    (hg.rmsprop_momentum(), 0.01),
+    (hg.rmsprop_momentum(centered=True), 0.01),
+    (hg.sm3(), 0.1),
+    (hg.adam(), 0.05),
+    (hg.adamw(), 0.05),
+    (hg.adamax(), 0.05),
+    (hg.nadam(), 0.05),
+    (hg.amsgrad(), 0.05),
+    (hg.radam(), 0.05),
+    (hg.lars(), 1.0),
+    (hg.shampoo(), 0.05),
+]
+RANGES = {
+    "momentum": (0.5, 0.95),
+    "decay": (0.5, 0.95),
+    "rho": (0.5, 0.95),
+    "b1": (0.5, 0.95),
+    "b2": (0.8, 0.99),
+    "eps": (1e-3, 1e-2),
+    "weight_decay": (0.1, 0.5),
+    "trust_coefficient": (0.02, 0.05),
+}
+BY_WEIGHT = {"momentum", "decay", "rho", "b1", "b2"}  # the others: by layer
+OPTIMIZERS = {optimizer.name.removesuffix("()"): optimizer for optimizer, _ in TABLE}
+RATES = {optimizer.name.removesuffix("()"): rate for optimizer, rate in TABLE}
+MOMENTUM = ["momentum", "heavy_ball"]
+ADJOINTS = [hg.Reversible(), hg.Checkpointed(), hg.Checkpointed(segments=1), hg.Checkpointed(segments=7)]
+
+
+def is_reversible(optimizer: Optimizer) -> bool:
+    """Whether a program has no move that cannot be undone."""
+    h = type("", (), {name: 0.5 for name in optimizer.hypers})
+    return not any(isinstance(move, Assign) for move in optimizer.moves(h, jnp.int32(0)))
+
+
+REVERSIBLE = [name for name, optimizer in OPTIMIZERS.items() if is_reversible(optimizer)]
+ADMISSIBLE = [  # every optimizer with every way to differentiate it
+    (name, adjoint)
+    for name, adjoint in itertools.product(OPTIMIZERS, ADJOINTS)
+    if name in REVERSIBLE or not isinstance(adjoint, hg.Reversible)
+]
 
 
 class Layer(NamedTuple):
@@ -44,13 +95,23 @@ def classification(optimizer: str = "momentum", dtype: Any = None, steps: int = 
     def between(low: float, high: float, *shape: int) -> Array:
         return jnp.asarray(rng.uniform(low, high, size=shape), dtype)
 
+    program = OPTIMIZERS[optimizer]
     data, labels = normal(40, 6), jnp.asarray(rng.integers(0, 3, 40))
     rows = jnp.asarray(rng.integers(0, 40, (steps, 10)))
     sizes = [6, 5, 3]
     params = tuple(
-        Layer(normal(a, b, scale=a**-0.5), jnp.zeros(b, dtype)) for a, b in itertools.pairwise(sizes)
+        Layer(normal(a, b, scale=a**-0.5), normal(b, scale=0.1)) for a, b in itertools.pairwise(sizes)
     )
-    rate = 0.5 if optimizer == "momentum" else 0.1
+
+    def mixed(name: str) -> Any:
+        """A hyperparameter: by layer a schedule and a constant, or by leaf schedules, and by weight."""
+        low, high = RANGES.get(name, (0.5 * RATES[optimizer], RATES[optimizer]))
+        if name not in BY_WEIGHT:
+            return between(low, high, steps), between(low, high)
+        return (
+            Layer(between(low, high, steps), between(low, high)),
+            Layer(between(low, high, steps, 5, 3), between(low, high, 1, 3)),
+        )
 
     def loss(params: Any, meta: Any, batch: Any) -> Array:
         rows, noise = batch
@@ -67,30 +128,33 @@ def classification(optimizer: str = "momentum", dtype: Any = None, steps: int = 
             everything["meta"],
             (rows, everything["noise"]),
             steps=steps,
-            optimizer=OPTIMIZERS[optimizer],
+            optimizer=program,
             adjoint=adjoint,
-            state={"velocity": everything["velocity"]},
+            state=everything["state"],
         )
         outputs = network(trained.params, data)
         end = jnp.mean(outputs**2) - jnp.mean(outputs[:, 0])
-        velocity = sum(jnp.sum(v**2) for v in jax.tree.leaves(trained.state["velocity"]))
-        return end + 0.1 * velocity + 0.3 * jnp.mean(trained.losses)
+        state = sum(jnp.sum(v**2) for v in jax.tree.leaves(trained.state))
+        return end + 0.1 * state + 0.3 * jnp.mean(trained.losses)
 
     everything = {
         "params": params,
-        "velocity": jax.tree.map(lambda w: 0.1 * jnp.ones_like(w), params),
-        "hypers": {
-            # by layer: a schedule, and a constant; by leaf: schedules, a constant, and by weight
-            "learning_rate": (between(0.5 * rate, rate, steps), jnp.asarray(rate, dtype)),
-            "momentum": (
-                Layer(between(0.3, 0.95, steps), jnp.asarray(0.7, dtype)),
-                Layer(between(0.5, 0.95, steps, 5, 3), between(0.5, 0.95, 1, 3)),
-            ),
+        "state": {
+            name: jax.tree.map(lambda w, v=variable: _start(v.init(w)), params)
+            for name, variable in program.variables.items()
         },
+        "hypers": {name: mixed(name) for name in program.hypers},
         "meta": {"data": data, "log_penalty": jnp.asarray(-5.0, dtype)},
         "noise": normal(steps, 10, 6, scale=0.1),
     }
     return Problem(objective, everything)
+
+
+def _start(variable: Array) -> Array:
+    """A state with nothing at 0: there a root would have no derivative."""
+    if variable.ndim == 2 and variable.shape[0] == variable.shape[1]:
+        return 0.1 * jnp.eye(variable.shape[0], dtype=variable.dtype)
+    return jnp.full_like(variable, 0.1)
 
 
 def relative_error(found: Any, expected: Any) -> dict[str, float]:
@@ -99,4 +163,5 @@ def relative_error(found: Any, expected: Any) -> dict[str, float]:
     return {
         jax.tree_util.keystr(path): float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
         for a, (path, b) in zip(jax.tree.leaves(found), paths)
+        if b.size
     }

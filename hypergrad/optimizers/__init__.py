@@ -1,7 +1,34 @@
 """Optimizers, each a short program of moves (see `hypergrad.program`)."""
 
+from hypergrad.optimizers.adam import adam, adamax, adamw, amsgrad, nadam, radam
+from hypergrad.optimizers.adaptive import adadelta, adagrad, adagrad_momentum, rmsprop, rmsprop_momentum, sm3
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
-from hypergrad.optimizers.momentum import heavy_ball, momentum, sgd
+from hypergrad.optimizers.layerwise import lars
+from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
+from hypergrad.optimizers.shampoo import shampoo
 
-__all__ = ["as_optax", "clip", "clip_by_global_norm", "from_optax", "heavy_ball", "momentum", "sgd"]
+__all__ = [
+    "adadelta",
+    "adagrad",
+    "adagrad_momentum",
+    "adam",
+    "adamax",
+    "adamw",
+    "amsgrad",
+    "as_optax",
+    "clip",
+    "clip_by_global_norm",
+    "from_optax",
+    "heavy_ball",
+    "lars",
+    "momentum",
+    "nadam",
+    "nesterov",
+    "radam",
+    "rmsprop",
+    "rmsprop_momentum",
+    "sgd",
+    "shampoo",
+    "sm3",
+]

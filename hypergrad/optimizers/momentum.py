@@ -76,6 +76,36 @@ def heavy_ball() -> Optimizer:
     return Optimizer("heavy_ball()", moves, {"velocity": Variable()}, hypers, DOMAINS)
 
 
+def nesterov() -> Optimizer:
+    """Nesterov's momentum, ``v <- γ v + g;  w <- w - α (γ v + g)``, as ``optax.sgd(α, γ, nesterov=True)``.
+
+    Hyperparameters: ``learning_rate`` (α) and ``momentum`` (γ, default 0.9).  Variable: ``velocity``.
+    Not reversible, since its step contains a plain gradient step: differentiate with ``Checkpointed()``
+    or ``Stored()``.
+
+    Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
+    learning", ICML 2013.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp
+    >>> square = lambda w, meta, step: jnp.sum(w**2)
+    >>> hypers = {"learning_rate": 0.1, "momentum": 0.5}
+    >>> hg.train(square, jnp.ones(2), hypers, steps=2, optimizer=hg.nesterov(),
+    ...          adjoint=hg.Checkpointed()).params
+    Array([0.44, 0.44], dtype=float32)
+    """
+
+    def moves(h: Any, t: Array) -> Sequence[Move]:
+        return [
+            Scale("velocity", h.momentum),
+            Shift("velocity", lambda s: s.gradient),
+            Assign("params", lambda s: s.params - h.learning_rate * (h.momentum * s.velocity + s.gradient)),
+        ]
+
+    hypers = {"learning_rate": None, "momentum": 0.9}
+    return Optimizer("nesterov()", moves, {"velocity": Variable()}, hypers, DOMAINS)
+
+
 def sgd() -> Optimizer:
     """Gradient descent, ``w <- w - α g``.
 
