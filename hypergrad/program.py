@@ -18,6 +18,7 @@ the tree.  From the one list come `step` (floats; what JAX differentiates), `exa
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -142,6 +143,12 @@ class Optimizer:
     radix: int = RADIX
     transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
 
+    @property
+    def reversible(self) -> bool:
+        """Whether every move can be undone."""
+        h = SimpleNamespace(**dict.fromkeys(self.hypers, jnp.float32(0.5)))
+        return not any(isinstance(move, Assign) for move in self.moves(h, jnp.int32(0)))
+
     def radix_of(self, variable: str) -> int:
         """Binary digits after the point of a variable, or of the parameters."""
         return self.radix if variable == PARAMS else self.variables[variable].radix
@@ -164,6 +171,7 @@ class Whole:
     update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    reversible: bool = field(default=False, init=False)
 
 
 class ExactLeaf(NamedTuple):
@@ -293,6 +301,9 @@ def _zeros(like: Any) -> Array:
     return jnp.zeros(like.shape, like.dtype)
 
 
+Trouble = tuple[str, str]  # a kind and a variable
+
+
 class Exact(NamedTuple):
     """The exact arithmetic of an optimizer, on all leaves at once.
 
@@ -307,6 +318,11 @@ class Exact(NamedTuple):
     radix: Mapping[str, int]
     dtypes: Sequence[Any]
     x64: bool
+
+    def troubles(self) -> list[Trouble]:
+        """What can go wrong in a step; the first two are nothing, and a loss that is no number."""
+        kinds = [(kind, name) for kind in ("range", "factor") for name in self.radix]
+        return [("", ""), ("loss", ""), *kinds]
 
     def floats(self, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
         """The float state that the integers stand for: all variables, or those named."""
@@ -400,22 +416,28 @@ class Exact(NamedTuple):
         gradient: Sequence[Array],
         live: Array,
     ) -> tuple[list[ExactLeaf], list[list[Array]], list[Record], Array]:
-        """One step on integers; also whether all numbers and factors stayed inside their range."""
+        """One step on integers; also what went wrong in it, as an index into `troubles`, or 0."""
         highs = [dict(leaf.high) for leaf in leaves]
         buffers = [list(leaf.buffers) for leaf in leaves]
         new_tapes = [list(leaf) for leaf in tapes]
         records: list[Record] = [{} for _ in leaves]
-        valid = jnp.asarray(True)
+        wrong = jnp.int32(0)
         scales = 0
+
+        def look(valid: Array, trouble: Trouble) -> Array:
+            code = self.troubles().index(trouble)
+            return jnp.where((wrong == 0) & ~valid, jnp.int32(code), wrong)
+
         for k, move in enumerate(self.program(*at)[0]):
             now = [ExactLeaf(*part) for part in zip(highs, buffers)]
             if isinstance(move, Remember):
                 records = self.remembered(k, at, now, gradient, records)
-                valid &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(r[move.name])) for r in records]))
+                finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(r[move.name])) for r in records]))
+                wrong = look(finite, ("loss", ""))
             elif isinstance(move, Scale):
                 v = move.variable
                 for i, n in enumerate(self.factors(k, at, now, records, live)):
-                    valid &= exact.admissible(n)
+                    wrong = look(exact.admissible(n), ("factor", v))
                     n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
                     highs[i][v], buffers[i][scales], new_tapes[i][scales] = exact.scale(
                         highs[i][v], buffers[i][scales], new_tapes[i][scales], n
@@ -425,8 +447,8 @@ class Exact(NamedTuple):
                 v = move.variable
                 for high, amount in zip(highs, self.amounts(k, at, now, gradient, records, live)):
                     high[v] = exact.shift(high[v], amount, self.radix[v])
-                    valid &= exact.fits(high[v])
-        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, records, valid
+                    wrong = look(exact.fits(high[v]), ("range", v))
+        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, records, wrong
 
     def unstep(
         self,

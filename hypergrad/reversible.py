@@ -42,7 +42,13 @@ class ReversalError(ArithmeticError):
 
 
 class _Health(NamedTuple):
-    """How a run went: the first step that failed or -1, tape needed by every scale, start recovered."""
+    """How a run went.
+
+    Attributes:
+      failed: ``(2,)``, the first step that failed or -1, and why: an index into `Exact.troubles`.
+      needed: tape, by scale.
+      recovered: whether the start was.
+    """
 
     failed: Array
     needed: list[Array]
@@ -320,7 +326,7 @@ def _play(
       high: integers at the start.
       constants: of the run.
       inputs: of the steps of the segment.
-      failed: the first step that has failed so far, or -1.
+      failed: the first step that has failed so far, or -1, and why.
     """
     tapes = [
         [
@@ -345,8 +351,9 @@ def _play(
             loss, gradient, _ = at.primal
         seen = run.seen(constants.hypers, x.hypers, gradient, live)
         at_step = (constants.hypers, x.hypers, x.step)
-        new, tapes, records, valid = integers.step(at_step, leaves, tapes, seen, live)
-        failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)
+        new, tapes, records, wrong = integers.step(at_step, leaves, tapes, seen, live)
+        wrong = jnp.where(jnp.isfinite(loss), wrong, jnp.int32(1))
+        failed = jnp.where((failed[0] < 0) & (wrong > 0), jnp.stack([x.step, wrong]), failed)
         snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
         return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
 
@@ -583,8 +590,11 @@ class Reversible:
         tapeless = None if lengths is None else [[0 for _ in leaf] for leaf in lengths]
         with jax.enable_x64(True):
             high = self._to_high(run, start)
-            valid = jnp.all(jnp.stack([exact.fits(x) for x in jax.tree.leaves(high)]))
-            failed = jnp.where(valid, jnp.int32(-1), jnp.int32(0))
+            failed = jnp.array([-1, 0], jnp.int32)
+            for leaf in high:
+                for name, x in leaf.items():
+                    trouble = integers.troubles().index(("range", name))
+                    failed = jnp.where(exact.fits(x), failed, jnp.array([0, trouble], jnp.int32))
             if whole == 1 and rest == 0:
                 played = _play(run, integers, scales, lengths, flags, high, constants, inputs, failed)
                 checkpoints, outputs = [], played.outputs
@@ -649,7 +659,7 @@ class Reversible:
                 def segment(carry: Any, x: Any) -> Any:
                     end, bars, sums, recovered = carry
                     high, x, loss_bars = x
-                    unharmed = jnp.int32(-1)
+                    unharmed = jnp.array([-1, 0], jnp.int32)
                     played = _play(run, integers, scales, lengths, flags, high, constants, x, unharmed)
                     again = _all_equal(end, _highs(played.leaves))
                     (found, bars, sums), steps = _replay(
@@ -687,24 +697,32 @@ class Reversible:
         """Pass the result on, or raise what was wrong with the run."""
         allotted = None if lengths is None else [length for leaf in lengths for length in leaf]
 
-        def explain(failed: int, recovered: bool, *needed: int) -> str | None:
+        def explain(failed: int, why: int, recovered: bool, *needed: int) -> str | None:
             if failed >= 0:
-                return self._diverged(run, failed)
+                return self._failed(run, failed, why)
             for have, need, scaled in zip(allotted or needed, needed, itertools.chain(*scales)):
                 if need > have:
                     return self._overflowed(run, scaled, need)
             return None if recovered else self._not_recovered(run)
 
-        return refuse_if(explain, result, health.failed, health.recovered, *health.needed)
+        return refuse_if(explain, result, *health.failed, health.recovered, *health.needed)
 
-    def _diverged(self, run: Run, failed: int) -> str:
-        own = {name: 62 - radix for name, radix in self._radix(run).items()}
-        ranges = ", ".join(f"|{name}| < 2**{digits}" for name, digits in own.items())
+    def _failed(self, run: Run, step: int, why: int) -> str:
+        kind, name = self._exact(run, []).troubles()[why]
+        at = f"{run.call}: at step {step} "
+        if kind == "loss":
+            return f"{at}the loss became NaN or infinite: training has diverged; lower the learning rate"
+        if kind == "factor":
+            return (
+                f"{at}a factor of {name!r} left [2**-7, 1], outside of which it cannot be undone; keep it "
+                "inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no momentum)"
+            )
+        radix = self._radix(run)[name]
+        wider = {name: max(0, radix - 12)}
         return (
-            f"{run.call}: at step {failed} the loss, a gradient or a variable became NaN or infinite, or "
-            f"left the range of exact arithmetic ({ranges}), or a factor left [2**-7, 1]. Training has "
-            "diverged (lower the learning rate), or a factor such as momentum is 0 or nearly so (use "
-            "sgd() with Checkpointed()), or the range is too small (pass Reversible(radix={'params': ...}))"
+            f"{at}{name!r} became NaN or left the range of exact arithmetic, |{name}| < 2**{62 - radix}. "
+            "Training has diverged (lower the learning rate), or its numbers are large: pass "
+            f"Reversible(radix={wider}) for {max(0, 62 - radix) + 12} binary digits before the point"
         )
 
     def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:

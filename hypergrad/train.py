@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad import schedules
 from hypergrad.adjoints import Adjoint
 from hypergrad.optimizers.momentum import momentum
 from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
@@ -56,8 +57,9 @@ def train(
       loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.
       params: start, a pytree of float32 or float64 arrays.
       hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
-        number for all, or one per layer, or one per leaf) of numbers or ``(T, ...)`` arrays, the leading
-        axis being the step and the others broadcasting against the leaf.
+        number for all, or one per layer, or one per leaf) of numbers, of schedules (optax's or those of
+        `hypergrad.schedules`), or of ``(T, ...)`` arrays, the leading axis being the step and the others
+        broadcasting against the leaf.
       meta: any pytree, passed to the loss: regularisation, data, labels, scales.
       batches: a pytree of arrays with leading axis ``T``; slice ``t`` is given to the loss at step
         ``t``.  Row indices keep the data out of it: see `hypergrad.data.minibatches`.  None gives the
@@ -94,6 +96,8 @@ def train(
         raise ValueError(f"{call}: steps must be a whole number of at least 1")
     steps = int(steps)
     leaves, structure, names = _params(call, params)
+    if isinstance(hypers, Mapping):
+        hypers = schedules.values(dict(hypers), steps)
     fixed, scheduled = _hypers(call, optimizer, hypers, params, leaves, names, steps)
     if isinstance(optimizer, Whole):
         start, kept_structure = _start_whole(call, optimizer, state, params, leaves)

@@ -54,7 +54,7 @@ ADJOINTS = [hg.Reversible(), hg.Checkpointed(), hg.Checkpointed(segments=1), hg.
 
 def is_reversible(optimizer: Optimizer) -> bool:
     """Whether a program has no move that cannot be undone."""
-    h = type("", (), {name: 0.5 for name in optimizer.hypers})
+    h = type("", (), dict.fromkeys(optimizer.hypers, 0.5))
     return not any(isinstance(move, Assign) for move in optimizer.moves(h, jnp.int32(0)))
 
 

@@ -123,7 +123,7 @@ def test_schedules_reach_optax_step_by_step() -> None:
         optimizer=optimizer,
         adjoint=hg.Stored(),
     )
-    expected = by_optax(optax.sgd(hg.schedules.as_optax(rates), momentum=0.5), LAYERS)
+    expected = by_optax(optax.sgd(hg.schedules.PerStep(rates), momentum=0.5), LAYERS)
     for found, other in zip(trained.params, expected):
         np.testing.assert_allclose(found, other, rtol=1e-5)
 

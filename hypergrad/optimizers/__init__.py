@@ -1,7 +1,14 @@
 """Optimizers, each a short program of moves (see `hypergrad.program`)."""
 
 from hypergrad.optimizers.adam import adam, adamax, adamw, amsgrad, nadam, radam
-from hypergrad.optimizers.adaptive import adadelta, adagrad, adagrad_momentum, rmsprop, rmsprop_momentum, sm3
+from hypergrad.optimizers.adaptive import (
+    adadelta,
+    adagrad,
+    adagrad_momentum,
+    rmsprop,
+    rmsprop_momentum,
+    sm3,
+)
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
 from hypergrad.optimizers.layerwise import lars

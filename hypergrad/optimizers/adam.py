@@ -18,8 +18,8 @@ symbol  name                 meaning
 ``λ``   weight_decay         ``>= 0``
 ======  ===================  ====================================================================
 
-All products are element by element.  In exact arithmetic ``v`` has its own radix: it stays below ``2**6``
-in steps of ``2**-56``, so that a gradient up to 8 in size is admitted, and of one below about ``1e-7``
+All products are element by element.  In exact arithmetic ``v`` has its own radix: it stays below ``2**8``
+in steps of ``2**-54``, so that a gradient up to 16 in size is admitted, and of one below about ``2e-7``
 nothing is left in ``v`` at ``β2 = 0.999``; ``Reversible(radix={"nu": ...})`` moves the range.
 """
 
@@ -33,7 +33,7 @@ from hypergrad import exact
 from hypergrad.optimizers import roots
 from hypergrad.program import Assign, Move, Optimizer, Scale, Shift, Variable
 
-MOMENTS = {"mu": Variable(), "nu": Variable(radix=56)}
+MOMENTS = {"mu": Variable(), "nu": Variable(radix=54)}
 HYPERS = {"learning_rate": None, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 DOMAINS = {
     "learning_rate": (0.0, float("inf")),

@@ -100,17 +100,17 @@ def _with_safe_roots(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 class ProgramState(NamedTuple):
-    """State of one of our optimizers as an optax transformation: the step, and the variables by name."""
+    """State of an optimizer as an optax transformation: the step, and the variables by name."""
 
     step: Array
     variables: dict[str, PyTree]
 
 
-def as_optax(optimizer: Optimizer, hypers: Mapping[str, PyTree]) -> optax.GradientTransformation:
-    """One of our optimizers, with its learned hyperparameters, as an optax transformation.
+def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> optax.GradientTransformation:
+    """An optimizer of `hypergrad.train`, with its learned hyperparameters, as an optax transformation.
 
     Args:
-      optimizer: a program of moves, reversible or not.
+      optimizer: a program of moves, reversible or not, or what `from_optax` returned.
       hypers: as given to `hypergrad.train`: by name, trees that are prefixes of the parameters, of numbers
         or ``(T, ...)`` schedules; the last value of a schedule is held after its end.
 
@@ -136,13 +136,14 @@ def as_optax(optimizer: Optimizer, hypers: Mapping[str, PyTree]) -> optax.Gradie
             f"as_optax({optimizer.name}, hypers): hypers must have the names {list(optimizer.hypers)}; "
             f"unknown: {unknown}, missing: {missing}"
         )
-    values = {**optimizer.hypers, **hypers}
+    values: dict[str, PyTree] = {**optimizer.hypers, **hypers}
 
     def init(params: PyTree) -> ProgramState:
-        variables = {
-            name: jax.tree.map(variable.init, params) for name, variable in optimizer.variables.items()
-        }
-        return ProgramState(jnp.zeros((), jnp.int32), variables)
+        step = jnp.zeros((), jnp.int32)
+        if isinstance(optimizer, Whole):
+            return ProgramState(step, {"state": optimizer.init(params)})
+        names = optimizer.variables.items()
+        return ProgramState(step, {name: jax.tree.map(kept.init, params) for name, kept in names})
 
     def update(gradient: PyTree, state: ProgramState, params: PyTree = None) -> tuple[PyTree, ProgramState]:
         if params is None:
@@ -155,6 +156,11 @@ def as_optax(optimizer: Optimizer, hypers: Mapping[str, PyTree]) -> optax.Gradie
             return [x if x.ndim == 0 else x[jnp.minimum(state.step, x.shape[0] - 1)] for x in spread]
 
         now = {name: at_step(value) for name, value in values.items()}
+        if isinstance(optimizer, Whole):
+            first = {name: x[0] for name, x in now.items()}  # the same for all parameters
+            new, inner = optimizer.update(first, gradient, state.variables["state"], params)
+            updates = jax.tree.map(jnp.subtract, new, params)
+            return updates, ProgramState(optax.safe_increment(state.step), {"state": inner})
         hypers = [SimpleNamespace(**{k: x[i] for k, x in now.items()}) for i in range(len(leaves))]
         gradients = jax.tree.leaves(gradient)
         if optimizer.transform is not None:
