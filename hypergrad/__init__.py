@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import data, meta, nets, schedules
+from hypergrad import data, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
 from hypergrad.optimizers import heavy_ball, momentum, sgd
 from hypergrad.run import Snapshot
@@ -21,6 +21,7 @@ __all__ = [
     "meta",
     "momentum",
     "nets",
+    "problems",
     "schedules",
     "sgd",
     "train",
