@@ -411,8 +411,9 @@ def sgd_after(
     x = jnp.where(x == 2, x - eps, x)  # there the formula is 0/0
     # |1 - x| = 1 - min(x, 2 - x), and log1p keeps its digits where that is nearly 1, at both ends.
     y = jnp.minimum(jnp.minimum(x, 2 - x), 1 - eps)
-    gone = -jnp.expm1(2 * steps * jnp.log1p(-y))  # 1 - r^(2t)
-    return (1 - gone) * start + gone * learning_rate * problem.noise / (problem.curvature * (2 - x))
+    log_kept = 2 * steps * jnp.log1p(-y)  # log r^(2t)
+    steady = learning_rate * problem.noise / (problem.curvature * (2 - x))
+    return jnp.exp(log_kept) * start - jnp.expm1(log_kept) * steady
 
 
 def sgd_hypergradient(problem: NoisyQuadratic, learning_rate: Array) -> Array:

@@ -207,6 +207,14 @@ def test_sgd_after_at_the_end_of_stability(x64: None) -> None:
     np.testing.assert_allclose(problems.sgd_after(problem, 4.0, STEPS), expected, rtol=1e-12)
 
 
+def test_sgd_after_keeps_all_digits_of_a_long_decay(x64: None) -> None:
+    problem = model()
+    problem = problem._replace(noise=0 * problem.noise)
+    expected = (1 - 0.5 * problem.curvature) ** 400 * problem.variance
+    assert jnp.max(expected) < 1e-16
+    np.testing.assert_allclose(problems.sgd_after(problem, 0.5, 200), expected, rtol=1e-12)
+
+
 def test_sgd_after_composes_at_real_numbers_of_steps(x64: None) -> None:
     problem, rate = model(), 1.8
     middle = problems.sgd_after(problem, rate, 2.4)
