@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, data, files, meta, nets, schedules
+from hypergrad import constraints, data, files, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.optimizers import (
     adadelta,
@@ -69,6 +69,7 @@ __all__ = [
     "nesterov",
     "nets",
     "plan",
+    "problems",
     "radam",
     "rmsprop",
     "rmsprop_momentum",
