@@ -187,7 +187,7 @@ def test_second_derivatives_against_the_dense_hessian() -> None:
 def make_run(loss: Any, *example: Any) -> Run:
     hoisted, captured, _ = hoist(loss, *example)
     structure = jax.tree.structure(example[0])
-    return Run("train()", hg.momentum(), hoisted, None, structure, 1, len(captured), True)
+    return Run("train()", hg.momentum(), hoisted, None, structure, None, 1, len(captured), True)
 
 
 def test_heavy_ball_is_optax_sgd_with_momentum() -> None:
@@ -374,7 +374,7 @@ def test_refuses_a_loss_that_is_nan() -> None:
 
 def test_refuses_a_momentum_of_zero() -> None:
     message = messages(jax.grad(end), {"learning_rate": 0.1, "momentum": jnp.zeros(50)})
-    assert "momentum is 0" in message and "sgd()" in message
+    assert "a factor of 'velocity' left [2**-7, 1]" in message and "sgd()" in message
 
 
 def test_refuses_a_buffer_that_is_too_small() -> None:

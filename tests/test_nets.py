@@ -1,8 +1,11 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import relative_error
 
+import hypergrad as hg
 from hypergrad import nets
 
 
@@ -106,6 +109,154 @@ def test_error_mlp_scalar_input_to_one_wide_net():
     _, apply = nets.mlp((1, 3))
     with pytest.raises(ValueError, match="takes n examples of 1 numbers"):
         apply((), np.zeros(()))
+
+
+# ---- convnet
+
+
+def equinox_convnet(params, images):
+    """One image (height, width, channels) through Equinox's layers, which put channels first."""
+    hidden = images.transpose(2, 0, 1)
+    key = jax.random.key(0)
+    for weights, scale, offset in params[:-1]:
+        n_in, n_out = weights.shape[2:]
+        conv = eqx.nn.Conv2d(n_in, n_out, 3, padding=1, use_bias=False, key=key)
+        conv = eqx.tree_at(lambda layer: layer.weight, conv, weights.transpose(3, 2, 0, 1))
+        norm = eqx.nn.GroupNorm(groups=n_out, channels=n_out)
+        norm = eqx.tree_at(lambda layer: (layer.weight, layer.bias), norm, (scale, offset))
+        hidden = eqx.nn.AvgPool2d(2, 2)(jax.nn.relu(norm(conv(hidden))))
+    return hidden.transpose(1, 2, 0).ravel() @ params[-1].weights + params[-1].biases
+
+
+def randomised(params, seed=0):
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
+
+
+@pytest.mark.parametrize(("shape", "depth"), [((8, 8, 1), 3), ((9, 28, 3), 3)])
+@pytest.mark.usefixtures("x64")
+def test_convnet_is_equinoxs(shape, depth):
+    init, apply = nets.convnet(shape, 10, width=5, depth=depth)
+    params = randomised(init(jax.random.key(0)))
+    images = jax.random.normal(jax.random.key(1), (3, *shape))
+    direction = randomised(jax.tree.map(jnp.zeros_like, params), seed=1)
+
+    def results(network):
+        def loss(params, images):
+            return nets.cross_entropy(network(params, images), jnp.array([2, 5, 1]))
+
+        # Logits, gradient, and what a hypergradient needs: the gradients' derivative along a direction.
+        along = jax.jvp(lambda p: jax.grad(loss, (0, 1))(p, images), (params,), (direction,))
+        return network(params, images), *along
+
+    ours = jax.jit(lambda: results(apply))()
+    with jax.numpy_rank_promotion("allow"):
+        theirs = jax.jit(lambda: results(jax.vmap(equinox_convnet, (None, 0))))()
+    errors = relative_error(ours, theirs)
+    assert max(errors.values()) < 1e-9, errors
+
+
+def test_convnet_init():
+    init, _ = nets.convnet((28, 28, 3), 10)
+    params = init(jax.random.key(0))
+    shapes = [(3, 3, 3, 128), (3, 3, 128, 128), (3, 3, 128, 128), (3 * 3 * 128, 10)]
+    assert [layer.weights.shape for layer in params] == shapes
+    for layer, n_in in zip(params, [27, 9 * 128, 9 * 128, 9 * 128]):
+        assert float(layer.weights.std()) == pytest.approx(n_in**-0.5, rel=0.03)
+    for block in params[:-1]:
+        assert (block.scale == 1).all() and (block.offset == 0).all()
+        assert block.scale.shape == block.offset.shape == (128,)
+    assert (params[-1].biases == 0).all()
+    assert not np.allclose(params[1].weights, params[2].weights)
+
+
+def test_convnet_takes_flat_and_grey_images():
+    init, apply = nets.convnet((6, 4, 1), 3, width=2, depth=2)
+    params = init(jax.random.key(0))
+    images = np.random.default_rng(0).normal(size=(5, 6, 4, 1)).astype(np.float32)
+    expected = apply(params, images)
+    assert expected.shape == (5, 3) and expected.dtype == jnp.float32
+    for shape in [(5, 6, 4), (5, 24)]:
+        np.testing.assert_array_equal(apply(params, images.reshape(shape)), expected)
+
+
+def test_convnet_has_finite_derivatives_at_constant_images():
+    init, apply = nets.convnet((4, 4, 1), 2, width=3, depth=2)
+    params = init(jax.random.key(0))
+
+    @jax.jit
+    def derivatives(params, images):
+        gradient = jax.grad(lambda p, x: jnp.sum(apply(p, x) ** 2), (0, 1))
+        return jax.jvp(gradient, (params, images), (params, jnp.ones_like(images)))
+
+    for images in (jnp.zeros((2, 4, 4, 1)), jnp.full((2, 4, 4, 1), 1e4)):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(derivatives(params, images)))
+
+
+def test_convnet_trains_reversibly():
+    init, apply = nets.convnet((8, 8, 1), 3, width=8, depth=2)
+    start = init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (12, 8, 8, 1))
+    labels = jnp.arange(12) % 3
+    hypers = {"learning_rate": jnp.full(20, 0.1), "momentum": jnp.full(20, 0.9)}
+
+    def outer(everything, adjoint):
+        start, hypers, images = everything
+
+        def loss(params, images, step):
+            return nets.cross_entropy(apply(params, images), labels)
+
+        trained = hg.train(loss, start, hypers, images, steps=20, adjoint=adjoint)
+        return jnp.mean(apply(trained.params, images[::-1]) ** 2) + trained.losses[-1]
+
+    everything = (start, hypers, images)
+    found, expected = (
+        jax.jit(jax.grad(lambda e, a=adjoint: outer(e, a)))(everything)
+        for adjoint in (hg.Reversible(), hg.Stored())
+    )
+    errors = relative_error(found, expected)
+    assert max(errors.values()) < 1e-3, errors
+    assert min(float(jnp.linalg.norm(x)) for x in jax.tree.leaves(expected)) > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((8, 8), 10, 4, 1),
+        ((8, 8, 0), 10, 4, 1),
+        ((8, 8, 1), 0, 4, 1),
+        ((8, 8, 1), 10, 4.0, 1),
+        ((8, 8, 1), 10, 4, 0),
+    ],
+)
+def test_error_convnet_sizes(arguments):
+    shape, classes, width, depth = arguments
+    with pytest.raises(ValueError, match="the other sizes are positive integers") as caught:
+        nets.convnet(shape, classes, width=width, depth=depth)
+    call = f"convnet(shape={shape!r}, classes={classes!r}, width={width!r}, depth={depth!r})"
+    assert str(caught.value).startswith(call)
+
+
+@pytest.mark.parametrize(
+    ("shape", "depth", "way_out"),
+    [
+        ((8, 9, 1), 4, "a depth of at most 3"),
+        ((28, 28, 1), 5, "a depth of at most 4"),
+        ((1, 8, 1), 1, "use mlp"),
+    ],
+)
+def test_error_convnet_too_deep_for_the_images(shape, depth, way_out):
+    with pytest.raises(ValueError, match=f"{depth} of them leave nothing .* larger images, or {way_out}"):
+        nets.convnet(shape, 10, depth=depth)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (8, 8), (2, 1, 8, 8), (2, 8, 8, 3), (2, 63)])
+def test_error_convnet_inputs(shape):
+    _, apply = nets.convnet((8, 8, 1), 3, width=2, depth=1)
+    with pytest.raises(ValueError, match=r"takes n images of shape \(8, 8, 1\) or \(64,\)") as caught:
+        apply((), np.zeros(shape))
+    assert f"inputs of shape {shape}" in str(caught.value)
 
 
 # ---- cross_entropy
