@@ -49,7 +49,7 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.schedules import replace_file
+from hypergrad.files import replace_file
 
 MOMENTUM = 0.9
 RESULTS = Path(__file__).parent / "results"

@@ -23,7 +23,7 @@ import optax
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import data, meta, nets, plots, schedules
+from hypergrad import constraints, data, files, meta, nets, plots
 
 HIDDEN = (50, 50, 50)
 UNSEEN = 10_000  # seeds from here on are used by neither the learning nor the searches
@@ -167,7 +167,7 @@ def main(
         constant,
         optimizer=optax.adam(optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)),
         steps=config.meta_iterations,
-        constraints={"learning_rate": schedules.positive, "momentum": schedules.unit},
+        constraints={"learning_rate": constraints.positive, "momentum": constraints.unit},
         key=jax.random.key(config.seed),
         checkpoint=checkpoint,
     )
@@ -218,7 +218,7 @@ def main(
             hyper: {f"layer {k}": layer._asdict() for k, layer in enumerate(tree)}
             for hyper, tree in learned.hypers.items()
         }
-        schedules.save(folder / f"{name}.npz", named, config=asdict(config))
+        files.save(folder / f"{name}.npz", named, config=asdict(config))
     return {"judged": judged, "learned": learned, "searches": found}
 
 

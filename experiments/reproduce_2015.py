@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 import hypergrad as hg
 from hypergrad import data, nets
+from hypergrad.files import replace_file
 from hypergrad.program import Move, Optimizer, Scale, Shift
-from hypergrad.schedules import replace_file
 
 Arrays = dict[str, np.ndarray]
 Params = tuple[nets.Dense, ...]

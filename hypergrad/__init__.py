@@ -1,7 +1,7 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import data, meta, nets, schedules
-from hypergrad.adjoints import Adjoint, Checkpointed, ReversalError, Reversible, Stored
+from hypergrad import constraints, data, files, meta, nets, schedules
+from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.optimizers import (
     adadelta,
     adagrad,
@@ -10,6 +10,10 @@ from hypergrad.optimizers import (
     adamax,
     adamw,
     amsgrad,
+    as_optax,
+    clip,
+    clip_by_global_norm,
+    from_optax,
     heavy_ball,
     lars,
     momentum,
@@ -22,19 +26,27 @@ from hypergrad.optimizers import (
     shampoo,
     sm3,
 )
+from hypergrad.planner import Estimate, Plan, plan
+from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
+from hypergrad.tuning import Tuned, tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
     "Checkpointed",
+    "Estimate",
+    "Forward",
+    "Plan",
     "ReversalError",
     "Reversible",
     "Snapshot",
     "Stored",
     "Trained",
+    "Truncated",
+    "Tuned",
     "adadelta",
     "adagrad",
     "adagrad_momentum",
@@ -42,7 +54,13 @@ __all__ = [
     "adamax",
     "adamw",
     "amsgrad",
+    "as_optax",
+    "clip",
+    "clip_by_global_norm",
+    "constraints",
     "data",
+    "files",
+    "from_optax",
     "heavy_ball",
     "lars",
     "meta",
@@ -50,6 +68,7 @@ __all__ = [
     "nadam",
     "nesterov",
     "nets",
+    "plan",
     "radam",
     "rmsprop",
     "rmsprop_momentum",
@@ -58,4 +77,5 @@ __all__ = [
     "shampoo",
     "sm3",
     "train",
+    "tune",
 ]

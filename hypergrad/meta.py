@@ -18,9 +18,9 @@ import optax
 import scipy.optimize
 from tqdm import tqdm
 
-from hypergrad import schedules
-from hypergrad.run import hoist
-from hypergrad.schedules import PyTree
+from hypergrad import files
+from hypergrad.constraints import constrain, is_constraint, real, unconstrain
+from hypergrad.run import PyTree, hoist
 
 Objective = Callable[[PyTree, jax.Array], Any]
 
@@ -118,7 +118,7 @@ def optimize(
     *,
     optimizer: optax.GradientTransformation | LBFGSB | None = None,
     steps: int = 50,
-    constraints: PyTree = schedules.real,
+    constraints: PyTree = real,
     key: jax.Array | None = None,
     seeds: int = 1,
     resample: bool = True,
@@ -143,7 +143,7 @@ def optimize(
             is given the loss as `value`; or `LBFGSB(...)`.
         steps: meta-iterations in total, including those in the checkpoint; for LBFGSB the most
             iterations, each of one evaluation or more.
-        constraints: one `schedules.Constraint` or a tree of them, a prefix of `hypers`.
+        constraints: one `hypergrad.constraints.Constraint` or a tree of them, a prefix of `hypers`.
         key: PRNG key of shape `()`; default `jax.random.key(0)`.
         seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration i
             `jax.random.split(jax.random.fold_in(key, i), seeds)`.
@@ -172,11 +172,12 @@ def optimize(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from hypergrad.constraints import positive
         >>> best = optimize(
         ...     lambda hypers, key: jnp.sum((hypers["rate"] - 0.5) ** 2),
         ...     {"rate": jnp.ones(3)},
         ...     optimizer=LBFGSB(),
-        ...     constraints=schedules.positive,
+        ...     constraints=positive,
         ...     progress=False,
         ... )
         >>> best.hypers["rate"].round(3).tolist()
@@ -199,7 +200,7 @@ def optimize(
         data, *arguments
     )
     row, _ = lowered.out_info
-    names = jax.tree.broadcast(constraints, hypers, is_leaf=schedules.is_constraint)
+    names = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
     run = _Run(
         compile=functools.cache(lambda: functools.partial(lowered.compile(), data)),
         row=row,
@@ -211,9 +212,7 @@ def optimize(
         fingerprint={
             "hypers": _describe(hypers),
             "starting values (digest)": _digest(hypers),
-            "constraints": ", ".join(
-                leaf.name for leaf in jax.tree.leaves(names, is_leaf=schedules.is_constraint)
-            ),
+            "constraints": ", ".join(leaf.name for leaf in jax.tree.leaves(names, is_leaf=is_constraint)),
             "key": f"{jax.random.key_impl(key)} {np.asarray(_plain(key)).tolist()}",
             "seeds": str(seeds),
             "resample": str(resample),
@@ -228,7 +227,7 @@ def optimize(
         raw, rows, stopped, exploded = _optax(run, optimizer, raw)
     if exploded:
         warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
-    return Optimized(schedules.constrain(constraints, raw), raw, _stack(row, rows), stopped)
+    return Optimized(constrain(constraints, raw), raw, _stack(row, rows), stopped)
 
 
 def _refuse_bad_settings(
@@ -284,7 +283,7 @@ def _start(constraints: PyTree, hypers: PyTree) -> tuple[PyTree, PyTree]:
             )
     hypers = jax.tree.map(_strong, hypers)
     try:
-        return hypers, jax.tree.map(_strong, schedules.unconstrain(constraints, hypers))
+        return hypers, jax.tree.map(_strong, unconstrain(constraints, hypers))
     except (TypeError, ValueError) as error:
         reason = str(error).partition("): ")[2]
         raise type(error)(f"optimize(hypers, constraints=...): {reason}") from error
@@ -312,7 +311,7 @@ def _evaluation(
         return _strong(loss), jax.tree.map(_plain, aux)
 
     def average(raw: PyTree, key: jax.Array, iteration: Any) -> tuple[jax.Array, PyTree]:
-        hypers = schedules.constrain(constraints, raw)
+        hypers = constrain(constraints, raw)
         keys = jax.random.split(jax.random.fold_in(key, iteration) if resample else key, seeds)
         if seeds == 1:  # vmap would turn the objective's lax.cond into computing both branches
             loss, aux = one(hypers, keys[0])
@@ -620,7 +619,7 @@ def _unpack(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
 
 def _save(run: _Run, values: PyTree, like: PyTree, rows: list[Any]) -> int:
     if run.checkpoint is not None:
-        schedules.save(
+        files.save(
             run.checkpoint,
             _pack("values", values) | _pack("rows", _stack(like, rows)),
             fingerprint=run.fingerprint,
@@ -633,7 +632,7 @@ def _restore(run: _Run) -> tuple[dict[str, np.ndarray], int]:
     if run.checkpoint is None or not os.path.exists(run.checkpoint):
         return {}, 0
     try:
-        arrays, metadata = schedules.load(run.checkpoint)
+        arrays, metadata = files.load(run.checkpoint)
     except ValueError as error:
         raise ValueError(
             f"optimize(checkpoint={_name(run)}): cannot resume from it, {error}; or delete it to "

@@ -13,7 +13,7 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
-from hypergrad.schedules import replace_file
+from hypergrad.files import replace_file
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 GREYS = ("0.0", "0.35", "0.55", "0.7")

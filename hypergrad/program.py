@@ -7,6 +7,7 @@ move                                   meaning                                  
 =====================================  ==========================================  ====================
 ``Scale(x, factor)``                   ``x <- factor x``, factor in (0, 1]         `exact.unscale`
 ``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
+``Remember(name, value)``              ``name = value(everything)``, a scalar      reading it again
 ``Assign(x, value)``                   ``x <- value(everything)``                  nothing
 =====================================  ==========================================  ====================
 
@@ -51,8 +52,9 @@ class View:
 class Scale(NamedTuple):
     """``variable <- factor * variable``, exactly, by the ratio ``numerator(factor) / 2**32``.
 
-    The factor may depend on hyperparameters and the step only.  It is differentiated as written; the
-    rounding of the ratio is not.
+    The factor may depend on hyperparameters and the step only, or, as a function of a view, on scalars
+    remembered in the same step too; how many bits it will cost is then not known before the run.  It is
+    differentiated as written; the rounding of the ratio is not.
     """
 
     variable: str
@@ -71,6 +73,17 @@ class Shift(NamedTuple):
     amount: Callable[[Any], Array]
 
 
+class Remember(NamedTuple):
+    """``name = value(view)``: a scalar for every leaf, of anything at all, for later moves of the step.
+
+    It is recorded at every step and read again on the way back, which makes moves reversible that depend
+    on their own variable through one number only, such as its norm.
+    """
+
+    name: str
+    value: Callable[[Any], Array]
+
+
 class Assign(NamedTuple):
     """``variable <- value(view)``, of anything at all; such a program cannot be reversed."""
 
@@ -78,7 +91,7 @@ class Assign(NamedTuple):
     value: Callable[[Any], Array]
 
 
-Move = Scale | Shift | Assign
+Move = Scale | Shift | Remember | Assign
 
 
 class Variable(NamedTuple):
@@ -104,6 +117,8 @@ class Optimizer:
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
       radix: of the parameters.
+      transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
+        list of gradients to a list like it; None leaves it as it is.
 
     >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
     >>> Optimizer(
@@ -125,10 +140,30 @@ class Optimizer:
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     radix: int = RADIX
+    transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
 
     def radix_of(self, variable: str) -> int:
         """Binary digits after the point of a variable, or of the parameters."""
         return self.radix if variable == PARAMS else self.variables[variable].radix
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
+
+    Attributes:
+      name: as the user would call it.
+      init: from the parameters to the optimizer's state, any pytree.
+      update: ``(h, gradient, state, params) -> (params, state)``, with ``h`` a dictionary of scalars.
+      hypers: names and default values of the hyperparameters; None marks one that must be given.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    hypers: Mapping[str, float | None] = field(default_factory=dict)
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class ExactLeaf(NamedTuple):
@@ -139,17 +174,23 @@ class ExactLeaf(NamedTuple):
 
 
 Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
+Record = dict[str, Array]  # the scalars of one leaf that were remembered in one step
 
 
 def _first_params_move(moves: Sequence[Move]) -> int:
-    return next((k for k, m in enumerate(moves) if m.variable == PARAMS), len(moves))
+    return next((k for k, move in enumerate(moves) if _moved(move) == PARAMS), len(moves))
 
 
-def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, gradient: Array | None) -> View:
+def _view(
+    move: Move, k: int, moves: Sequence[Move], leaf: Leaf, gradient: Array | None, record: Record
+) -> View:
     """What move ``k`` may read of a leaf."""
-    if isinstance(move, Assign):
-        return View({**leaf, "gradient": gradient}, {})
-    readable: dict[str, Any] = {name: x for name, x in leaf.items() if name != move.variable}
+    if isinstance(move, Assign | Remember):
+        return View({**leaf, **record, "gradient": gradient}, {})
+    if isinstance(move, Scale):
+        reason = f"the factor of Scale({move.variable!r}, ...) can read only what Remember(...) has kept"
+        return View(record, dict.fromkeys([*leaf, "gradient"], reason))
+    readable: dict[str, Any] = {name: x for name, x in leaf.items() if name != move.variable} | record
     refused = {
         move.variable: f"Shift({move.variable!r}, ...) reads {move.variable!r} itself and so could not "
         "be undone; use Scale for a multiple of it, or Assign (not reversible)"
@@ -173,18 +214,29 @@ def straight_through(value: Array, derivative: Array) -> Array:
 def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
     """One step in floats, with the same quantised factors as the exact one: what JAX differentiates."""
     start, leaf = leaf, dict(leaf)
+    record: Record = {}
     for k, move in enumerate(moves):
+        view = _view(move, k, moves, leaf, gradient, record)
+        if isinstance(move, Remember):
+            record[move.name] = jnp.asarray(move.value(view), start[PARAMS].dtype)
+            continue
         x = leaf[move.variable]
         if isinstance(move, Scale):
-            factor = jax.lax.stop_gradient(jnp.asarray(move.factor, x.dtype))
+            exactly = factor_of(move, view)
+            factor = jax.lax.stop_gradient(jnp.asarray(exactly, x.dtype))
             quantised = exact.quantised(factor, move.numerator(factor))
-            moved = straight_through(quantised * x, move.factor * x)
+            moved = straight_through(quantised * x, exactly * x)
         elif isinstance(move, Shift):
-            moved = x + move.amount(_view(move, k, moves, leaf, gradient))
+            moved = x + move.amount(view)
         else:
-            moved = jnp.asarray(move.value(_view(move, k, moves, leaf, gradient)))
+            moved = jnp.asarray(move.value(view))
         leaf[move.variable] = moved.astype(start[move.variable].dtype)
     return leaf
+
+
+def factor_of(move: Scale, view: View) -> Any:
+    """The factor of a scale, from remembered scalars if it needs them."""
+    return move.factor(view) if callable(move.factor) else move.factor
 
 
 def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
@@ -245,11 +297,13 @@ class Exact(NamedTuple):
     """The exact arithmetic of an optimizer, on all leaves at once.
 
     Attributes:
+      program: the moves of every leaf at one step, from the hyperparameters and the step.
       radix: binary digits after the point, by variable.
       dtypes: of the floats that the moves see, by leaf.
       x64: whether the user's code runs in JAX's 64-bit mode, which this code must not change for it.
     """
 
+    program: Callable[..., Sequence[Sequence[Move]]]
     radix: Mapping[str, int]
     dtypes: Sequence[Any]
     x64: bool
@@ -261,70 +315,126 @@ class Exact(NamedTuple):
             for leaf, dtype in zip(leaves, self.dtypes)
         ]
 
+    def factors(
+        self, k: int, at: PyTree, leaves: Sequence[ExactLeaf], records: Sequence[Record], live: Array
+    ) -> list[Array]:
+        """The numerators by which scale ``k`` of the program multiplies every leaf.
+
+        Args:
+          k: index of the move.
+          at: arguments of `program`.
+          leaves: exact state.
+          records: what has been remembered in this step, by leaf.
+          live: see `isolated`.
+        """
+        programs = self.program(*at)
+
+        def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
+            result = []
+            for moves, leaf, record in zip(self.program(*at), leaves, records):
+                move = moves[k]
+                assert isinstance(move, Scale)
+                with jax.enable_x64(self.x64):
+                    result.append(
+                        jnp.asarray(factor_of(move, _view(move, k, moves, leaf.high, None, record)))
+                    )
+            return result
+
+        numerators = []
+        for moves, leaf, factor in zip(programs, leaves, _same_bits(live, evaluate, at, list(records))):
+            move = moves[k]
+            assert isinstance(move, Scale)
+            numerators.append(exact.spread(move.numerator(factor), leaf.high[move.variable].shape))
+        return numerators
+
     def amounts(
         self,
         k: int,
-        programs: Sequence[Sequence[Move]],
+        at: PyTree,
         leaves: Sequence[ExactLeaf],
         gradient: Sequence[Array | None],
+        records: Sequence[Record],
         live: Array,
     ) -> list[Array]:
-        """By how much shift ``k`` of the program moves every leaf."""
-        variable = programs[0][k].variable
+        """By how much shift ``k`` of the program moves every leaf; arguments as for `factors`."""
+        variable = _moved(self.program(*at)[0][k])
         others = [ExactLeaf({v: x for v, x in leaf.high.items() if v != variable}, []) for leaf in leaves]
 
-        def evaluate(others: list[ExactLeaf], gradient: Any) -> list[Array]:
+        def evaluate(at: PyTree, others: list[ExactLeaf], gradient: Any, records: Any) -> list[Array]:
             floats, result = self.floats(others), []
-            for moves, leaf, g, full in zip(programs, floats, gradient, leaves):
+            parts = zip(self.program(*at), floats, gradient, records, leaves)
+            for moves, leaf, g, record, full in parts:
                 move = moves[k]
                 assert isinstance(move, Shift)
                 with jax.enable_x64(self.x64):
-                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, g)))
+                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, g, record)))
                 result.append(jnp.broadcast_to(amount, full.high[variable].shape))
             return result
 
-        if _rounds_alike(evaluate, others, list(gradient)):
-            return evaluate(others, list(gradient))
-        return isolated(live, evaluate, others, list(gradient))
+        return _same_bits(live, evaluate, at, others, list(gradient), list(records))
+
+    def remembered(
+        self,
+        k: int,
+        at: PyTree,
+        leaves: Sequence[ExactLeaf],
+        gradient: Sequence[Array],
+        records: Sequence[Record],
+    ) -> list[Record]:
+        """The records with what move ``k`` remembers added."""
+        new = []
+        parts = zip(self.program(*at), self.floats(leaves), gradient, records, self.dtypes)
+        for moves, leaf, g, record, dtype in parts:
+            move = moves[k]
+            assert isinstance(move, Remember)
+            with jax.enable_x64(self.x64):
+                value = jnp.asarray(move.value(_view(move, k, moves, leaf, g, record)), dtype)
+            new.append({**record, move.name: value})
+        return new
 
     def step(
         self,
-        programs: Sequence[Sequence[Move]],
+        at: PyTree,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
         gradient: Sequence[Array],
         live: Array,
-    ) -> tuple[list[ExactLeaf], list[list[Array]], Array]:
+    ) -> tuple[list[ExactLeaf], list[list[Array]], list[Record], Array]:
         """One step on integers; also whether all numbers and factors stayed inside their range."""
         highs = [dict(leaf.high) for leaf in leaves]
         buffers = [list(leaf.buffers) for leaf in leaves]
         new_tapes = [list(leaf) for leaf in tapes]
+        records: list[Record] = [{} for _ in leaves]
         valid = jnp.asarray(True)
         scales = 0
-        for k, move in enumerate(programs[0]):
-            v = move.variable
-            if isinstance(move, Scale):
-                for i, high in enumerate(highs):
-                    n = _numerator(programs[i][k], high[v])
+        for k, move in enumerate(self.program(*at)[0]):
+            now = [ExactLeaf(*part) for part in zip(highs, buffers)]
+            if isinstance(move, Remember):
+                records = self.remembered(k, at, now, gradient, records)
+                valid &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(r[move.name])) for r in records]))
+            elif isinstance(move, Scale):
+                v = move.variable
+                for i, n in enumerate(self.factors(k, at, now, records, live)):
                     valid &= exact.admissible(n)
                     n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
-                    high[v], buffers[i][scales], new_tapes[i][scales] = exact.scale(
-                        high[v], buffers[i][scales], new_tapes[i][scales], n
+                    highs[i][v], buffers[i][scales], new_tapes[i][scales] = exact.scale(
+                        highs[i][v], buffers[i][scales], new_tapes[i][scales], n
                     )
                 scales += 1
             else:
-                now = [ExactLeaf(*part) for part in zip(highs, buffers)]
-                for high, amount in zip(highs, self.amounts(k, programs, now, gradient, live)):
+                v = move.variable
+                for high, amount in zip(highs, self.amounts(k, at, now, gradient, records, live)):
                     high[v] = exact.shift(high[v], amount, self.radix[v])
                     valid &= exact.fits(high[v])
-        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, valid
+        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, records, valid
 
     def unstep(
         self,
-        programs: Sequence[Sequence[Move]],
+        at: PyTree,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
         gradient: Sequence[Array] | None,
+        records: Sequence[Record],
         live: Array,
     ) -> list[ExactLeaf]:
         """Undo a step, in two parts: the parameters are needed to find the gradient again.
@@ -332,7 +442,7 @@ class Exact(NamedTuple):
         Without a gradient, undoes the moves from the first one of the parameters on; with it, the moves
         before that.
         """
-        moves = programs[0]
+        moves = self.program(*at)[0]
         cut = _first_params_move(moves)
         start, end = (cut, len(moves)) if gradient is None else (0, cut)
         given = [None] * len(leaves) if gradient is None else gradient
@@ -340,22 +450,30 @@ class Exact(NamedTuple):
         buffers = [list(leaf.buffers) for leaf in leaves]
         scales = sum(isinstance(move, Scale) for move in moves[:end])
         for k in reversed(range(start, end)):
-            v = moves[k].variable
-            if isinstance(moves[k], Scale):
+            move = moves[k]
+            now = [ExactLeaf(*part) for part in zip(highs, buffers)]
+            if isinstance(move, Scale):
+                v = move.variable
                 scales -= 1
-                for i, high in enumerate(highs):
-                    n = _numerator(programs[i][k], high[v])
+                for i, n in enumerate(self.factors(k, at, now, records, live)):
                     n = jnp.maximum(n, jnp.ones_like(n))
-                    high[v], buffers[i][scales] = exact.unscale(
-                        high[v], buffers[i][scales], tapes[i][scales], n
+                    highs[i][v], buffers[i][scales] = exact.unscale(
+                        highs[i][v], buffers[i][scales], tapes[i][scales], n
                     )
-            else:
-                now = [ExactLeaf(*part) for part in zip(highs, buffers)]
-                for high, amount in zip(highs, self.amounts(k, programs, now, given, live)):
+            elif isinstance(move, Shift):
+                v = move.variable
+                for high, amount in zip(highs, self.amounts(k, at, now, given, records, live)):
                     high[v] = exact.unshift(high[v], amount, self.radix[v])
         return [ExactLeaf(*part) for part in zip(highs, buffers)]
 
 
-def _numerator(move: Move, x: Array) -> Array:
-    assert isinstance(move, Scale)
-    return exact.spread(move.numerator(move.factor), x.shape)
+def _moved(move: Move) -> str:
+    """The variable that a move changes; a `Remember` changes none."""
+    return "" if isinstance(move, Remember) else move.variable
+
+
+def _same_bits(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """Evaluate a function so that the same bits come out wherever it is called."""
+    if _rounds_alike(function, *arguments):
+        return function(*arguments)
+    return isolated(live, function, *arguments)

@@ -27,7 +27,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Leaf, Optimizer
+from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
 
 PyTree = Any
 
@@ -83,6 +83,9 @@ class Outputs(NamedTuple):
 
     loss: Array
     watched: PyTree
+
+
+Solution = tuple[list[Leaf], Outputs]  # the end of a run, and what its steps gave out
 
 
 @dataclass(frozen=True)
@@ -148,26 +151,33 @@ def split(flags: PyTree, tree: PyTree) -> tuple[list[Array], Callable[[Sequence[
     return [x for c, x in zip(chosen, leaves) if c], merge
 
 
+def kept(state: PyTree) -> Leaf:
+    """The state of an optimizer that has one for all parameters, as one more leaf beside theirs."""
+    return {f"{k}": jnp.asarray(x, jnp.result_type(x)) for k, x in enumerate(jax.tree.leaves(state))}
+
+
 @dataclass(frozen=True)
 class Run:
     """The static part of a training run.
 
     Attributes:
       call: the user's call, for messages.
-      optimizer: the program of moves.
+      optimizer: a program of moves, or a function of all parameters at once.
       loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``.
       watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
       structure: tree structure of the parameters.
+      state: tree structure of the optimizer's state, where that is one for all parameters.
       steps: ``T``.
       captured: how many of ``constants.loss`` are closed over; the others are ``meta``.
       x64: whether the user's code runs in JAX's 64-bit mode.
     """
 
     call: str
-    optimizer: Optimizer
+    optimizer: Optimizer | Whole
     loss: Hoisted
     watch: Hoisted | None
     structure: Any
+    state: Any
     steps: int
     captured: int
     x64: bool
@@ -179,11 +189,43 @@ class Run:
         t: Array,
     ) -> list[Sequence[program.Move]]:
         """The moves of every leaf at one step, from its hyperparameters."""
+        return [
+            self.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
+            for fixed, scheduled in zip(constants, inputs)
+        ]
+
+    def leaf_moves(self, h: Any, t: Array) -> Sequence[program.Move]:
+        """The moves of one leaf at one step, from its hyperparameters."""
+        assert isinstance(self.optimizer, Optimizer)
         with jax.enable_x64(self.x64):
-            return [
-                self.optimizer.moves(SimpleNamespace(**fixed, **scheduled), t)
-                for fixed, scheduled in zip(constants, inputs)
-            ]
+            return self.optimizer.moves(h, t)
+
+    def transformed(
+        self,
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        gradient: Sequence[Array],
+    ) -> list[Array]:
+        """The gradient as the moves see it."""
+        assert isinstance(self.optimizer, Optimizer)
+        if self.optimizer.transform is None:
+            return list(gradient)
+        with jax.enable_x64(self.x64):
+            hypers = [SimpleNamespace(**fixed, **each) for fixed, each in zip(constants, inputs)]
+            return list(self.optimizer.transform(hypers, gradient))
+
+    def seen(
+        self,
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        gradient: Sequence[Array],
+        live: Array,
+    ) -> list[Array]:
+        """The same, in a way that gives the same bits in both directions (see `program.isolated`)."""
+        assert isinstance(self.optimizer, Optimizer)
+        if self.optimizer.transform is None:
+            return list(gradient)
+        return program.isolated(live, self.transformed, constants, inputs, list(gradient))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
         """The inner loss of flat parameters."""
@@ -202,24 +244,71 @@ class Run:
     ) -> Snapshot:
         """What `watch` is shown."""
         unflatten = self.structure.unflatten
-        state = {name: unflatten([leaf[name] for leaf in leaves]) for name in self.optimizer.variables}
-        params = unflatten([leaf[PARAMS] for leaf in leaves])
-        return Snapshot(t, params, state, loss, unflatten(list(gradient)))
+        params = unflatten(self.params_of(leaves))
+        return Snapshot(t, params, self.state_of(leaves), loss, unflatten(list(gradient)))
+
+    def params_of(self, leaves: Sequence[Leaf]) -> list[Array]:
+        """The parameters among the float state, flat."""
+        return [leaf[PARAMS] for leaf in leaves[: self.structure.num_leaves]]
+
+    def state_of(self, leaves: Sequence[Leaf]) -> dict[str, PyTree]:
+        """The optimizer's variables among the float state: by name, trees like the parameters.
+
+        The state of a `Whole` optimizer is one tree with the name ``state``; see `kept`.
+        """
+        if isinstance(self.optimizer, Whole):
+            return {"state": self.state.unflatten([leaves[-1][f"{k}"] for k in range(len(leaves[-1]))])}
+        unflatten = self.structure.unflatten
+        return {name: unflatten([leaf[name] for leaf in leaves]) for name in self.optimizer.variables}
 
     def step(
-        self, leaves: Sequence[Leaf], constants: Constants, inputs: Inputs
+        self,
+        leaves: Sequence[Leaf],
+        constants: Constants,
+        inputs: Inputs,
+        gradient_of: Callable[..., tuple[Array, list[Array]]] | None = None,
     ) -> tuple[list[Leaf], Outputs]:
-        """One step in floats, for adjoints that leave differentiation to JAX."""
-        params = [leaf[PARAMS] for leaf in leaves]
-        loss, gradient = self.gradient(params, constants.loss, inputs.batch)
-        new = [
-            program.step(moves, leaf, g)
-            for moves, leaf, g in zip(
-                self.moves(constants.hypers, inputs.hypers, inputs.step), leaves, gradient
-            )
-        ]
+        """One step in floats, for adjoints that leave differentiation to JAX.
+
+        With `gradient`, the default, only reverse mode can; with `plain_gradient` both modes.
+        """
+        evaluate = self.gradient if gradient_of is None else gradient_of
+        loss, gradient = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
+        new = self.stepped(leaves, gradient, constants.hypers, inputs.hypers, inputs.step)
         snapshot = self.snapshot(leaves, loss, gradient, inputs.step)
         return new, Outputs(loss, self.watched(snapshot, constants))
+
+    def stepped(
+        self,
+        leaves: Sequence[Leaf],
+        gradient: Sequence[Array],
+        constants: Sequence[Mapping[str, Array]],
+        inputs: Sequence[Mapping[str, Array]],
+        t: Array,
+    ) -> list[Leaf]:
+        """The optimizer's part of one step in floats."""
+        if isinstance(self.optimizer, Whole):
+            return self._whole(leaves, gradient, {**constants[0], **inputs[0]})
+        seen = self.transformed(constants, inputs, gradient)
+        moves = self.moves(constants, inputs, t)
+        return [program.step(*part) for part in zip(moves, leaves, seen)]
+
+    def _whole(
+        self, leaves: Sequence[Leaf], gradient: Sequence[Array], hypers: dict[str, Array]
+    ) -> list[Leaf]:
+        assert isinstance(self.optimizer, Whole)
+        unflatten = self.structure.unflatten
+        params, state = unflatten(self.params_of(leaves)), self.state_of(leaves)["state"]
+        with jax.enable_x64(self.x64):
+            new, state = self.optimizer.update(hypers, unflatten(list(gradient)), state, params)
+        moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), [*moved, kept(state)], list(leaves))
+
+    def plain_gradient(
+        self, params: list[Array], loss_constants: list[Array], batch: list[Array]
+    ) -> tuple[Array, list[Array]]:
+        """Loss and gradient, with JAX's own derivatives."""
+        return jax.value_and_grad(lambda w: self.loss_at(w, loss_constants, batch))(params)
 
     def gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
@@ -230,7 +319,7 @@ class Run:
         def value_and_gradient(
             params: list[Array], theta: tuple[list[Array], list[Array]]
         ) -> tuple[Array, list[Array]]:
-            return jax.value_and_grad(lambda w: self.loss_at(w, *theta))(params)
+            return self.plain_gradient(params, *theta)
 
         def forward(params: Any, theta: Any) -> Any:
             flags = jax.tree.map(lambda x: x.perturbed, theta)
@@ -347,14 +436,14 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
-    results = program.isolated(live, _part(jaxpr, inputs, reversed(first), handed), *given)
+    results = program.isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
     smallest = min(range(len(results)), key=lambda k: (results[k].dtype.kind != "f", results[k].size))
     results[smallest] = keep_alive(live, results, results[smallest])
-    outputs = _part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
+    outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
     return jax.tree.unflatten(structure, outputs)
 
 
-def _part(
+def part(
     jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
 ) -> Callable[..., list[Array]]:
     """Some of the equations of a jaxpr as a function."""

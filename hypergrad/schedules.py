@@ -1,413 +1,329 @@
-"""Constrained hyperparameters, learned schedules as optax schedules, and files of both.
+"""Schedules whose every parameter can be learned, each at once a pytree and an optax schedule.
 
-A meta-optimiser moves unconstrained ("raw") numbers; a training run wants learning rates above
-zero and momenta between zero and one. A `Constraint` is the pair of maps between the two.
+A schedule is a small NamedTuple of its parameters: `jax.grad`, optax and `hypergrad.meta.optimize` move
+them as they move any pytree.  It is also a function of the count of steps, so it goes wherever optax
+takes a schedule; and `values` makes the array of it, or of any optax schedule, that `hypergrad.train`
+takes as a hyperparameter.  Lengths and places are real numbers of steps, not integers, and the values
+are differentiable in them too wherever a kink does not fall exactly on a count.
+
+======  ============  =====================================================
+symbol  name          meaning
+======  ============  =====================================================
+``t``   count         steps made so far, 0, 1, ...; an integer, may be traced
+``T``   steps         steps of the training run
+``η``   value         what the schedule gives at ``t``
+======  ============  =====================================================
+
+>>> import hypergrad as hg
+>>> import jax, jax.numpy as jnp
+>>> def outer(schedule):
+...     hypers = {"learning_rate": values(schedule, 100)}
+...     loss = lambda w, meta, step: jnp.sum(w**2)
+...     return jnp.sum(hg.train(loss, jnp.ones(3), hypers, steps=100).params ** 2)
+>>> derivatives = jax.grad(outer)(WarmupCosine(0.01, 0.02, warmup_steps=9.5, decay_steps=100.0))
+>>> derivatives._fields
+('init_value', 'peak_value', 'warmup_steps', 'decay_steps', 'end_value')
+>>> bool(derivatives.peak_value < 0)  # faster would be better
+True
 """
 
-import io
-import json
-import math
-import os
-import zipfile
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax import Array
+from jax.typing import ArrayLike
 
 PyTree = Any
 
 
-class Constraint(NamedTuple):
-    """A smooth bijection between the real line and an open domain, applied element by element.
+class Constant(NamedTuple):
+    """The same at every step, ``η(t) = value``.
 
     Args:
-        to_constrained: raw array -> array of the same shape and dtype inside the domain.
-        to_raw: its inverse; not finite exactly where its argument is outside the domain.
-        name: what error messages and checkpoints call it.
-        domain: the domain in words, for error messages.
+        value: the value, a number.
 
     Returns:
-        A Constraint; it is a leaf wherever this library takes a tree of constraints.
+        The schedule.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> cube = Constraint(lambda raw: raw**3, jnp.cbrt, "cube", "all real numbers")
-        >>> float(cube.to_constrained(jnp.float32(2.0)))
-        8.0
+        >>> values(Constant(0.5), 3).tolist()
+        [0.5, 0.5, 0.5]
     """
 
-    to_constrained: Callable[[jax.Array], jax.Array]
-    to_raw: Callable[[jax.Array], jax.Array]
-    name: str = "custom"
-    domain: str = "where its to_raw is finite"
+    value: ArrayLike
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        return jnp.asarray(self.value)
 
 
-def _largest_raw(dtype: Any) -> float:
-    # exp(+-this) is a normal number with decades to spare, so no map below overflows, flushes to
-    # zero or makes 0 * inf in its derivative.
-    return -0.9 * math.log(float(jnp.finfo(dtype).tiny))
-
-
-def _exp(raw: jax.Array) -> jax.Array:
-    limit = _largest_raw(raw.dtype)
-    return jnp.exp(jnp.clip(raw, -limit, limit))
-
-
-def _logistic(raw: jax.Array) -> jax.Array:
-    # Above -log(eps) the logistic rounds to 1, which is outside (0, 1).
-    top = -math.log(float(jnp.finfo(raw.dtype).eps))
-    return jax.nn.sigmoid(jnp.clip(raw, -_largest_raw(raw.dtype), top))
-
-
-real = Constraint(lambda raw: raw, lambda value: value, "real", "finite numbers")
-"""No constraint: the raw value is the value."""
-
-positive = Constraint(_exp, jnp.log, "positive", "x > 0")
-"""Values above zero, such as learning rates: `value = exp(raw)`."""
-
-unit = Constraint(_logistic, lambda x: jnp.log(x) - jnp.log1p(-x), "unit", "0 < x < 1")
-"""Values strictly between 0 and 1, such as momenta: `value = 1 / (1 + exp(-raw))`."""
-
-
-def interval(low: float, high: float) -> Constraint:
-    """Values strictly between two numbers: `value = low + (high - low) / (1 + exp(-raw))`.
+class PerStep(NamedTuple):
+    """A value for each step, ``η(t) = values[min(t, T - 1)]``; the last one is held after the end.
 
     Args:
-        low: lower end, finite.
-        high: upper end, finite, above `low`.
+        values: shape `(T,)`, T >= 1.
 
     Returns:
-        The Constraint.
-
-    Raises:
-        ValueError: the ends are not finite or not in order.
+        The schedule; called, it raises ValueError where `values` has another shape.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> float(interval(-1.0, 3.0).to_constrained(jnp.float32(0.0)))
-        1.0
-    """
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(
-            f"interval(low={low!r}, high={high!r}): the ends must be finite with low < high; "
-            "for a one-sided domain use schedules.positive"
-        )
-
-    def to_constrained(raw: jax.Array) -> jax.Array:
-        ends = jnp.asarray([low, high], raw.dtype)
-        # Rounding in the sum may land on an end, which is outside the open interval.
-        inside = jnp.nextafter(ends, ends[::-1])
-        return jnp.clip(low + (high - low) * _logistic(raw), inside[0], inside[1])
-
-    def to_raw(value: jax.Array) -> jax.Array:
-        return jnp.log(value - low) - jnp.log(high - value)
-
-    return Constraint(to_constrained, to_raw, f"interval({low}, {high})", f"{low} < x < {high}")
-
-
-def is_constraint(node: object) -> bool:
-    """Whether a node of a tree is a Constraint, which a tree of them has for leaves."""
-    return isinstance(node, Constraint)
-
-
-def _spread(call: str, constraints: PyTree, values: PyTree) -> PyTree:
-    for leaf in jax.tree.leaves(constraints, is_leaf=is_constraint):
-        if not isinstance(leaf, Constraint):
-            raise TypeError(
-                f"{call}(constraints=...): the leaf {leaf!r} is not a Constraint; use "
-                "schedules.real, positive, unit, interval(low, high) or a Constraint of your own"
-            )
-    try:
-        return jax.tree.broadcast(constraints, values, is_leaf=is_constraint)
-    except ValueError as error:
-        names = jax.tree.map(lambda leaf: leaf.name, constraints, is_leaf=is_constraint)
-        raise ValueError(
-            f"{call}(constraints={names}): not a prefix of the tree of values, "
-            f"{jax.tree.structure(values)}; give one Constraint for all values, or a tree with "
-            "one Constraint at each leaf or at each subtree that shares it"
-        ) from error
-
-
-def constrain(constraints: PyTree, raw: PyTree) -> PyTree:
-    """Map raw values into their domains, `value = to_constrained(raw)`; differentiable, jittable.
-
-    Args:
-        constraints: one Constraint, or a tree of them that is a prefix of `raw`.
-        raw: tree of floating-point arrays of any shapes.
-
-    Returns:
-        The tree of `raw` with values inside the domains. The maps saturate just inside the ends
-        (with zero derivative there), so the result never rounds onto an end of its domain.
-
-    Raises:
-        TypeError: a leaf of `constraints` is not a Constraint.
-        ValueError: `constraints` is not a prefix of `raw`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> constrain({"momentum": unit, "rate": positive}, {"momentum": 0.0, "rate": 0.0})
-        {'momentum': Array(0.5, dtype=float32), 'rate': Array(1., dtype=float32)}
-    """
-    spread = _spread("constrain", constraints, raw)
-    return jax.tree.map(lambda leaf, constraint: constraint.to_constrained(_strong(leaf)), raw, spread)
-
-
-def unconstrain(constraints: PyTree, values: PyTree) -> PyTree:
-    """Map values to raw ones, `raw = to_raw(value)`: the inverse of `constrain`.
-
-    Args:
-        constraints: one Constraint, or a tree of them that is a prefix of `values`.
-        values: tree of floating-point arrays of any shapes, each inside its domain.
-
-    Returns:
-        The tree of `values` with raw values.
-
-    Raises:
-        TypeError: a leaf of `constraints` is not a Constraint, or a value is not floating-point.
-        ValueError: `constraints` is not a prefix of `values`, or a value is outside its domain
-            (values traced by `jax.jit` cannot be looked at and are not checked).
-
-    Example:
-        >>> float(unconstrain(unit, 0.5))
-        0.0
-    """
-    spread = _spread("unconstrain", constraints, values)
-
-    def to_raw(path: Any, leaf: Any, constraint: Constraint) -> jax.Array:
-        where = jax.tree_util.keystr(path) or "the value"
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"unconstrain(values=...): {where} has dtype {jnp.result_type(leaf)}; "
-                "hyperparameters are floating-point, for example 1.0 for 1"
-            )
-        value = _strong(leaf)
-        raw = constraint.to_raw(value)
-        outside = ~jnp.isfinite(raw)
-        if not isinstance(outside, jax.core.Tracer) and outside.any():
-            raise ValueError(
-                f"unconstrain(values=...): {where} holds {np.asarray(value)[outside].flat[0]}, "
-                f"outside the domain of {constraint.name} ({constraint.domain}); move it inside "
-                "or choose another constraint"
-            )
-        return raw
-
-    return jax.tree.map_with_path(to_raw, values, spread)
-
-
-def _strong(leaf: Any) -> jax.Array:
-    # A Python number makes a weakly typed array, whose dtype may change in later arithmetic.
-    return jnp.asarray(leaf, jnp.result_type(leaf))
-
-
-def as_optax(values: jax.typing.ArrayLike) -> optax.Schedule:
-    """A learned schedule as an optax schedule, `count -> values[min(count, T - 1)]`.
-
-    Args:
-        values: shape `(T,)`, T >= 1, one value for each step; or a scalar, held for ever.
-
-    Returns:
-        The schedule: it takes an integer count, which may be traced, and returns the value; the
-        last value is held after the end. Differentiable in `values`.
-
-    Raises:
-        ValueError: `values` is empty or has more than one axis.
-
-    Example:
-        >>> import jax.numpy as jnp, optax
-        >>> schedule = as_optax(jnp.array([0.5, 0.25]))
+        >>> import optax
+        >>> schedule = PerStep(jnp.array([0.5, 0.25]))
         >>> [float(schedule(count)) for count in range(4)]
         [0.5, 0.25, 0.25, 0.25]
         >>> optimizer = optax.sgd(schedule)
     """
-    array = jnp.asarray(values)
-    if array.ndim > 1 or array.size == 0:
-        raise ValueError(
-            f"as_optax(values of shape {array.shape}): a schedule has shape (T,) with T >= 1, "
-            "or is a scalar; give one schedule for each hyperparameter"
-        )
-    steps = array.ravel()
-    return lambda count: steps[jnp.clip(count, 0, steps.size - 1)]
+
+    values: ArrayLike
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        steps = jnp.asarray(self.values)
+        if steps.ndim != 1 or steps.size == 0:
+            raise ValueError(
+                f"PerStep(values of shape {steps.shape}): one value for each step is an array of shape "
+                "(T,) with T >= 1; for one number use Constant, for layers a tree of schedules"
+            )
+        return steps[jnp.clip(count, 0, steps.size - 1)]
 
 
-def from_optax(schedule: optax.Schedule, steps: int) -> jax.Array:
-    """The values of an optax schedule, to start learning from: `schedule(0..steps-1)`.
+class PiecewiseLinear(NamedTuple):
+    """Straight lines between knots ``(p_k, y_k)``; outside them the first and the last value are held.
+
+    ``η(t) = (1 - x) y_k + x y_{k+1},  x = (t - p_k) / (p_{k+1} - p_k),  p_k <= t < p_{k+1}``
 
     Args:
-        schedule: count -> scalar; it must accept a traced count, as all of optax's do.
-        steps: how many values, at least 1.
+        positions: shape `(K,)`, K >= 2: the counts p_k at which the knots stand, in steps, ascending.
+            Two equal ones make a jump.  `hypergrad.constraints.ascending` keeps them in order while they
+            are learned; a traced knot that stands before its predecessor counts as standing at it.
+        values: shape `(K,)`: the values y_k at the knots.
 
     Returns:
-        Floating-point array of shape `(steps,)`, differentiable in whatever the schedule closes
-        over.
+        The schedule.  For a count exactly at a knot, the derivative in its position is that of the line
+        to the right.  Called, it raises ValueError where the shapes are others, or known positions
+        descend.
+
+    Example:
+        >>> values(PiecewiseLinear(jnp.array([0.0, 2.0, 4.0]), jnp.array([0.0, 1.0, 0.0])), 6).tolist()
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+
+    positions: ArrayLike
+    values: ArrayLike
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        shapes = jnp.shape(self.positions), jnp.shape(self.values)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 1 or shapes[0][0] < 2:
+            raise ValueError(
+                f"PiecewiseLinear(positions of shape {shapes[0]}, values of shape {shapes[1]}): the knots "
+                "are two arrays of shape (K,) with K >= 2; for one value use Constant"
+            )
+        _require(self, "the positions must ascend", lambda p: (np.diff(p) >= 0).all(), self.positions)
+        t, p, y = _floats(count, self.positions, self.values)
+        p = jax.lax.cummax(p)
+        k = jnp.sum(p[1:-1] <= t)
+        return _between(_fraction(t, p[k], p[k + 1]), y[k], y[k + 1])
+
+
+class WarmupCosine(NamedTuple):
+    """Linear warm-up, then half a cosine down; as `optax.warmup_cosine_decay_schedule`.
+
+    ``η(t) = (1 - x) init + x peak,             x = t / warmup,                         t < warmup``
+    ``η(t) = end + (peak - end) (1 + cos πx)/2, x = (t - warmup) / (decay - warmup),    t >= warmup``
+
+    Args:
+        init_value: value at count 0.
+        peak_value: value at `warmup_steps`.
+        warmup_steps: length of the warm-up in steps, >= 0.
+        decay_steps: where `end_value` is reached, in steps from count 0, >= `warmup_steps`.
+        end_value: value from `decay_steps` on.
+
+    Returns:
+        The schedule.  Called, it raises ValueError where known lengths are out of order.
+
+    Example:
+        >>> values(WarmupCosine(0.0, 1.0, warmup_steps=2.0, decay_steps=4.0), 6).tolist()
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+
+    Source: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, eq. 5;
+    Goyal et al., "Accurate, large minibatch SGD", 2017, section 2.2, for the warm-up.
+    """
+
+    init_value: ArrayLike
+    peak_value: ArrayLike
+    warmup_steps: ArrayLike
+    decay_steps: ArrayLike
+    end_value: ArrayLike = 0.0
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        order = "0 <= warmup_steps <= decay_steps"
+        _require(self, order, lambda w, d: 0 <= w <= d, self.warmup_steps, self.decay_steps)
+        t, init, peak, warmup, decay, end = _floats(count, *self)
+        rising = _between(_fraction(t, 0.0, warmup), init, peak)
+        falling = _between((1 - jnp.cos(jnp.pi * _fraction(t, warmup, decay))) / 2, peak, end)
+        return jnp.where(t < warmup, rising, falling)
+
+
+class Triangular(NamedTuple):
+    """The cyclical schedule: linearly up for half a cycle and down for the other half, for ever.
+
+    ``η(t) = base + (max - base) (1 - |2x - 1|),  x = t / cycle - floor(t / cycle)``
+
+    Args:
+        base_value: value at the start of each cycle.
+        max_value: value half-way through.
+        cycle_steps: length of a cycle in steps, > 0; twice what the paper calls stepsize.
+
+    Returns:
+        The schedule.  Called, it raises ValueError where a known `cycle_steps` is not positive.
+
+    Example:
+        >>> values(Triangular(0.0, 1.0, cycle_steps=4.0), 7).tolist()
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.5, 1.0]
+
+    Source: Smith, "Cyclical learning rates for training neural networks", 2017, section 3.1.
+    """
+
+    base_value: ArrayLike
+    max_value: ArrayLike
+    cycle_steps: ArrayLike
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        _require(self, "cycle_steps > 0", lambda c: c > 0, self.cycle_steps)
+        t, base, top, cycle = _floats(count, *self)
+        triangle = PiecewiseLinear(jnp.stack([0 * cycle, cycle / 2, cycle]), jnp.stack([base, top, base]))
+        return triangle(t - cycle * jnp.floor(t / cycle))
+
+
+class OneCycle(NamedTuple):
+    """One cycle in three straight lines; as `optax.linear_onecycle_schedule`.
+
+    From ``peak / div`` up to ``peak`` at ``pct_start T``, back down to ``peak / div`` at ``pct_final T``,
+    and on to ``peak / div / final_div`` at ``T``, which is held.
+
+    Args:
+        transition_steps: T, the length of it all in steps, > 0.
+        peak_value: the largest value.
+        pct_start: share of T at which the peak stands, in [0, pct_final].
+        pct_final: share of T at which the cycle closes, in [pct_start, 1].
+        div_factor: how many times smaller than the peak the first value is, > 0.
+        final_div_factor: how many times smaller than the first value the last is, > 0.
+
+    Returns:
+        The schedule.  Called, it raises ValueError where known arguments are outside their ranges.
+
+    Example:
+        >>> values(OneCycle(8.0, 1.0, 0.25, 0.5, div_factor=4.0, final_div_factor=4.0), 9).tolist()
+        [0.25, 0.625, 1.0, 0.625, 0.25, 0.203125, 0.15625, 0.109375, 0.0625]
+
+    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
+    learning rates", 2018, section 3.
+    """
+
+    transition_steps: ArrayLike
+    peak_value: ArrayLike
+    pct_start: ArrayLike = 0.3
+    pct_final: ArrayLike = 0.85
+    div_factor: ArrayLike = 25.0
+    final_div_factor: ArrayLike = 1e4
+
+    def __call__(self, count: ArrayLike) -> Array:
+        """The value at a count."""
+        steps, _, start, final, div, final_div = self
+        _require(self, "0 <= pct_start <= pct_final <= 1", lambda s, f: 0 <= s <= f <= 1, start, final)
+        _require(self, "steps and divisors > 0", lambda *x: min(x) > 0, steps, div, final_div)
+        t, steps, peak, start, final, div, final_div = _floats(count, *self)
+        positions = jnp.stack([0 * steps, start * steps, final * steps, steps])
+        low = peak / div
+        return PiecewiseLinear(positions, jnp.stack([low, peak, low, low / final_div]))(t)
+
+
+def values(schedules: PyTree, steps: int) -> PyTree:
+    """The values ``η(0), ..., η(T - 1)`` of schedules over a run, as `hypergrad.train` takes them.
+
+    Args:
+        schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer; a
+            schedule is whatever can be called with a count, which is traced, and returns a scalar.
+            Numbers and arrays in the tree stay as they are.
+        steps: T, at least 1.
+
+    Returns:
+        The tree with a floating-point array of shape `(T,)` for each schedule, differentiable in its
+        parameters, and in whatever an optax schedule closes over.
 
     Raises:
-        ValueError: `steps` is below 1, or the schedule does not return scalars.
+        ValueError: `steps` is below 1, or a schedule does not return scalars.
 
     Example:
         >>> import optax
-        >>> from_optax(optax.linear_schedule(1.0, 0.0, 4), 3).tolist()
+        >>> values(optax.linear_schedule(1.0, 0.0, 4), 3).tolist()
         [1.0, 0.75, 0.5]
+        >>> values({"learning_rate": Constant(0.5), "momentum": 0.9}, 2)
+        {'learning_rate': Array([0.5, 0.5], dtype=float32), 'momentum': 0.9}
     """
     if steps < 1:
-        raise ValueError(f"from_optax(steps={steps!r}): a schedule has at least 1 step")
-    values = jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(steps))
-    if values.ndim != 1:
-        raise ValueError(
-            f"from_optax(schedule): it returned an array of shape {values.shape[1:]} for one "
-            "count; a schedule returns a scalar"
-        )
-    return values.astype(jnp.result_type(values, float))
+        raise ValueError(f"values(steps={steps!r}): a schedule has at least 1 step")
 
-
-# In a saved file every array is named by its path in the tree, as JSON: '["rate", 0]'. JSON keeps
-# the list index 0 and the dict key "0" apart. One more entry, HEADER, is JSON too.
-_HEADER = "hypergrad"
-
-
-def _address(path: Any) -> str:
-    parts: list[str | int] = []
-    for entry in path:
-        if isinstance(entry, jax.tree_util.DictKey) and not isinstance(entry.key, str):
-            raise TypeError(
-                f"save(tree): the dict key {entry.key!r} in {jax.tree_util.keystr(path)} is not "
-                "a string; use string keys"
+    def value(schedule: Any) -> Any:
+        if not callable(schedule):
+            return schedule
+        array = jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(steps))
+        if array.ndim != 1:
+            raise ValueError(
+                f"values(schedules): {schedule!r} returned an array of shape {array.shape[1:]} for one "
+                "count; a schedule returns a scalar"
             )
-        # GetAttrKey has a name, SequenceKey an idx, DictKey and FlattenedIndexKey a key.
-        parts.append(next(getattr(entry, x) for x in ("name", "idx", "key") if hasattr(entry, x)))
-    return json.dumps(parts)
+        return array.astype(jnp.result_type(array, float))
+
+    return jax.tree.map(value, schedules, is_leaf=callable)
 
 
-def _storable(path: Any, leaf: Any) -> np.ndarray:
-    where = jax.tree_util.keystr(path) or "the tree"
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"save(tree): {where} is a PRNG key; save jax.random.key_data(key)")
-    array = np.asarray(None if isinstance(leaf, list | tuple) else leaf)
-    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
-        raise TypeError(
-            f"save(tree): {where} is {leaf!r}, which is not an array of numbers; leave it out of "
-            "the tree or pass it as metadata"
-        )
-    return array
-
-
-def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None:
-    """Write a tree of arrays to one .npz file, atomically: the file is the old or the new one.
+def per_layer(schedule: Any, params: PyTree) -> PyTree:
+    """A schedule of its own for each layer, all starting as the one given.
 
     Args:
-        path: file to write; its folder must exist. No suffix is added. Being killed in the middle
-            of a write may leave a hidden `.tmp` file beside it, which can be deleted.
-        tree: dicts with string keys, lists, tuples and NamedTuples of arrays of numbers.
-        metadata: anything `json.dumps` takes, under any names.
-
-    Raises:
-        TypeError: a leaf is not an array of numbers, a container is empty, a dict key is not a
-            string, or the metadata is not JSON.
-
-    Example:
-        >>> import os, tempfile, numpy as np
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(os.path.join(folder, "run.npz"), {"rate": np.ones(2)}, steps=100)
-        ...     load(os.path.join(folder, "run.npz"))
-        ({'rate': array([1., 1.])}, {'steps': 100})
-    """
-    # None and empty containers are made leaves so that they are refused instead of dropped.
-    leaves = jax.tree.leaves_with_path(
-        tree,
-        is_leaf=lambda node: node is None or (isinstance(node, list | tuple | dict) and not node),
-    )
-    arrays: dict[str, Any] = {_address(where): _storable(where, leaf) for where, leaf in leaves}
-    # The npy format does not know bfloat16 and its kin: their bits go in unsigned integers.
-    foreign = {name: x.dtype.name for name, x in arrays.items() if np.dtype(x.dtype.str) != x.dtype}
-    for name in foreign:
-        arrays[name] = arrays[name].view(f"u{arrays[name].itemsize}")
-    try:
-        header = json.dumps({"format": 1, "dtypes": foreign, "metadata": metadata})
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"save(**metadata): metadata must be JSON; {error}") from error
-    buffer = io.BytesIO()
-    np.savez(buffer, **(arrays | {_HEADER: np.asarray(header)}))
-    replace_file(path, buffer.getvalue())
-
-
-def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file atomically: whoever reads it, and whenever we are killed, finds the old or the new one.
-
-    Args:
-        path: file to write; its folder must exist.
-        content: of the file.
-    """
-    target = Path(path)
-    # In the same folder, because os.replace is atomic only within one file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
-    """Read a file that `save` wrote.
-
-    Args:
-        path: the file.
+        schedule: any schedule, or a number or array that `hypergrad.train` takes.
+        params: parameters; a layer is one entry of the outermost tuple, list or dictionary.
 
     Returns:
-        `(tree, metadata)`: nested dicts and lists of numpy arrays (tuples come back as lists and
-        NamedTuples as dicts), and the metadata as JSON gives it back.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or something else wrote it.
+        The container of `params` with the schedule at each entry: a tree of schedules that is a prefix of
+        `params`.  For one at each leaf instead: `jax.tree.map(lambda leaf: schedule, params)`.
 
     Example:
-        >>> import os, tempfile, numpy as np
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(os.path.join(folder, "run.npz"), [np.ones(2)], note="first")
-        ...     load(os.path.join(folder, "run.npz"))
-        ([array([1., 1.])], {'note': 'first'})
+        >>> params = {"first": (jnp.ones((2, 3)), jnp.ones(3)), "last": (jnp.ones((3, 1)), jnp.ones(1))}
+        >>> per_layer(Constant(0.1), params)
+        {'first': Constant(value=0.1), 'last': Constant(value=0.1)}
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            header = json.loads(str(archive[_HEADER]))
-            arrays = {name: archive[name] for name in archive.files if name != _HEADER}
-        if header["format"] != 1:
-            raise ValueError(f"format {header['format']} is not one this version reads")
-        for name, dtype in header["dtypes"].items():
-            arrays[name] = arrays[name].view(np.dtype(dtype))
-        tree = _nest([(json.loads(name), array) for name, array in arrays.items()])
-        return tree, header["metadata"]
-    except (
-        AttributeError,  # np.load of an .npy file gives an array, which has no files ...
-        TypeError,  # ... and is no context manager
-        EOFError,
-        IndexError,
-        KeyError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise ValueError(
-            f"load({os.fspath(path)!r}): not a whole file written by hypergrad.schedules.save "
-            f"({type(error).__name__}: {error}); give the path of one that is"
-        ) from error
+    return jax.tree.map(lambda _: schedule, params, is_leaf=lambda node: node is not params)
 
 
-def _nest(items: list[tuple[list[Any], np.ndarray]]) -> PyTree:
-    if not items[0][0]:
-        return items[0][1]
-    groups: dict[Any, list[tuple[list[Any], np.ndarray]]] = {}
-    for (first, *rest), array in items:
-        groups.setdefault(first, []).append((rest, array))
-    children = {first: _nest(group) for first, group in groups.items()}
-    if all(isinstance(first, int) for first in children):
-        return [children[index] for index in sorted(children)]
-    return children
+def _floats(*numbers: ArrayLike) -> list[Array]:
+    """All in one dtype, float32 at least: a count above 256 is no bfloat16."""
+    dtype = jnp.promote_types(jnp.float32, jnp.result_type(float, *map(jnp.asarray, numbers)))
+    return [jnp.asarray(x, dtype) for x in numbers]
+
+
+def _fraction(t: Array, start: Array | float, end: Array) -> Array:
+    """How far on the way from start to end, 0 before it and 1 after; no NaN where it has no length."""
+    inside = (start <= t) & (t < end)
+    length = jnp.where(inside, end - start, 1)
+    return jnp.where(inside, (t - start) / length, (t >= end).astype(t.dtype))
+
+
+def _between(x: Array, a: Array, b: Array) -> Array:
+    """A fraction ``x`` of the way from ``a`` to ``b``; exact at both ends."""
+    return (1 - x) * a + x * b
+
+
+def _require(schedule: Any, rule: str, holds: Callable[..., bool], *fields: ArrayLike) -> None:
+    """Refuse parameters that break a rule, where they are known."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(fields)):
+        return
+    if not holds(*map(np.asarray, fields)):
+        raise ValueError(f"{schedule!r}: {rule}; give such values, or keep to them by constraints")

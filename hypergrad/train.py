@@ -1,6 +1,7 @@
 """``train``: a whole training run as one differentiable JAX function."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad.adjoints import Adjoint, Reversible
-from hypergrad.optimizers import momentum
-from hypergrad.program import PARAMS, Leaf, Optimizer
-from hypergrad.run import Constants, Hoisted, Inputs, PyTree, Run, Snapshot, hoist
+from hypergrad.adjoints import Adjoint
+from hypergrad.optimizers.momentum import momentum
+from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
+from hypergrad.reversible import Reversible
+from hypergrad.run import Constants, Inputs, PyTree, Run, Snapshot, hoist, kept
 
 
 class Trained(NamedTuple):
@@ -19,7 +21,8 @@ class Trained(NamedTuple):
 
     Attributes:
       params: trained parameters, a tree like those given.
-      state: the optimizer's variables by name, each a tree like the parameters; may start another run.
+      state: the optimizer's variables by name, each a tree like the parameters; may start another run.  An
+        optimizer of optax has one, ``state``.
       losses: ``(T,)``, the inner loss at every step, before its update; differentiable.
       watched: what ``watch`` returned, every array with the steps as its leading axis.
     """
@@ -38,7 +41,7 @@ def train(
     batches: PyTree = None,
     *,
     steps: int,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Whole | None = None,
     adjoint: Adjoint | None = None,
     state: Mapping[str, PyTree] | None = None,
     watch: Callable[[Snapshot], PyTree] | None = None,
@@ -60,7 +63,7 @@ def train(
         ``t``.  Row indices keep the data out of it: see `hypergrad.data.minibatches`.  None gives the
         loss the step number, int32.
       steps: ``T >= 1``.
-      optimizer: a program of moves, by default `hypergrad.momentum`.
+      optimizer: a program of moves, by default `hypergrad.momentum`, or one made by `hypergrad.from_optax`.
       adjoint: how to differentiate, by default `hypergrad.Reversible`.
       state: start of the optimizer's variables by name, such as ``{"velocity": tree}``; zeros if absent.
       watch: ``watch(snapshot) -> pytree``, called before every step (see `Snapshot`), not differentiated.
@@ -92,7 +95,10 @@ def train(
     steps = int(steps)
     leaves, structure, names = _params(call, params)
     fixed, scheduled = _hypers(call, optimizer, hypers, params, leaves, names, steps)
-    start = _start(call, optimizer, state, leaves, structure)
+    if isinstance(optimizer, Whole):
+        start, kept_structure = _start_whole(call, optimizer, state, params, leaves)
+    else:
+        start, kept_structure = _start(call, optimizer, state, leaves, structure), None
     if batches is None:
         batches = np.arange(steps, dtype=np.int32)
     batches = _batches(call, batches, steps)
@@ -104,35 +110,33 @@ def train(
         raise ValueError(f"{call}: the loss must return one scalar, and returned {_describe(result)}")
     if not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(f"{call}: the loss must return a float, and returned {_describe(result)}")
-    seen: Hoisted | None = None
-    watch_consts: list[Array] = []
-    if watch is not None:
-        variables = {
-            v: structure.unflatten([_shape(leaf[v]) for leaf in start]) for v in optimizer.variables
-        }
-        number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
-        scalar: Any = result
-        seen, watch_consts, _ = hoist(watch, Snapshot(number, shapes[0], variables, scalar, shapes[0]))
-
     run = Run(
         call=call,
         optimizer=optimizer,
         loss=hoisted,
-        watch=seen,
+        watch=None,
         structure=structure,
+        state=kept_structure,
         steps=steps,
         captured=len(captured),
         x64=jnp.result_type(float) == jnp.float64,
     )
+    watch_consts: list[Array] = []
+    if watch is not None:
+        number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
+        scalar: Any = result
+        variables = run.state_of(jax.tree.map(_shape, start))
+        snapshot = Snapshot(number, shapes[0], variables, scalar, shapes[0])
+        seen, watch_consts, _ = hoist(watch, snapshot)
+        run = replace(run, watch=seen)
     meta_leaves = [jnp.asarray(x) for x in jax.tree.leaves(meta)]
     constants = Constants([*captured, *meta_leaves], fixed, watch_consts)
     batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
     inputs = Inputs(batch_leaves, scheduled, jnp.arange(steps, dtype=jnp.int32))
     end, outputs = adjoint(run, start, constants, inputs)
-    final = {
-        name: structure.unflatten([leaf[name] for leaf in end]) for name in (PARAMS, *optimizer.variables)
-    }
-    return Trained(final.pop(PARAMS), final, outputs.loss, outputs.watched)
+    return Trained(
+        structure.unflatten(run.params_of(end)), run.state_of(end), outputs.loss, outputs.watched
+    )
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -165,7 +169,7 @@ def _params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]:
 
 def _hypers(
     call: str,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Whole,
     hypers: Mapping[str, PyTree],
     params: PyTree,
     leaves: list[Array],
@@ -189,10 +193,12 @@ def _hypers(
             f"{call}: hypers must have the names {list(optimizer.hypers)}; "
             f"unknown: {unknown}, missing: {missing}"
         )
+    if isinstance(optimizer, Whole):  # takes numbers: the same for all parameters
+        params, leaves, names = 0, [jnp.zeros((), leaves[0].dtype)], ["all parameters"]
     fixed: list[dict[str, Array]] = [{} for _ in leaves]
     scheduled: list[dict[str, Array]] = [{} for _ in leaves]
     for key, default in optimizer.hypers.items():
-        value = hypers.get(key, default)
+        value = jax.tree.map(_plain_array, hypers.get(key, default))
         try:
             spread = jax.tree.leaves(jax.tree.broadcast(value, params))
         except ValueError as error:
@@ -203,7 +209,6 @@ def _hypers(
         for i, (x, leaf, name) in enumerate(zip(spread, leaves, names)):
             where = f"{call}: hypers[{key!r}] for {name}"
             known = not isinstance(x, jax.core.Tracer)
-            x = np.asarray(x) if known else x
             if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
                 raise ValueError(f"{where} is {x.dtype}; it must be a real number")
             if known:
@@ -211,7 +216,8 @@ def _hypers(
                 x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
                 _check_domain(where, x, optimizer.domains.get(key))
             if x.ndim == 0:
-                x = np.broadcast_to(x, (steps,)) if known else jnp.broadcast_to(x, (steps,))
+                fixed[i][key] = x
+                continue
             if x.shape[0] not in (1, steps):
                 raise ValueError(
                     f"{where} has shape {list(x.shape)}; a schedule's leading axis is the step and must "
@@ -231,6 +237,11 @@ def _hypers(
             else:
                 fixed[i][key] = x[0]
     return fixed, scheduled
+
+
+def _plain_array(x: Any) -> Any:
+    """What is known as a NumPy array; what is traced without the weak type of a Python number."""
+    return jnp.asarray(x, x.dtype) if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None) -> None:
@@ -275,6 +286,27 @@ def _start(
                 )
             start[i][name] = jnp.asarray(given[i], default.dtype)
     return start
+
+
+def _start_whole(
+    call: str,
+    optimizer: Whole,
+    state: Mapping[str, PyTree] | None,
+    params: PyTree,
+    leaves: list[Array],
+) -> tuple[list[Leaf], Any]:
+    """The same for an optimizer with one state for all parameters; also that state's tree structure."""
+    if state is not None and set(state) != {"state"}:
+        raise ValueError(f"{call}: state has {sorted(state)}; {optimizer.name} keeps ['state']")
+    initial = optimizer.init(params)
+    given = initial if state is None else state["state"]
+    like: Any = jax.tree.structure(initial)
+    found: Any = jax.tree.structure(given)
+    if like != found:
+        raise ValueError(
+            f"{call}: state['state'] has the tree structure {found}, and {optimizer.name} keeps {like}"
+        )
+    return [*({PARAMS: leaf} for leaf in leaves), kept(given)], like
 
 
 def _batches(call: str, batches: PyTree, steps: int) -> PyTree:

@@ -189,7 +189,7 @@ def test_heavy_ball_is_optax_sgd_with_momentum() -> None:
     rates = jnp.linspace(0.05, 0.01, 50)
     hypers = {"learning_rate": rates, "momentum": 0.8}
     trained = hg.train(loss, w, hypers, steps=50, optimizer=hg.heavy_ball())
-    transformation = optax.sgd(hg.schedules.as_optax(rates), momentum=0.8)
+    transformation = optax.sgd(hg.schedules.PerStep(rates), momentum=0.8)
     state = transformation.init(w)
     for t in range(50):
         assert float(trained.losses[t]) == pytest.approx(float(loss(w, None, t)), rel=1e-5)
@@ -204,7 +204,7 @@ def test_momentum_is_optax_ema_for_a_schedule_of_momenta() -> None:
     momenta = jnp.linspace(0.3, 0.95, 40)
     trained = hg.train(loss, w, {"learning_rate": 0.1, "momentum": momenta}, steps=40)
     transformation = optax.inject_hyperparams(lambda decay: optax.ema(decay, debias=False))(
-        decay=hg.schedules.as_optax(momenta)
+        decay=hg.schedules.PerStep(momenta)
     )
     state = transformation.init(w)
     for t in range(40):
@@ -374,7 +374,8 @@ def test_refuses_a_buffer_that_is_too_small() -> None:
     gradient = jax.jit(jax.grad(lambda h: end(h, hg.Reversible(bits=0.1), steps=200)))
     hypers = {"learning_rate": jnp.full(200, 0.1), "momentum": jnp.full(200, 0.5)}
     with pytest.raises(
-        Exception, match=r"(?s)buffer of 'velocity' would overflow.*pass Reversible\(bits=1.0\d\)"
+        Exception,
+        match=r"(?s)buffer of 'velocity' would overflow.*pass Reversible\(bits={'velocity': 1.0\d}\)",
     ):
         jax.block_until_ready(gradient(hypers))
     # Where the momenta are known before the run, as they are without jit, the need is computed.

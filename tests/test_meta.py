@@ -13,12 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from hypergrad import meta, schedules
+from hypergrad import constraints, files, meta
 from hypergrad.meta import LBFGSB, HypergradientExplosion
 
 TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
 START = {"momentum": np.float32(0.5), "rate": np.ones(3, np.float32)}
-CONSTRAINTS = {"momentum": schedules.unit, "rate": schedules.positive}
+CONSTRAINTS = {"momentum": constraints.unit, "rate": constraints.positive}
 
 
 def quadratic(hypers, key):
@@ -59,7 +59,7 @@ def test_a_quadratic_is_optimised_to_its_known_optimum(optimizer, steps):
     assert best.history.loss[0] == pytest.approx(1.3125)
     assert best.history.loss[-1] < 1e-5
     assert best.history.aux is None
-    assert_same(best.hypers, schedules.constrain(CONSTRAINTS, best.raw))
+    assert_same(best.hypers, constraints.constrain(CONSTRAINTS, best.raw))
 
 
 def test_the_default_is_adam_with_004():
@@ -70,7 +70,7 @@ def test_the_default_is_adam_with_004():
 
 
 def test_the_first_step_is_the_one_computed_by_hand():
-    best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=schedules.positive)
+    best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=constraints.positive)
     gradient = 2 * (1 - TARGET["rate"])  # d rate / d raw = rate = 1 here
     np.testing.assert_allclose(best.raw["rate"], -0.1 * gradient, rtol=1e-6)
     momentum = 0.5 * 2 * (0.5 - 0.75)
@@ -323,18 +323,18 @@ def test_a_stopped_run_stops_again_when_resumed(tmp_path, optimizer):
 
 
 def test_an_interrupt_loses_at_most_the_unsaved_steps(tmp_path, monkeypatch):
-    save, calls = schedules.save, []
+    save, calls = files.save, []
 
     def interrupted(*arguments, **metadata):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(save(*arguments, **metadata))
 
-    monkeypatch.setattr(schedules, "save", interrupted)
+    monkeypatch.setattr(files, "save", interrupted)
     settings = {"steps": 12, "checkpoint": tmp_path / "run.npz", "checkpoint_every": 3}
     with pytest.raises(KeyboardInterrupt):
         long_run("adam", **settings)
-    assert schedules.load(tmp_path / "run.npz")[1]["rows"] == 6
+    assert files.load(tmp_path / "run.npz")[1]["rows"] == 6
     monkeypatch.undo()
     assert_same(long_run("adam", **settings), long_run("adam", steps=12))
 
@@ -359,7 +359,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name
     finally:
         victim.send_signal(signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
-    reached = schedules.load(path)[1]["rows"]
+    reached = files.load(path)[1]["rows"]
     whole = long_run(name, steps=KILLED[name])
     assert 1 <= reached < len(whole.history.loss)
     assert_same(long_run(name, steps=KILLED[name], checkpoint=path), whole)
@@ -376,7 +376,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"seeds": 3}, "seeds there: 2; here: 3"),
         ({"key": jax.random.key(1)}, r"key there: .* \[0, 0\]; here: .* \[0, 1\]"),
         ({"resample": False}, "resample there: True; here: False"),
-        ({"constraints": schedules.interval(-9, 9)}, r"constraints there: real; here: interval\("),
+        ({"constraints": constraints.interval(-9, 9)}, r"constraints there: real; here: interval\("),
         ({"optimizer": optax.sgd(0.1)}, r"optimizer state there: .*\.mu .*; here: \)"),
         ({"optimizer": LBFGSB()}, "optimizer there: None; here: LBFGSB"),
     ):
@@ -399,18 +399,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"optimize\(checkpoint=.*cannot resume from it, load\("):
         run(quadratic, START, checkpoint=path)
-    schedules.save(path, np.ones(3))
+    files.save(path, np.ones(3))
     with pytest.raises(ValueError, match="it holds another run"):
         run(quadratic, START, checkpoint=path)
-    assert_same(schedules.load(path)[0], np.ones(3))
+    assert_same(files.load(path)[0], np.ones(3))
 
 
 def test_a_journal_that_scipy_does_not_follow_is_refused(tmp_path):
     path = tmp_path / "run.npz"
     long_run("lbfgsb", checkpoint=path, steps=5)
-    arrays, metadata = schedules.load(path)
+    arrays, metadata = files.load(path)
     arrays["rows.point"][3, 0] += 1e-9
-    schedules.save(path, arrays, **metadata)
+    files.save(path, arrays, **metadata)
     with pytest.raises(ValueError, match="replaying its evaluation 3, SciPy asks for other val"):
         long_run("lbfgsb", checkpoint=path, steps=5)
 
@@ -433,11 +433,11 @@ def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
         ({"key": 3}, r"optimize\(key=3\): not one PRNG key; use jax.random.key\(0\)"),
         ({"key": jax.random.split(jax.random.key(0))}, r"(?s)optimize\(key=.*: not one PRNG key"),
         (
-            {"constraints": schedules.interval(0.6, 3.0)},
+            {"constraints": constraints.interval(0.6, 3.0)},
             r"optimize\(hypers, constraints=...\): \['momentum'\] holds 0.5, outside the domain of",
         ),
         (
-            {"constraints": {"momentum": schedules.unit}},
+            {"constraints": {"momentum": constraints.unit}},
             r"optimize\(hypers, constraints=...\): not a prefix of the tree of values",
         ),
         (

@@ -1,266 +1,289 @@
-import io
-import json
-import os
+"""The families against optax and closed forms, their derivatives against finite differences."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from hypergrad import schedules
+import hypergrad as hg
+from hypergrad import constraints, meta, schedules
+from hypergrad.schedules import Constant, OneCycle, PerStep, PiecewiseLinear, Triangular, WarmupCosine
 
-interval = schedules.interval(-2.0, 5.0)
-finite = st.floats(-60.0, 60.0, width=32)
-anything = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@settings(max_examples=30, deadline=None)
-@given(finite)
-def test_positive_round_trip(raw):
-    value = schedules.constrain(schedules.positive, jnp.float32(raw))
-    np.testing.assert_allclose(schedules.unconstrain(schedules.positive, value), raw, rtol=1e-6, atol=1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.floats(2**-90, 1 - 2**-20, width=32))
-def test_unit_round_trip(value):
-    raw = schedules.unconstrain(schedules.unit, value)
-    np.testing.assert_allclose(schedules.constrain(schedules.unit, raw), value, rtol=3e-5)
+# No kink stands on a whole count, so all are differentiable in all parameters.
+FAMILIES = {
+    "constant": Constant(0.3),
+    "per step": PerStep(np.linspace(0.1, 1.2, 12)),
+    "piecewise linear": PiecewiseLinear(np.array([0.5, 3.3, 4.1, 9.7]), np.array([0.2, 1.0, 0.7, 0.1])),
+    "warm-up, cosine": WarmupCosine(0.1, 0.9, 3.4, 10.6, 0.05),
+    "triangular": Triangular(0.1, 0.8, 4.7),
+    "one-cycle": OneCycle(10.3, 0.9, 0.32, 0.81, 7.0, 50.0),
+}
+TRIANGLE = PiecewiseLinear(np.array([0.0, 2.0, 4.0], np.float32), np.array([0.0, 1.0, 0.0], np.float32))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.floats(-1.999755859375, 4.99951171875, width=32))
-def test_interval_round_trip(value):
-    raw = schedules.unconstrain(interval, value)
-    np.testing.assert_allclose(schedules.constrain(interval, raw), value, rtol=1e-6, atol=2e-6)
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Constant(0.3), optax.constant_schedule(0.3)),
+        (
+            PiecewiseLinear(np.array([0.0, 4.0, 9.0]), np.array([1.0, 0.1, 0.02])),
+            optax.piecewise_interpolate_schedule("linear", 1.0, {4: 0.1, 9: 0.2}),
+        ),
+        (
+            WarmupCosine(0.1, 0.9, 5.0, 20.0, 0.05),
+            optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 20, 0.05),
+        ),
+        (WarmupCosine(0.1, 0.9, 0.0, 20.0), optax.warmup_cosine_decay_schedule(0.1, 0.9, 0, 20)),
+        (OneCycle(20.0, 0.9, 0.25, 0.8), optax.linear_onecycle_schedule(20, 0.9, 0.25, 0.8)),
+    ],
+    ids=str,
+)
+def test_is_optaxs(ours: Any, theirs: Any) -> None:
+    found, expected = jax.jit(lambda: schedules.values((ours, theirs), 30))()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+    assert len(set(found.tolist())) > 5 or isinstance(ours, Constant)
 
 
-@settings(max_examples=30, deadline=None)
-@given(anything)
-def test_every_raw_value_lands_inside_the_domain_with_a_finite_derivative(raw):
-    narrow = schedules.interval(1000.0, 1000.01)
-    for constraint in (schedules.real, schedules.positive, schedules.unit, interval, narrow):
-        value, slope = jax.value_and_grad(constraint.to_constrained)(jnp.float32(raw))
-        assert np.isfinite(schedules.unconstrain(constraint, value))  # refuses what is outside
-        assert np.isfinite(slope)
+def test_one_cycle_may_end_in_a_jump() -> None:
+    found = jax.jit(lambda: schedules.values(OneCycle(8.0, 1.0, 0.5, 1.0, 4.0, 2.0), 10))()
+    assert found.tolist() == [0.25, 0.4375, 0.625, 0.8125, 1.0, 0.8125, 0.625, 0.4375, 0.125, 0.125]
 
 
-def test_maps_are_the_documented_formulas():
-    raw = jnp.linspace(-3, 3, 7)
-    logistic = 1 / (1 + np.exp(-np.asarray(raw)))
-    np.testing.assert_array_equal(schedules.constrain(schedules.real, raw), raw)
-    np.testing.assert_allclose(schedules.constrain(schedules.positive, raw), np.exp(raw), 1e-6)
-    np.testing.assert_allclose(schedules.constrain(schedules.unit, raw), logistic, 1e-6)
-    np.testing.assert_allclose(schedules.constrain(interval, raw), -2 + 7 * logistic, 1e-5, 1e-6)
+def test_triangular_is_smiths_formula() -> None:
+    base, top, stepsize = 0.1, 0.7, 3.0
+    count = np.arange(20)
+    cycle = np.floor(1 + count / (2 * stepsize))
+    expected = base + (top - base) * np.maximum(0, 1 - np.abs(count / stepsize - 2 * cycle + 1))
+    found = schedules.values(Triangular(base, top, cycle_steps=2 * stepsize), 20)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_maps_keep_dtypes_and_ends_in_low_precision(dtype):
-    for constraint in (schedules.positive, schedules.unit, interval):
-        value = schedules.constrain(constraint, jnp.asarray([-1e4, 0, 1e4], dtype))
-        assert value.dtype == dtype
-        assert schedules.unconstrain(constraint, value).dtype == dtype
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("x64")
+def test_agrees_with_finite_differences_in_every_parameter(name: str) -> None:
+    schedule = FAMILIES[name]
+    weights = np.random.default_rng(0).normal(size=15)
+
+    def total(schedule: Any) -> Any:
+        return jnp.vdot(schedules.values(schedule, 15), weights)
+
+    gradient = jax.jit(jax.grad(total))(schedule)
+    assert type(gradient) is type(schedule)
+    flat, unravel = jax.flatten_util.ravel_pytree(schedule)
+    moves = 1e-5 * np.eye(flat.size)
+    above, below = (jax.jit(jax.vmap(lambda x: total(unravel(x))))(flat[None] + s * moves) for s in (1, -1))
+    found, _ = jax.flatten_util.ravel_pytree(gradient)
+    np.testing.assert_allclose(found, (above - below) / 2e-5, rtol=1e-7, atol=1e-9)
+    assert np.abs(found).min() > 1e-6  # every parameter matters
 
 
-def test_constraints_are_a_prefix_of_the_values():
-    values = {"model": [jnp.array([0.5]), jnp.array([0.25])], "rate": jnp.array(0.1)}
-    raw = schedules.unconstrain({"model": schedules.unit, "rate": schedules.positive}, values)
-    np.testing.assert_allclose(raw["model"][1], np.log(1 / 3), rtol=1e-6)
-    np.testing.assert_allclose(raw["rate"], np.log(0.1), rtol=1e-6)
-    raw = jax.jit(lambda values: schedules.unconstrain(schedules.positive, values))(values)
-    np.testing.assert_allclose(raw["model"][1], np.log(0.25), rtol=1e-6)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_is_an_optax_schedule(name: str) -> None:
+    schedule = FAMILIES[name]
+    expected = jax.jit(lambda: schedules.values(schedule, 15))()
+    assert expected.shape == (15,) and expected.dtype == jnp.float32
+    for optimizer in (optax.sgd(schedule), optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)):
+        state, update = optimizer.init(jnp.float32(0)), jax.jit(optimizer.update)
+        for t in range(15):
+            change, state = update(jnp.float32(-1), state)
+            assert float(change) == pytest.approx(float(expected[t]), rel=1e-6)
+    if name != "triangular":  # held after the end
+        assert jax.jit(lambda: schedule(15) == schedule(1000))()
 
 
-def test_a_mismatched_prefix_is_refused():
-    with pytest.raises(ValueError, match=r"constrain\(constraints=\{'rat': 'unit'\}\): not a pre"):
-        schedules.constrain({"rat": schedules.unit}, {"rate": 0.0})
+def test_follows_the_precision_of_its_parameters() -> None:
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), FAMILIES["warm-up, cosine"])
+    found = jax.jit(lambda s: schedules.values(s, 600))(half._replace(decay_steps=jnp.bfloat16(1024)))
+    assert found.dtype == jnp.float32
+    assert len(set(found.tolist())) > 500  # counts are not rounded to bfloat16
+    with jax.enable_x64(True):
+        for dtype in (np.float32, np.float64):
+            schedule = jax.tree.map(dtype, FAMILIES["one-cycle"])
+            assert jax.eval_shape(lambda s: schedules.values(s, 3), schedule).dtype == dtype
 
 
-def test_a_leaf_that_is_no_constraint_is_refused():
-    with pytest.raises(TypeError, match=r"unconstrain\(constraints=...\): the leaf 'positive' is"):
-        schedules.unconstrain("positive", 0.5)
+def test_at_a_knot_the_derivative_is_that_of_the_line_to_the_right() -> None:
+    at_the_peak = jax.grad(lambda s: s(2))(TRIANGLE)
+    assert at_the_peak.positions.tolist() == [0.0, 0.5, 0.0]
+    assert at_the_peak.values.tolist() == [0.0, 1.0, 0.0]
+    straight = TRIANGLE._replace(values=jnp.array([0.0, 1.0, 2.0]))  # no kink: the derivative is unique
+    assert jax.grad(lambda s: s(2))(straight).positions.tolist() == [0.0, -0.5, 0.0]
 
 
-def test_values_outside_the_domain_are_refused():
-    values = {"rates": [jnp.ones(3), jnp.array([0.1, -0.5])]}
-    message = r"\['rates'\]\[1\] holds -0.5, outside the domain of positive \(x > 0\)"
-    with pytest.raises(ValueError, match=message):
-        schedules.unconstrain(schedules.positive, values)
-    for constraint, value in (
-        (schedules.real, np.inf),
-        (schedules.positive, 0.0),
-        (schedules.unit, 1.0),
-        (interval, -2.0),
-        (interval, 5.5),
-    ):
-        with pytest.raises(ValueError, match=r"the value holds .*outside the domain"):
-            schedules.unconstrain(constraint, value)
+def test_equal_knots_jump_and_disordered_traced_knots_wait_for_their_predecessor() -> None:
+    def values(schedule: Any) -> Any:
+        return (found := schedules.values(schedule, 6)), found
+
+    both = jax.jit(jax.jacobian(values, has_aux=True))
+    jump = PiecewiseLinear(jnp.array([0.0, 2.0, 2.0, 4.0]), jnp.array([0.0, 1.0, 5.0, 7.0]))
+    crossed = jump._replace(positions=jnp.array([0.0, 2.0, 1.5, 4.0]))
+    for schedule in (jump, crossed):
+        jacobian, found = both(schedule)
+        assert found.tolist() == [0.0, 0.5, 5.0, 6.0, 7.0, 7.0]
+        assert all(np.isfinite(x).all() for x in jacobian)
 
 
-def test_integer_values_are_refused():
-    with pytest.raises(TypeError, match="the value has dtype int32; hyperparameters are float"):
-        schedules.unconstrain(schedules.real, 3)
+@pytest.mark.parametrize("warmup", [0.0, 5.0])
+@pytest.mark.parametrize("decay", [0.0, 5.0])
+def test_lengths_of_zero_have_finite_derivatives(warmup: float, decay: float) -> None:
+    def values(schedule: Any) -> Any:
+        return (found := schedules.values(schedule, 8)), found
+
+    # Traced, so that a decay that ends before the warm-up does is not refused.
+    both = jax.jit(jax.jacobian(values, has_aux=True))
+    jacobian, found = both(WarmupCosine(0.5, 1.0, warmup, decay, 0.25))
+    assert all(np.isfinite(column).all() for column in jacobian)
+    rising = [0.5 + 0.1 * t for t in range(int(warmup))]
+    falling = [0.25 + 0.75 * np.cos(np.pi * t / 10) ** 2 for t in range(int(decay - warmup))]
+    np.testing.assert_allclose(found, (rising + falling + [0.25] * 8)[:8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (0.0, float("inf"))])
-def test_an_interval_with_bad_ends_is_refused(ends):
-    with pytest.raises(ValueError, match=r"interval\(low=.*finite with low < high"):
-        schedules.interval(*ends)
+def test_values_maps_a_tree_of_schedules_and_leaves_numbers_alone() -> None:
+    rates = np.ones(4)
+    tree = {"layers": (Constant(0.5), optax.linear_schedule(1.0, 0.0, 4)), "momentum": 0.9, "rates": rates}
+    found = schedules.values(tree, 4)
+    np.testing.assert_array_equal(found["layers"], [[0.5] * 4, [1.0, 0.75, 0.5, 0.25]])
+    assert found["momentum"] == 0.9 and found["rates"] is rates
 
 
-def test_as_optax_drives_an_optimiser_and_holds_the_last_value():
-    rates = jnp.array([0.5, 0.25, 0.125])
-    schedule = schedules.as_optax(rates)
-    assert jax.vmap(schedule)(jnp.arange(5)).tolist() == [0.5, 0.25, 0.125, 0.125, 0.125]
-    assert schedules.as_optax(0.5)(7) == 0.5
-    assert jax.grad(lambda x: schedules.as_optax(x)(9))(rates).tolist() == [0, 0, 1]
-
-    optimizer = optax.sgd(schedule)
-    state, seen = optimizer.init(jnp.float32(0)), []
-    for _ in range(4):
-        updates, state = jax.jit(optimizer.update)(jnp.float32(-1), state)
-        seen.append(float(updates))
-    assert seen == [0.5, 0.25, 0.125, 0.125]
-
-
-@pytest.mark.parametrize("shape", [(0,), (2, 3)])
-def test_as_optax_refuses_what_is_no_schedule(shape):
-    with pytest.raises(ValueError, match=r"as_optax\(values of shape .*\(T,\) with T >= 1"):
-        schedules.as_optax(jnp.ones(shape))
-
-
-def test_from_optax_gives_the_values_and_their_derivatives():
-    def values(peak):
-        return schedules.from_optax(optax.cosine_decay_schedule(peak, 10), 5)
+def test_values_of_an_optax_schedule_have_derivatives() -> None:
+    def values(peak: Any) -> Any:
+        return schedules.values(optax.cosine_decay_schedule(peak, 10), 5)
 
     expected = [optax.cosine_decay_schedule(2.0, 10)(count) for count in range(5)]
     np.testing.assert_allclose(values(2.0), expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jacobian(values)(2.0), np.array(expected) / 2, rtol=1e-6)
-    assert schedules.from_optax(optax.constant_schedule(1), 2).dtype == jnp.float32
-    np.testing.assert_array_equal(schedules.from_optax(schedules.as_optax(values(2.0)), 5), values(2.0))
+    assert schedules.values(optax.constant_schedule(1), 2).dtype == jnp.float32
+    np.testing.assert_array_equal(schedules.values(PerStep(values(2.0)), 5), values(2.0))
 
 
-def test_from_optax_refuses_no_steps():
-    with pytest.raises(ValueError, match=r"from_optax\(steps=0\): a schedule has at least 1"):
-        schedules.from_optax(optax.constant_schedule(1.0), 0)
+# ---- learning
 
 
-def test_from_optax_refuses_vector_schedules():
-    with pytest.raises(ValueError, match=r"from_optax\(schedule\): .*shape \(2,\) for one count"):
-        schedules.from_optax(lambda count: jnp.ones(2) * count, 3)
+def loss(params: Any, data: Any, step: Any) -> Any:
+    inputs, outputs = data
+    return jnp.mean((jnp.tanh(inputs @ params["in"]) @ params["out"] - outputs) ** 2)
 
 
-def test_a_tree_survives_saving(tmp_path):
-    tree = {
-        "rates": [np.arange(3.0), (np.float32(1), np.zeros((2, 0)))],
-        "0": {"a/b": np.array([True, False]), "c d": jnp.arange(2)},
-        "low": jnp.array([1.5, -2.0], jnp.bfloat16),
-        "state": optax.ScaleByAdamState(jnp.int32(3), jnp.ones(2), jnp.zeros(2)),
-    }
-    schedules.save(tmp_path / "run.npz", tree, steps=100, path="p", tree=[1, None])
-    loaded, metadata = schedules.load(tmp_path / "run.npz")
-    assert metadata == {"steps": 100, "path": "p", "tree": [1, None]}
-    assert loaded["state"].keys() == {"count", "mu", "nu"}
-    expected = tree | {
-        "rates": [tree["rates"][0], list(tree["rates"][1])],
-        "state": tree["state"]._asdict(),
-    }
-    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
-    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected)):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-    assert os.listdir(tmp_path) == ["run.npz"]
+def problem(dtype: Any) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    inputs = normal(16, 3)
+    return {"in": normal(3, 4) / 2, "out": normal(4, 1) / 2}, (inputs, jnp.tanh(inputs[:, :1]))
 
 
-def test_the_file_describes_itself_to_numpy(tmp_path):
-    schedules.save(tmp_path / "run", {"rates": [np.arange(3.0)]}, steps=1)
-    with np.load(tmp_path / "run") as archive:
-        np.testing.assert_array_equal(archive['["rates", 0]'], np.arange(3.0))
-        assert json.loads(str(archive["hypergrad"]))["metadata"] == {"steps": 1}
+def after_training(schedule: Any, dtype: Any, steps: int = 20) -> Any:
+    params, data = problem(dtype)
+    hypers = {"learning_rate": schedules.values(schedule, steps), "momentum": 0.8}
+    return loss(hg.train(loss, params, hypers, data, steps=steps).params, data, None)
 
 
-def test_an_array_alone_is_a_tree(tmp_path):
-    schedules.save(tmp_path / "one.npz", np.arange(3))
-    loaded, metadata = schedules.load(tmp_path / "one.npz")
-    np.testing.assert_array_equal(loaded, np.arange(3))
-    assert metadata == {}
+@pytest.mark.usefixtures("x64")
+def test_hypergradient_of_a_warmup_cosine_agrees_with_finite_differences() -> None:
+    value = jax.jit(lambda schedule: after_training(schedule, jnp.float64))
+    schedule = WarmupCosine(0.05, 0.4, 4.3, 18.6, 0.02)
+    gradient = jax.grad(value)(schedule)
+    for field, derivative in gradient._asdict().items():
+        x, h = getattr(schedule, field), 1e-5
+        above, below = (value(schedule._replace(**{field: x + s * h})) for s in (1, -1))
+        assert float(derivative) == pytest.approx(float(above - below) / (2 * h), rel=1e-5)
+        assert abs(derivative) > 1e-6
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "run.npz"
-    schedules.save(path, np.ones(2))
-
-    def full(descriptor):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        schedules.save(path, np.zeros(2))
-    np.testing.assert_array_equal(schedules.load(path)[0], np.ones(2))
-    assert os.listdir(tmp_path) == ["run.npz"]
+@pytest.mark.usefixtures("x64")
+def test_hypergradient_of_a_schedule_for_each_layer_agrees_with_finite_differences() -> None:
+    params, _ = problem(jnp.float64)
+    start = PiecewiseLinear(jnp.array([0.4, 6.5, 18.7]), jnp.array([0.1, 0.5, 0.05]))
+    tree = schedules.per_layer(start, params)
+    assert tree == {"in": start, "out": start}
+    value = jax.jit(lambda tree: after_training(tree, jnp.float64))
+    gradient = jax.grad(value)(tree)
+    flat, unravel = jax.flatten_util.ravel_pytree(tree)
+    direction = np.random.default_rng(1).normal(size=flat.size)
+    above, below = (value(unravel(flat + s * 1e-5 * direction)) for s in (1, -1))
+    found = jnp.vdot(jax.flatten_util.ravel_pytree(gradient)[0], direction)
+    assert float(found) == pytest.approx(float(above - below) / 2e-5, rel=1e-6)
+    assert not np.allclose(gradient["in"].values, gradient["out"].values)
 
 
 @pytest.mark.parametrize(
-    ("tree", "message"),
+    ("start", "within"),
     [
-        ({"a": None}, r"save\(tree\): \['a'\] is None, which is not an array of numbers"),
-        ({"a": []}, r"save\(tree\): \['a'\] is \[\], which is not"),
-        ({}, r"save\(tree\): the tree is \{\}, which is not"),
-        (["text"], r"save\(tree\): \[0\] is 'text', which is not"),
-        ({3: np.ones(1)}, r"save\(tree\): the dict key 3 in \[3\] is not a string"),
+        (
+            WarmupCosine(0.05, 0.2, 4.3, 18.6, 0.02),
+            WarmupCosine(
+                *[constraints.positive] * 3, constraints.interval(15.0, 25.0), constraints.positive
+            ),
+        ),
+        (
+            PiecewiseLinear(jnp.array([0.0, 6.5, 19.5]), jnp.array([0.05, 0.2, 0.05])),
+            PiecewiseLinear(constraints.ascending, constraints.positive),
+        ),
     ],
+    ids=["warm-up, cosine", "piecewise linear"],
 )
-def test_trees_that_could_not_come_back_are_refused(tmp_path, tree, message):
-    with pytest.raises(TypeError, match=message):
-        schedules.save(tmp_path / "run.npz", tree)
-    assert os.listdir(tmp_path) == []
+def test_meta_optimize_learns_every_parameter_within_its_domain(start: Any, within: Any) -> None:
+    best = meta.optimize(
+        lambda schedule, key: after_training(schedule, jnp.float32),
+        start,
+        optimizer=optax.adam(0.1),
+        steps=8,
+        constraints=within,
+        progress=False,
+    )
+    assert type(best.hypers) is type(start)
+    assert best.history.loss[-1] < 0.9 * best.history.loss[0]
+    for learned, before in zip(jax.tree.leaves(best.hypers), jax.tree.leaves(start)):
+        assert not np.array_equal(learned, before)
+    constraints.unconstrain(within, best.hypers)  # refuses what is outside
 
 
-def test_saving_a_prng_key_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"the tree is a PRNG key; save jax.random.key_data\(key"):
-        schedules.save(tmp_path / "run.npz", jax.random.key(0))
+# ---- refusals
 
 
-def test_metadata_that_is_not_json_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"save\(\*\*metadata\): metadata must be JSON"):
-        schedules.save(tmp_path / "run.npz", np.ones(1), when=object())
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_per_step_refuses_what_is_no_schedule(shape: Any) -> None:
+    with pytest.raises(ValueError, match=r"PerStep\(values of shape .*\(T,\) with T >= 1"):
+        PerStep(jnp.ones(shape))(0)
 
 
-def _bytes_of(write, *arguments, **arrays):
-    buffer = io.BytesIO()
-    write(buffer, *arguments, **arrays)
-    return buffer.getvalue()
+@pytest.mark.parametrize("shapes", [((2,), (3,)), ((1,), (1,)), ((), ()), ((2, 2), (2, 2))])
+def test_piecewise_linear_refuses_what_are_no_knots(shapes: Any) -> None:
+    with pytest.raises(ValueError, match=r"PiecewiseLinear\(positions of shape .*\(K,\) with K >= 2"):
+        PiecewiseLinear(*map(jnp.ones, shapes))(0)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("schedule", "rule"),
     [
-        b"",
-        b"not an archive",
-        b"PK\x03\x04 torn",
-        _bytes_of(np.save, np.arange(3)),
-        _bytes_of(np.savez, rates=np.arange(3)),
-        _bytes_of(np.savez, hypergrad=np.array("{}")),
-        _bytes_of(np.savez, hypergrad=np.array("[1]")),
-        _bytes_of(np.savez, hypergrad=np.array('{"format": 2}')),
-        _bytes_of(np.savez, hypergrad=np.array({"format": 1})),  # an object: pickled
+        (TRIANGLE._replace(positions=jnp.array([0.0, 4.0, 2.0])), "the positions must ascend"),
+        (TRIANGLE._replace(positions=jnp.array([0.0, np.nan, 2.0])), "the positions must ascend"),
+        (WarmupCosine(0.0, 1.0, 5.0, 4.0), "0 <= warmup_steps <= decay_steps"),
+        (WarmupCosine(0.0, 1.0, -1.0, 4.0), "0 <= warmup_steps <= decay_steps"),
+        (Triangular(0.0, 1.0, 0.0), "cycle_steps > 0"),
+        (OneCycle(10.0, 1.0, 0.9), "0 <= pct_start <= pct_final <= 1"),
+        (OneCycle(0.0, 1.0), "steps and divisors > 0"),
+        (OneCycle(10.0, 1.0, div_factor=-1.0), "steps and divisors > 0"),
     ],
+    ids=str,
 )
-def test_foreign_files_are_refused(tmp_path, content):
-    path = tmp_path / "foreign"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"load\('.*foreign'\): not a whole file written by hyp"):
-        schedules.load(path)
+def test_known_parameters_that_break_a_rule_are_refused(schedule: Any, rule: str) -> None:
+    for call in (schedule, jax.jit(lambda count: schedule(count))):
+        with pytest.raises(ValueError, match=rf"^{type(schedule).__name__}\([\s\S]*\): {rule}; "):
+            call(0)
 
 
-def test_a_torn_file_is_refused_and_a_missing_one_is_missing(tmp_path):
-    path = tmp_path / "run.npz"
-    schedules.save(path, np.arange(1000.0))
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="not a whole file"):
-        schedules.load(path)
-    with pytest.raises(FileNotFoundError):
-        schedules.load(tmp_path / "missing.npz")
+def test_values_refuses_no_steps() -> None:
+    with pytest.raises(ValueError, match=r"values\(steps=0\): a schedule has at least 1"):
+        schedules.values(optax.constant_schedule(1.0), 0)
+
+
+def test_values_refuses_vector_schedules() -> None:
+    with pytest.raises(ValueError, match=r"values\(schedules\): .*shape \(2,\) for one count"):
+        schedules.values(lambda count: jnp.ones(2) * count, 3)

@@ -1,0 +1,171 @@
+"""Optimizers from optax, and ours for optax."""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.extend.core import Var
+
+from hypergrad import program
+from hypergrad.program import PARAMS, Optimizer, Whole
+from hypergrad.run import part
+
+PyTree = Any
+
+
+def from_optax(
+    build: Callable[..., optax.GradientTransformation],
+    hypers: Mapping[str, float | None],
+    domains: Mapping[str, tuple[float, float]] | None = None,
+) -> Whole:
+    """Any optax optimizer, differentiable in the hyperparameters it is built from.
+
+    Not reversible: differentiate with ``Checkpointed()`` or ``Stored()``.  Optimizers of this library are
+    programs of moves instead; many of those are.  Square roots are given the derivative 0 at 0, so that
+    coordinates whose gradients are always zero do not make hypergradients NaN.
+
+    Args:
+      build: from keyword arguments, one scalar for each of `hypers`, to an optax transformation; traced at
+        every step with the hyperparameters of that step.  Its state must not depend on them in its shapes.
+      hypers: names and default values; None marks one that must be given to `hypergrad.train`.  They are
+        numbers or ``(T,)`` schedules, and the same for all parameters.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+
+    Returns:
+      An optimizer for `hypergrad.train`.
+
+    >>> import hypergrad as hg
+    >>> import jax, jax.numpy as jnp, optax
+    >>> lion = hg.from_optax(optax.lion, {"learning_rate": None, "b1": 0.9})
+    >>> square = lambda w, meta, step: jnp.sum(w**2)
+    >>> def end(rate):
+    ...     options = {"steps": 3, "optimizer": lion, "adjoint": hg.Stored()}
+    ...     return hg.train(square, jnp.ones(2), {"learning_rate": rate}, **options).params
+    >>> end(0.1)
+    Array([0.7, 0.7], dtype=float32)
+    >>> jax.grad(lambda rate: end(rate).sum())(0.1)
+    Array(-6., dtype=float32, weak_type=True)
+    """
+    name = getattr(build, "__name__", type(build).__name__)
+
+    def built(h: Mapping[str, Array]) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(build(**h))
+
+    def init(params: PyTree) -> PyTree:
+        # The state may not depend on hyperparameters, so any values will do.
+        some = {k: 0.5 if value is None else value for k, value in hypers.items()}
+        return built({k: jnp.asarray(x, jnp.result_type(float)) for k, x in some.items()}).init(params)
+
+    def update(
+        h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+            updates, state = built(h).update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return _with_safe_roots(step)(dict(h), gradient, state, params)
+
+    return Whole(f"from_optax({name})", init, update, dict(hypers), dict(domains or {}))
+
+
+def _with_safe_roots(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """The same function, in which the derivative of a square root at 0 is 0 instead of infinite."""
+
+    def evaluate(jaxpr: Any, consts: Any, arguments: Any) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments]))
+        for eqn in jaxpr.eqns:
+            inputs = [values[x] if isinstance(x, Var) else x.val for x in eqn.invars]
+            if eqn.primitive.name == "sqrt":
+                zero = inputs[0] == 0
+                outputs: Any = [jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, inputs[0])))]
+            elif eqn.primitive.name in {"jit", "pjit"}:
+                inner = eqn.params["jaxpr"]
+                outputs = evaluate(inner.jaxpr, inner.consts, inputs)
+            else:
+                read = {x: value for x, value in zip(eqn.invars, inputs) if isinstance(x, Var)}
+                outputs = part(jaxpr, list(read), [eqn], eqn.outvars)(*read.values())
+            values |= dict(zip(eqn.outvars, outputs))
+        return [values[x] if isinstance(x, Var) else x.val for x in jaxpr.outvars]
+
+    def safe(*arguments: PyTree) -> PyTree:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        results = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return safe
+
+
+class ProgramState(NamedTuple):
+    """State of one of our optimizers as an optax transformation: the step, and the variables by name."""
+
+    step: Array
+    variables: dict[str, PyTree]
+
+
+def as_optax(optimizer: Optimizer, hypers: Mapping[str, PyTree]) -> optax.GradientTransformation:
+    """One of our optimizers, with its learned hyperparameters, as an optax transformation.
+
+    Args:
+      optimizer: a program of moves, reversible or not.
+      hypers: as given to `hypergrad.train`: by name, trees that are prefixes of the parameters, of numbers
+        or ``(T, ...)`` schedules; the last value of a schedule is held after its end.
+
+    Returns:
+      An `optax.GradientTransformation` whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: for hyperparameters that the optimizer does not have, or that are missing.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp, optax
+    >>> transformation = hg.as_optax(hg.adam(), {"learning_rate": jnp.array([0.1, 0.05])})
+    >>> w = jnp.ones(2)
+    >>> state = transformation.init(w)
+    >>> updates, state = transformation.update(2 * w, state, w)
+    >>> updates
+    Array([-0.1, -0.1], dtype=float32)
+    """
+    unknown = sorted(set(hypers) - set(optimizer.hypers))
+    missing = sorted(k for k, value in optimizer.hypers.items() if value is None and k not in hypers)
+    if unknown or missing:
+        raise ValueError(
+            f"as_optax({optimizer.name}, hypers): hypers must have the names {list(optimizer.hypers)}; "
+            f"unknown: {unknown}, missing: {missing}"
+        )
+    values = {**optimizer.hypers, **hypers}
+
+    def init(params: PyTree) -> ProgramState:
+        variables = {
+            name: jax.tree.map(variable.init, params) for name, variable in optimizer.variables.items()
+        }
+        return ProgramState(jnp.zeros((), jnp.int32), variables)
+
+    def update(gradient: PyTree, state: ProgramState, params: PyTree = None) -> tuple[PyTree, ProgramState]:
+        if params is None:
+            raise ValueError(f"as_optax({optimizer.name}, hypers): call update(gradient, state, params)")
+        leaves = jax.tree.leaves(params)
+        structure: Any = jax.tree.structure(params)
+
+        def at_step(value: PyTree) -> list[Array]:
+            spread = map(jnp.asarray, jax.tree.leaves(jax.tree.broadcast(value, params)))
+            return [x if x.ndim == 0 else x[jnp.minimum(state.step, x.shape[0] - 1)] for x in spread]
+
+        now = {name: at_step(value) for name, value in values.items()}
+        hypers = [SimpleNamespace(**{k: x[i] for k, x in now.items()}) for i in range(len(leaves))]
+        gradients = jax.tree.leaves(gradient)
+        if optimizer.transform is not None:
+            gradients = list(optimizer.transform(hypers, gradients))
+        variables = {name: jax.tree.leaves(tree) for name, tree in state.variables.items()}
+        moved = []
+        for i, (h, leaf, g) in enumerate(zip(hypers, leaves, gradients)):
+            start = {PARAMS: leaf} | {name: x[i] for name, x in variables.items()}
+            moved.append(program.step(optimizer.moves(h, state.step), start, g))
+        updates = structure.unflatten([new[PARAMS] - old for new, old in zip(moved, leaves)])
+        kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
+        return updates, ProgramState(optax.safe_increment(state.step), kept)
+
+    return optax.GradientTransformation(init, update)

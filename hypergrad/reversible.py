@@ -1,0 +1,726 @@
+"""Exact reversal: the run is played backwards, bit for bit.
+
+The run forwards (`_play`) moves integers and writes the bits that scales destroy to tapes; the run
+backwards (`_replay`) reads them, finds the gradient again at every step, and differentiates the float twin
+of the step.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad import exact
+from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Optimizer, Scale, Whole
+from hypergrad.run import (
+    Constants,
+    Inputs,
+    Outputs,
+    PyTree,
+    Run,
+    Solution,
+    Static,
+    freeze,
+    instantiate,
+    linearise,
+    scatter,
+    split,
+    thaw,
+)
+
+
+class ReversalError(ArithmeticError):
+    """The run cannot be, or was not, reversed exactly; no hypergradient is returned."""
+
+
+class _Health(NamedTuple):
+    """How a run went: the first step that failed or -1, tape needed by every scale, start recovered."""
+
+    failed: Array
+    needed: list[Array]
+    recovered: Array
+
+
+class _Played(NamedTuple):
+    """A segment of the run forwards: its exact end, its tapes, what it remembered, and how it went."""
+
+    leaves: list[ExactLeaf]
+    tapes: list[list[Array]]
+    records: list[dict[str, Array]]
+    outputs: Outputs
+    failed: Array
+    needed: list[Array]
+
+
+class _Flags(NamedTuple):
+    """Which arrays of constants and inputs are to be differentiated."""
+
+    constants: PyTree
+    inputs: PyTree
+
+    @property
+    def loss(self) -> PyTree:
+        """Those that the loss takes."""
+        return self.constants.loss, self.inputs.batch
+
+    @property
+    def hypers(self) -> PyTree:
+        """Those that the moves take."""
+        return self.constants.hypers, self.inputs.hypers
+
+
+class _Scaled(NamedTuple):
+    """One `Scale` of one leaf: its variable, that variable's shape, and the factor's: () or the same."""
+
+    variable: str
+    shape: tuple[int, ...]
+    factor_shape: tuple[int, ...]
+
+
+def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
+    """Numerators of all scales of one leaf at one step; None where only the run itself tells."""
+    moves = run.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
+    return [
+        None
+        if callable(move.factor)
+        else exact.spread(move.numerator(move.factor), start[move.variable].shape)
+        for move in moves
+        if isinstance(move, Scale)
+    ]
+
+
+def _scales(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[_Scaled]]:
+    """The scales of every leaf; refuses a program that cannot be reversed."""
+    if isinstance(run.optimizer, Whole):
+        raise ReversalError(
+            f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
+            "reversal; pass adjoint=Checkpointed() or Stored()"
+        )
+    result = []
+    for i, leaf in enumerate(start):
+        h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
+        moves = run.leaf_moves(h, inputs.step[0])
+        for move in moves:
+            if isinstance(move, Assign):
+                raise ReversalError(
+                    f"{run.call}: {run.optimizer.name} overwrites {move.variable!r} in a way that cannot "
+                    "be undone, so it has no exact reversal; pass adjoint=Checkpointed() or Stored()"
+                )
+        scaled = []
+        for move in moves:
+            if isinstance(move, Scale):
+                shape = leaf[move.variable].shape
+                # What a factor may remember are scalars.
+                factor = move.factor(_Ones()) if callable(move.factor) else move.factor
+                n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
+                scaled.append(_Scaled(move.variable, shape, n.shape))
+        result.append(scaled)
+    return result
+
+
+def _known_lengths(
+    run: Run,
+    scales: list[list[_Scaled]],
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    length: int,
+) -> list[list[int | None]]:
+    """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
+    lengths: list[list[int | None]] = []
+    for i, (leaf, scaled) in enumerate(zip(start, scales)):
+        fixed, scheduled = constants.hypers[i], inputs.hypers[i]
+        lengths.append([None] * len(scaled))
+        if not scaled:
+            continue
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            numerators = partial(_factors, run, i, leaf)
+            # A factor may come out one unit away from that of the run: one bit more is enough for all.
+            empty = [exact.empty_bits(s.factor_shape) + exact.BIT for s in scaled]
+            if all(s.factor_shape == () for s in scaled):
+                over = jax.vmap(numerators, (None, 0, 0))(fixed, scheduled, inputs.step)
+                needed = [
+                    None if n is None else exact.tape_length(bits + _longest(exact.cost(n), length))
+                    for n, bits in zip(over, empty)
+                ]
+            elif any(isinstance(x, jax.core.Tracer) for x in [*fixed.values(), *scheduled.values()]):
+                continue
+            else:
+                needed = _needed(partial(numerators, fixed), empty, length, scheduled, inputs.step)
+            for k, need in enumerate(needed):
+                lengths[i][k] = None if need is None or isinstance(need, jax.core.Tracer) else int(need)
+    return lengths
+
+
+def _needed(
+    numerators: Callable[..., list[Array | None]],
+    empty: list[Array],
+    length: int,
+    scheduled: Mapping[str, Array],
+    steps: Array,
+) -> list[Array | None]:
+    """Tape that any segment needs, for factors that differ from element to element."""
+
+    def add(carry: Any, x: Any) -> Any:
+        (bits, needed), (hypers, t) = carry, x
+        first = (t - steps[0]) % length == 0
+        costs = [0 if n is None else exact.cost(n) for n in numerators(hypers, t)]
+        bits = [jnp.where(first, e, b) + c for e, b, c in zip(empty, bits, costs)]
+        return (bits, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, bits)]), None
+
+    nothing = [jnp.int64(0) for _ in empty]
+    (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
+    told = numerators({name: x[0] for name, x in scheduled.items()}, steps[0])
+    return [None if n is None else need for n, need in zip(told, needed)]
+
+
+def _longest(costs: Array, length: int) -> Array:
+    """The most that a segment of so many steps costs, from the costs ``(T,)`` of all."""
+    padded = jnp.pad(costs, (0, -costs.size % length))
+    return jnp.max(jnp.sum(padded.reshape(-1, length), axis=1))
+
+
+class _Ones:
+    """Stands for what a step remembers where only shapes matter."""
+
+    def __getattr__(self, name: str) -> float:
+        return 1.0
+
+
+def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
+    """Bits per element and step that scales destroy, by variable; the most over all leaves.
+
+    One bit, for which `Reversible` has room by default, where only the run itself tells.
+    """
+    scales = _scales(run, start, constants, inputs)
+    lengths = _known_lengths(run, scales, start, constants, inputs, run.steps)
+    bits: dict[str, float] = {}
+    for scaled, need in zip(itertools.chain(*scales), itertools.chain(*lengths)):
+        each = 1.0 if need is None else 8 * need / math.prod(scaled.factor_shape) / run.steps
+        bits[scaled.variable] = max(each, bits.get(scaled.variable, 0.0))
+    return bits
+
+
+def _complete(lengths: list[list[int | None]]) -> bool:
+    return all(length is not None for leaf in lengths for length in leaf)
+
+
+def _highs(leaves: Sequence[ExactLeaf]) -> list[dict[str, Array]]:
+    return [leaf.high for leaf in leaves]
+
+
+def _spread_shapes(flags: PyTree, hypers: PyTree, start: list[Leaf]) -> list[tuple[int, ...]]:
+    """To which shapes to spread the wanted hyperparameters before differentiating in them.
+
+    Their cotangents then come element by element, and `_sum_to` adds them faster than the compiler.
+    """
+    shapes = []
+    for part, part_flags in zip(hypers, flags):
+        for leaf, leaf_hypers, leaf_flags in zip(start, part, part_flags):
+            alike = all(x.shape == leaf[PARAMS].shape for x in leaf.values())
+            for name in sorted(leaf_hypers):
+                if leaf_flags[name]:
+                    shapes.append(leaf[PARAMS].shape if alike else leaf_hypers[name].shape)
+    return shapes
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over what was broadcast.  Sums over everything are inner products, which vectorise."""
+    if shape == () and x.ndim:
+        ones = jnp.ones(x.shape[-1], x.dtype)
+        return jnp.sum(jnp.matmul(x, ones, precision="highest"))
+    padded = (1,) * (x.ndim - len(shape)) + shape
+    axes = [k for k, (a, b) in enumerate(zip(x.shape, padded)) if a != b]
+    return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)
+
+
+def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Array) -> PyTree:
+    """Pass the result on, unless the numbers are a reason not to: then raise a `ReversalError`.
+
+    Raises at once where the numbers are known, else from the running program, by a callback on which the
+    result depends.
+
+    Args:
+      explain: from the numbers, as Python scalars, to a message, or None if all is well.
+      result: a pytree of arrays.
+      numbers: scalars.
+    """
+
+    def check(*numbers: Any) -> np.ndarray:
+        columns = np.broadcast_arrays(*numbers)
+        for row in zip(*(column.ravel().tolist() for column in columns)):
+            message = explain(*row)
+            if message is not None:
+                raise ReversalError(message)
+        return np.zeros(columns[0].shape, bool)
+
+    if not numbers:
+        return result
+    if not any(isinstance(x, jax.core.Tracer) for x in numbers):
+        check(*numbers)
+        return result
+    shape = jax.ShapeDtypeStruct((), bool)
+    refused = jax.pure_callback(check, shape, *numbers, vmap_method="broadcast_all")
+    return jax.tree.map(
+        lambda x: (
+            jnp.where(refused, jnp.nan, x).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        ),
+        result,
+    )
+
+
+def _cut(tree: PyTree, length: int) -> tuple[PyTree, PyTree]:
+    """Arrays by step, cut into whole segments ``(S, length, ...)``, and what is left over."""
+
+    def whole(x: Array) -> Array:
+        count = x.shape[0] // length
+        return x[: count * length].reshape(count, length, *x.shape[1:])
+
+    return jax.tree.map(whole, tree), jax.tree.map(lambda x: x[x.shape[0] // length * length :], tree)
+
+
+def _all_equal(a: PyTree, b: PyTree) -> Array:
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
+    return jnp.all(jnp.stack(jax.tree.leaves(same)))
+
+
+def _same(start: list[dict[str, Array]], found: list[ExactLeaf]) -> Array:
+    """Whether a segment backwards arrived at its start, with nothing left in the buffers."""
+    empty = [exact.is_empty(b) for leaf in found for b in leaf.buffers]
+    return jnp.all(jnp.stack([_all_equal(start, _highs(found)), *empty]))
+
+
+def _play(
+    run: Run,
+    integers: Exact,
+    scales: list[list[_Scaled]],
+    lengths: list[list[int]] | None,
+    flags: _Flags,
+    high: list[dict[str, Array]],
+    constants: Constants,
+    inputs: Inputs,
+    failed: Array,
+) -> _Played:
+    """A segment forwards on integers, from empty buffers.
+
+    Args:
+      run: the run.
+      integers: its exact arithmetic.
+      scales: of every leaf.
+      lengths: of the tapes; None if there will be no way back.
+      flags: what will be differentiated on the way back.
+      high: integers at the start.
+      constants: of the run.
+      inputs: of the steps of the segment.
+      failed: the first step that has failed so far, or -1.
+    """
+    tapes = [
+        [
+            exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
+            for k, s in enumerate(leaf)
+        ]
+        for i, leaf in enumerate(scales)
+    ]
+    leaves = [
+        ExactLeaf(each, [exact.empty(s.shape, s.factor_shape) for s in scaled])
+        for each, scaled in zip(high, scales)
+    ]
+
+    def step(carry: Any, x: Inputs) -> Any:
+        leaves, tapes, failed = carry
+        live = x.step >= 0
+        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+        if lengths is None:
+            loss, gradient = run.gradient(params, constants.loss, x.batch)
+        else:
+            at = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
+            loss, gradient, _ = at.primal
+        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+        at_step = (constants.hypers, x.hypers, x.step)
+        new, tapes, records, valid = integers.step(at_step, leaves, tapes, seen, live)
+        failed = jnp.where((failed < 0) & ~(valid & jnp.isfinite(loss)), x.step, failed)
+        snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
+        return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
+
+    (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), inputs)
+    needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
+    return _Played(leaves, tapes, records, outputs, failed, needed)
+
+
+def _replay(
+    run: Run,
+    integers: Exact,
+    flags: _Flags,
+    played: _Played,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    loss_bars: Array,
+    bars: list[Leaf],
+    sums: list[Array],
+) -> Any:
+    """A segment backwards.
+
+    Args:
+      run: the run.
+      integers: its exact arithmetic.
+      flags: what is differentiated.
+      played: the segment forwards.
+      start: of the run, for shapes.
+      constants: of the run.
+      inputs: of the steps of the segment.
+      loss_bars: cotangents of the losses of the segment.
+      bars: cotangents of its end.
+      sums: cotangents of the constants, from later segments.
+
+    Returns:
+      Exact start of the segment, its cotangents and the sums; and the cotangents of the inputs.
+    """
+    wanted = sum(jax.tree.leaves(flags.constants.loss))
+    fixed = len(sums) - wanted
+    slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
+    spread_shapes = _spread_shapes(flags.hypers, (constants.hypers, slices), start)
+
+    def unstep(carry: Any, inputs: tuple[Inputs, list[dict[str, Array]], Array]) -> Any:
+        leaves, bars, sums = carry
+        x, records, loss_bar = inputs
+        at_step = (constants.hypers, x.hypers, x.step)
+        live = x.step >= 0
+        leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
+        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+        linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
+        gradient = linearised.primal[1]
+        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+        leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
+        floats = integers.floats(leaves)
+
+        # The float twin of the step, as a function of everything but the loss.
+        hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
+        spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
+
+        def twin(floats: list[Leaf], gradient: list[Array], spread: list[Array]) -> list[Leaf]:
+            fixed, scheduled = merge(spread)
+            return run.stepped(floats, gradient, fixed, scheduled, x.step)
+
+        bars, direction, spread = jax.vjp(twin, floats, gradient, spread)[1](bars)
+        products = linearised.transposed(loss_bar, direction)
+        for leaf, product in zip(bars, products.params):
+            leaf[PARAMS] += product
+        each = [_sum_to(bar, h.shape) for bar, h in zip(spread, hypers)]
+        same = [*products.wanted[:wanted], *each[:fixed]]
+        sums = [a + b for a, b in zip(sums, same)]
+        return (leaves, bars, sums), (products.wanted[wanted:], each[fixed:])
+
+    carry = (played.leaves, bars, sums)
+    return jax.lax.scan(unstep, carry, (inputs, played.records, loss_bars), reverse=True)
+
+
+@dataclass(frozen=True)
+class Reversible:
+    """The run is played backwards, bit for bit; memory holds only the bits that a step destroys.
+
+    Weights and the optimizer's variables are integers, as in Maclaurin, Duvenaud and Adams (2015).
+    Before a hypergradient is returned the recovered start is compared with the real one; where a single
+    bit differs the caller gets a `ReversalError`.
+
+    With several segments only their starts are kept, as integers, and every segment is played forwards
+    again before it is played backwards: for one more training run, memory falls from ``T b`` bits per
+    parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (64 for the
+    parameters and for every variable).  It is least for ``S = √(T b / k)``.
+
+    Args:
+      bits: room of the information buffers, in bits per element and step for every `Scale` of the
+        optimizer, in (0, 7]; one number, or by variable (``{"velocity": 0.2}``).  The mean of
+        ``log2(1 / factor)`` over the run is needed.  It counts only where the factors (momentum) are not
+        known before the run, that is under ``jit``; else the need is computed.  By default 1.
+      radix: binary digits after the point, by variable (``{"params": 40}``), where the optimizer's own
+        do not suit; values must stay below ``2**(62 - radix)``.
+      segments: in how many segments the run is played back, in ``[1, T]``.
+
+    Raises:
+      ReversalError: at the call, or, under ``jit``, from the running program.
+
+    Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
+    learning", ICML 2015, Algorithms 2 and 3.
+
+    >>> import hypergrad as hg
+    >>> hg.Reversible(segments=10)
+    Reversible(bits=(), radix=(), segments=10)
+    """
+
+    bits: float | Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    segments: int = 1
+
+    def __post_init__(self) -> None:
+        given = [self.bits] if isinstance(self.bits, int | float) else dict(self.bits).values()
+        if not all(0 < bits <= 7 for bits in given):
+            raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
+        if self.segments < 1:
+            raise ValueError(f"Reversible(segments={self.segments}): there must be at least one segment")
+        # Hashable, as what is static must be.
+        object.__setattr__(self, "radix", tuple(dict(self.radix).items()))
+        if not isinstance(self.bits, int | float):
+            object.__setattr__(self, "bits", tuple(dict(self.bits).items()))
+
+    def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+        """See `hypergrad.adjoints.Adjoint`."""
+        scales = _scales(run, start, constants, inputs)
+        assert isinstance(run.optimizer, Optimizer)
+        variables = [PARAMS, *run.optimizer.variables]
+        bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
+        for name, given in (("radix", [*dict(self.radix)]), ("bits", [*bits])):
+            unknown = sorted(set(given) - set(variables))
+            if unknown:
+                raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {variables}")
+        length = -(-run.steps // min(self.segments, run.steps))
+        known = _known_lengths(run, scales, start, constants, inputs, length)
+        nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
+
+        @jax.custom_vjp
+        def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+            return self._forward(run, scales, None, nothing, length, start, constants, inputs)[0]
+
+        def forward(*arguments: Any) -> Any:
+            flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
+            arguments = jax.tree.map(lambda x: x.value, arguments)
+            # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
+            now_known = known
+            if not _complete(known):
+                start, constants, inputs = arguments
+                now_known = _known_lengths(run, scales, start, constants, inputs, length)
+            lengths = self._allot(scales, now_known, length)
+            solution, *record = self._forward(run, scales, lengths, flags, length, *arguments)
+            return solution, (arguments, record, freeze(flags), Static(lengths))
+
+        def backward(saved: Any, cotangents: Any) -> Any:
+            arguments, (played, checkpoints, health), flags, lengths = saved
+            bars, health = self._backward(
+                run,
+                scales,
+                lengths.value,
+                thaw(flags),
+                length,
+                played,
+                checkpoints,
+                health,
+                instantiate(cotangents),
+                *arguments,
+            )
+            # What went wrong forwards is told here too: without jit nobody may have looked there, and
+            # under jit the compiler leaves out what only an unused value depends on.
+            return self._refuse(run, scales, lengths.value, bars, health)
+
+        solve.defvjp(forward, backward, symbolic_zeros=True)
+        return solve(start, constants, inputs)
+
+    def _radix(self, run: Run) -> dict[str, int]:
+        assert isinstance(run.optimizer, Optimizer)
+        own = {name: run.optimizer.radix_of(name) for name in (PARAMS, *run.optimizer.variables)}
+        return own | dict(self.radix)
+
+    def _exact(self, run: Run, start: list[Leaf]) -> Exact:
+        return Exact(run.moves, self._radix(run), [leaf[PARAMS].dtype for leaf in start], run.x64)
+
+    def _allot(
+        self, scales: list[list[_Scaled]], known: list[list[int | None]], length: int
+    ) -> list[list[int]]:
+        """Length of every tape: what is needed where that is known, else from `bits`."""
+
+        def room(scaled: _Scaled) -> int:
+            bits = exact.MARGIN + self._bits(scaled.variable) * length
+            rows = max(0, math.ceil((bits - exact.DIGITS) / 8)) + 1
+            return rows * math.prod(scaled.factor_shape)
+
+        return [
+            [room(scaled) if need is None else need for need, scaled in zip(*leaf)]
+            for leaf in zip(known, scales)
+        ]
+
+    def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
+        """Bytes of tape that are reserved under ``jit`` when no factor is known."""
+        scales = _scales(run, start, constants, inputs)
+        length = -(-run.steps // min(self.segments, run.steps))
+        lengths = self._allot(scales, [[None] * len(leaf) for leaf in scales], length)
+        return sum(
+            (n + 1) * math.prod(scaled.shape if scaled.factor_shape == () else ())
+            for scaled, n in zip(itertools.chain(*scales), itertools.chain(*lengths))
+        )
+
+    def _bits(self, variable: str) -> float:
+        return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
+
+    def _to_high(self, run: Run, start: list[Leaf]) -> list[dict[str, Array]]:
+        """The start as integers."""
+        radix = self._radix(run)
+        return [{name: exact.to_fixed(x, radix[name]) for name, x in leaf.items()} for leaf in start]
+
+    def _forward(
+        self,
+        run: Run,
+        scales: list[list[_Scaled]],
+        lengths: list[list[int]] | None,
+        flags: _Flags,
+        length: int,
+        start: list[Leaf],
+        constants: Constants,
+        inputs: Inputs,
+    ) -> tuple[Solution, _Played, list[list[dict[str, Array]]], _Health]:
+        """The run forwards: its solution, its last segment, the starts of segments, and how it went.
+
+        Without `lengths` nothing is recorded.
+        """
+        integers = self._exact(run, start)
+        whole, rest = divmod(run.steps, length)
+        tapeless = None if lengths is None else [[0 for _ in leaf] for leaf in lengths]
+        with jax.enable_x64(True):
+            high = self._to_high(run, start)
+            valid = jnp.all(jnp.stack([exact.fits(x) for x in jax.tree.leaves(high)]))
+            failed = jnp.where(valid, jnp.int32(-1), jnp.int32(0))
+            if whole == 1 and rest == 0:
+                played = _play(run, integers, scales, lengths, flags, high, constants, inputs, failed)
+                checkpoints, outputs = [], played.outputs
+                needed = played.needed
+            else:
+
+                def segment(carry: Any, x: Inputs) -> Any:
+                    high, failed, needed = carry
+                    played = _play(run, integers, scales, tapeless, flags, high, constants, x, failed)
+                    needed = [jnp.maximum(*pair) for pair in zip(needed, played.needed)]
+                    return (_highs(played.leaves), played.failed, needed), (high, played.outputs)
+
+                nothing = [jnp.int64(0) for leaf in scales for _ in leaf]
+                carry = (high, failed, nothing)
+                cut, last = _cut(inputs, length)
+                carry, (kept, outputs) = jax.lax.scan(segment, carry, cut)
+                checkpoints = [kept]
+                outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
+                if rest:
+                    carry, (kept, ended) = segment(carry, last)
+                    checkpoints.append(kept)
+                    outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
+                high, failed, needed = carry
+                played = _Played([ExactLeaf(x, []) for x in high], [], [], outputs, failed, needed)
+            end = integers.floats(played.leaves)
+        health = _Health(played.failed, needed, jnp.asarray(True))
+        end, outputs = self._refuse(run, scales, lengths, (end, outputs), health)
+        return (end, outputs), played._replace(outputs=Outputs(outputs.loss, None)), checkpoints, health
+
+    def _backward(
+        self,
+        run: Run,
+        scales: list[list[_Scaled]],
+        lengths: list[list[int]],
+        flags: _Flags,
+        length: int,
+        played: _Played,
+        checkpoints: list[Any],
+        health: _Health,
+        cotangents: Solution,
+        start: list[Leaf],
+        constants: Constants,
+        inputs: Inputs,
+    ) -> tuple[tuple[list[Leaf], PyTree, PyTree], _Health]:
+        """The run backwards: cotangents of start, constants and inputs, and how it went."""
+        integers = self._exact(run, start)
+        constant, _ = split(
+            (flags.constants.loss, flags.constants.hypers), (constants.loss, constants.hypers)
+        )
+        wanted = sum(jax.tree.leaves(flags.constants.loss))
+        bars, output_bars = cotangents
+        with jax.enable_x64(True):
+            sums = [jnp.zeros_like(x) for x in constant]
+            if not checkpoints:
+                high = self._to_high(run, start)
+                (found, bars, sums), steps = _replay(
+                    run, integers, flags, played, start, constants, inputs, output_bars.loss, bars, sums
+                )
+                recovered = _same(high, found)
+            else:
+
+                def segment(carry: Any, x: Any) -> Any:
+                    end, bars, sums, recovered = carry
+                    high, x, loss_bars = x
+                    unharmed = jnp.int32(-1)
+                    played = _play(run, integers, scales, lengths, flags, high, constants, x, unharmed)
+                    again = _all_equal(end, _highs(played.leaves))
+                    (found, bars, sums), steps = _replay(
+                        run, integers, flags, played, start, constants, x, loss_bars, bars, sums
+                    )
+                    return (high, bars, sums, recovered & again & _same(high, found)), steps
+
+                carry = (_highs(played.leaves), bars, sums, jnp.asarray(True))
+                cut, last = _cut(inputs, length)
+                cut_bars, last_bars = _cut(output_bars.loss, length)
+                ended = []
+                if len(checkpoints) > 1:
+                    carry, steps = segment(carry, (checkpoints[1], last, last_bars))
+                    ended.append(steps)
+                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], cut, cut_bars), reverse=True)
+                joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+                steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended)
+                _, bars, sums, recovered = carry
+        batch_bars, hyper_bars = steps
+        constant_bars = Constants(
+            scatter(flags.constants.loss, sums[:wanted]),
+            scatter(flags.constants.hypers, sums[wanted:]),
+            [None for _ in constants.watch],  # type: ignore[misc]  # watching is not differentiated
+        )
+        input_bars = Inputs(
+            scatter(flags.inputs.batch, batch_bars),
+            scatter(flags.inputs.hypers, hyper_bars),
+            None,  # type: ignore[arg-type]  # of integers
+        )
+        return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
+
+    def _refuse(
+        self, run: Run, scales: list[list[_Scaled]], lengths: Any, result: PyTree, health: _Health
+    ) -> PyTree:
+        """Pass the result on, or raise what was wrong with the run."""
+        allotted = None if lengths is None else [length for leaf in lengths for length in leaf]
+
+        def explain(failed: int, recovered: bool, *needed: int) -> str | None:
+            if failed >= 0:
+                return self._diverged(run, failed)
+            for have, need, scaled in zip(allotted or needed, needed, itertools.chain(*scales)):
+                if need > have:
+                    return self._overflowed(run, scaled, need)
+            return None if recovered else self._not_recovered(run)
+
+        return refuse_if(explain, result, health.failed, health.recovered, *health.needed)
+
+    def _diverged(self, run: Run, failed: int) -> str:
+        own = {name: 62 - radix for name, radix in self._radix(run).items()}
+        ranges = ", ".join(f"|{name}| < 2**{digits}" for name, digits in own.items())
+        return (
+            f"{run.call}: at step {failed} the loss, a gradient or a variable became NaN or infinite, or "
+            f"left the range of exact arithmetic ({ranges}), or a factor left [2**-7, 1]. Training has "
+            "diverged (lower the learning rate), or a factor such as momentum is 0 or nearly so (use "
+            "sgd() with Checkpointed()), or the range is too small (pass Reversible(radix={'params': ...}))"
+        )
+
+    def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:
+        length = -(-run.steps // min(self.segments, run.steps))
+        bits = (8 * need / math.prod(scaled.factor_shape) + 8) / length
+        enough = {scaled.variable: math.ceil(100 * bits) / 100}
+        return (
+            f"{run.call}: the information buffer of {scaled.variable!r} would overflow: its factors "
+            f"destroy {bits:.3g} bits per element and step, and room for "
+            f"{self._bits(scaled.variable):.3g} was reserved; pass Reversible(bits={enough}) or more"
+        )
+
+    def _not_recovered(self, run: Run) -> str:
+        return (
+            f"{run.call}: played backwards, the run did not arrive at its start, so that its "
+            "hypergradient would be wrong and is withheld. The loss did not give the same gradient bit "
+            "for bit when it was evaluated again (a non-deterministic operation or an impure function?); "
+            "make it deterministic or pass adjoint=Checkpointed()"
+        )

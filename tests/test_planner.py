@@ -1,0 +1,101 @@
+"""Predicted memory against that of the compiled programs, and the choice."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad import nets
+from hypergrad.planner import fastest
+
+SIZES = (60, 40, 10)
+STEPS = 2000
+
+
+def problem() -> dict[str, Any]:
+    init, apply = nets.mlp(SIZES)
+    data = jax.random.normal(jax.random.key(1), (200, SIZES[0]))
+    labels = jnp.arange(200) % SIZES[-1]
+
+    def loss(params: Any, meta: Any, rows: Any) -> Any:
+        return nets.cross_entropy(apply(params, meta[0][rows]), meta[1][rows])
+
+    return {
+        "loss": loss,
+        "params": init(jax.random.key(0)),
+        "hypers": {"learning_rate": jnp.full(STEPS, 0.1), "momentum": jnp.full(STEPS, 0.9)},
+        "meta": (data, labels),
+        "batches": jnp.zeros((STEPS, 20), jnp.int32),
+        "steps": STEPS,
+        "optimizer": hg.momentum(),
+    }
+
+
+def compiled_memory(problem: dict[str, Any], adjoint: Any) -> int:
+    """Of the hypergradient that a user would write."""
+    loss, steps, optimizer = problem["loss"], problem["steps"], problem["optimizer"]
+    arrays = [problem[name] for name in ("hypers", "params", "meta", "batches")]
+
+    def outer(hypers: Any, params: Any, meta: Any, batches: Any) -> Any:
+        trained = hg.train(
+            loss, params, hypers, meta, batches, steps=steps, optimizer=optimizer, adjoint=adjoint
+        )
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(trained.params))
+
+    compiled = jax.jit(jax.grad(outer)).lower(*arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.fixture(scope="module")
+def made() -> hg.Plan:
+    return hg.plan(**problem(), budget=1e12)
+
+
+def test_predictions_are_those_of_the_compiled_programs(made: hg.Plan) -> None:
+    kinds = [(type(e.adjoint), getattr(e.adjoint, "segments", None) == 1) for e in made.estimates]
+    assert len(set(kinds)) == 4
+    for estimate in made.estimates:
+        found = compiled_memory(problem(), estimate.adjoint)
+        assert estimate.memory == pytest.approx(found, rel=0.15), estimate
+
+
+def test_takes_the_fastest_that_fits(made: hg.Plan) -> None:
+    times = [estimate.time for estimate in made.estimates]
+    assert times == sorted(times)
+    assert made.adjoint == hg.Stored()
+    assert "Stored() <-" in str(made)
+    for estimate in made.estimates:
+        chosen = fastest(made.estimates, estimate.memory)
+        fitting = [e for e in made.estimates if e.memory <= estimate.memory]
+        assert chosen == fitting[0].adjoint
+    with pytest.raises(ValueError, match=r"plan\(budget=1000\): no adjoint fits; the smallest, Reversible"):
+        fastest(made.estimates, 1000)
+
+
+def test_the_chosen_buffers_suffice_for_momenta_nearby(made: hg.Plan) -> None:
+    """Under jit, where nobody knows the momenta, and for a momentum below the planned one."""
+    given = problem()
+    adjoint = next(e.adjoint for e in made.estimates if isinstance(e.adjoint, hg.Reversible))
+
+    def outer(momentum: Any) -> Any:
+        hypers = {"learning_rate": 0.1, "momentum": momentum}
+        parts = [given[name] for name in ("meta", "batches")]
+        trained = hg.train(given["loss"], given["params"], hypers, *parts, steps=STEPS, adjoint=adjoint)
+        return trained.losses[-1]
+
+    assert jnp.isfinite(jax.jit(jax.grad(outer))(0.895))
+
+
+def test_leaves_out_reversal_where_it_is_impossible() -> None:
+    given = {"loss": lambda w, meta, step: jnp.sum(jnp.tanh(w)), "params": jnp.ones(3), "steps": 10}
+    for optimizer in (hg.sgd(), hg.from_optax(optax.sgd, {"learning_rate": None})):
+        made = hg.plan(**given, hypers={"learning_rate": 0.1}, optimizer=optimizer, budget=1e12)
+        assert {type(e.adjoint) for e in made.estimates} == {hg.Stored, hg.Checkpointed}
+
+
+def test_refuses_to_differentiate_in_what_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"wrt=\('rates',\) must be some of"):
+        hg.plan(**problem(), budget=1e12, wrt=("rates",))
