@@ -35,6 +35,7 @@ TABLE = [  # with learning rates at which a run neither diverges nor stands stil
     (hg.amsgrad(), 0.05),
     (hg.radam(), 0.05),
     (hg.lars(), 1.0),
+    (hg.lamb(), 0.1),
     (hg.shampoo(), 0.05),
 ]
 RANGES = {

@@ -1,10 +1,17 @@
 """Optimizers, each a short program of moves (see `hypergrad.program`)."""
 
 from hypergrad.optimizers.adam import adam, adamax, adamw, amsgrad, nadam, radam
-from hypergrad.optimizers.adaptive import adadelta, adagrad, adagrad_momentum, rmsprop, rmsprop_momentum, sm3
+from hypergrad.optimizers.adaptive import (
+    adadelta,
+    adagrad,
+    adagrad_momentum,
+    rmsprop,
+    rmsprop_momentum,
+    sm3,
+)
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
-from hypergrad.optimizers.layerwise import lars
+from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.shampoo import shampoo
 
@@ -21,6 +28,7 @@ __all__ = [
     "clip_by_global_norm",
     "from_optax",
     "heavy_ball",
+    "lamb",
     "lars",
     "momentum",
     "nadam",
