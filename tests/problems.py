@@ -51,7 +51,7 @@ BY_WEIGHT = {"momentum", "decay", "rho", "b1", "b2"}  # the others: by layer
 OPTIMIZERS = {optimizer.name.removesuffix("()"): optimizer for optimizer, _ in TABLE}
 RATES = {optimizer.name.removesuffix("()"): rate for optimizer, rate in TABLE}
 TYPICAL = ["momentum", "adam"]  # for the tests of adjoints, each of which takes seconds to compile
-EVERY_ADJOINT = [hg.Reversible(), hg.Checkpointed()]  # one of each kind, for every optimizer
+EVERY_ADJOINT = [hg.Reversible(), hg.Reversible(segments=4), hg.Checkpointed()]  # for every optimizer
 ADJOINTS = [*EVERY_ADJOINT, hg.Checkpointed(segments=1), hg.Checkpointed(segments=7)]
 
 
