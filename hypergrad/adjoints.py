@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from hypergrad import exact, program
 from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Scale
@@ -42,6 +43,7 @@ from hypergrad.run import (
 )
 
 Solution = tuple[list[Leaf], Outputs]
+RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
 
 
 class ReversalError(ArithmeticError):
@@ -498,7 +500,7 @@ class Reversible:
         """Whether the run backwards arrived at the start, with nothing left in the buffers."""
         same = jax.tree.map(lambda a, b: jnp.all(a == b), _highs(start), _highs(leaves))
         empty = [exact.is_empty(b) for leaf in leaves for b in leaf.buffers]
-        return jnp.all(jnp.stack(jax.tree.leaves(same) + empty))
+        return checkpoint_name(jnp.all(jnp.stack(jax.tree.leaves(same) + empty)), RECOVERED)
 
     def _refuse(
         self, run: Run, scales: list[list[_Scaled]], lengths: Any, result: PyTree, health: _Health
