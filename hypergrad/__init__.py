@@ -2,6 +2,7 @@
 
 from hypergrad import constraints, data, files, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
+from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.optimizers import (
     adadelta,
     adagrad,
@@ -39,8 +40,10 @@ __all__ = [
     "Adjoint",
     "Checkpointed",
     "Estimate",
+    "Finding",
     "Forward",
     "Plan",
+    "Report",
     "ReversalError",
     "Reversible",
     "Snapshot",
@@ -56,6 +59,7 @@ __all__ = [
     "adamw",
     "amsgrad",
     "as_optax",
+    "check_hypergradient",
     "clip",
     "clip_by_global_norm",
     "constraints",

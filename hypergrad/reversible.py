@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from hypergrad import exact
 from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Optimizer, Scale, Whole
@@ -35,6 +36,8 @@ from hypergrad.run import (
     split,
     thaw,
 )
+
+RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
 
 
 class ReversalError(ArithmeticError):
@@ -689,6 +692,7 @@ class Reversible:
             scatter(flags.inputs.hypers, hyper_bars),
             None,  # type: ignore[arg-type]  # of integers
         )
+        recovered = checkpoint_name(recovered, RECOVERED)
         return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
 
     def _refuse(
