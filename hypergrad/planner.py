@@ -119,7 +119,7 @@ def plan(
     >>> loss = lambda w, meta, step: jnp.sum(jnp.tanh(w) ** 2)
     >>> hypers = {"learning_rate": 0.1, "momentum": 0.9}
     >>> hg.plan(loss, jnp.ones((100, 100)), hypers, steps=1000, budget=8e6).adjoint
-    Reversible(bits=(('velocity', 0.2),), radix=(), segments=1)
+    Reversible(bits=(('velocity', 0.171),), radix=(), segments=1)
     """
     call = f"plan(steps={steps}, budget={budget:g})"
     parts = {"params", "hypers", "meta", "batches"}

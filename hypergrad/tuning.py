@@ -98,8 +98,8 @@ def tune(
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
-    >>> steep = lambda w, meta, step: jnp.sum(jnp.array([1.0, 30.0]) * w**2)
-    >>> tuned = hg.tune(steep, jnp.ones(2), {"learning_rate": 1e-3}, steps=30, progress=False)
+    >>> narrow = lambda w, meta, step: jnp.sum(jnp.array([0.05, 1.0]) * w**2)
+    >>> tuned = hg.tune(narrow, jnp.ones(2), {"learning_rate": 1e-3}, steps=30, progress=False)
     >>> optimizer = tuned.optax()
     >>> bool(tuned.history.loss[-1] < 0.1 * tuned.history.loss[0])
     True

@@ -18,9 +18,13 @@ symbol  name                 meaning
 ``λ``   weight_decay         ``>= 0``
 ======  ===================  ====================================================================
 
-All products are element by element.  In exact arithmetic ``v`` has its own radix: it stays below ``2**8``
-in steps of ``2**-54``, so that a gradient up to 16 in size is admitted, and of one below about ``2e-7``
-nothing is left in ``v`` at ``β2 = 0.999``; ``Reversible(radix={"nu": ...})`` moves the range.
+All products are element by element.
+
+In exact arithmetic ``v`` stays below ``2**4`` in steps of ``2**-58``: a gradient up to 4 in size is
+admitted at every step, and ``v`` starts at ``(1-β2) g²``, where steps are felt if ``g`` is tiny.  Over the
+first 100 steps at the defaults, hypergradients kept 6 digits for gradients of 1e-3, 4 for 1e-4, 2 for 1e-5
+and none for 1e-6.  A larger ε helps, or a loss that is scaled up, or another radix, such as
+``Reversible(radix={"nu": 61})`` for gradients below 1.4.
 """
 
 from collections.abc import Sequence
@@ -33,7 +37,7 @@ from hypergrad import exact
 from hypergrad.optimizers import roots
 from hypergrad.program import Assign, Move, Optimizer, Scale, Shift, Variable
 
-MOMENTS = {"mu": Variable(), "nu": Variable(radix=54)}
+MOMENTS = {"mu": Variable(radix=56), "nu": Variable(radix=58)}
 HYPERS = {"learning_rate": None, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 DOMAINS = {
     "learning_rate": (0.0, float("inf")),

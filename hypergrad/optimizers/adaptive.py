@@ -17,9 +17,8 @@ symbol  name                 meaning
 ``ε``   eps                  ``>= 0``, in units of ``g²``: it stands inside the root
 ======  ===================  =================================================================
 
-All products are element by element.  In exact arithmetic a variable of squares has its own radix: a
-running average of squares stays below ``2**8`` in steps of ``2**-54``, so that a gradient up to 16 in
-size is admitted, and one of ``1e-5`` squares to six digits.
+All products are element by element.  In exact arithmetic ``v`` has its own radix: it stays below ``2**8``
+in steps of ``2**-54``, so that a gradient up to 16 in size is admitted at every step.
 """
 
 import itertools
