@@ -51,7 +51,7 @@ BY_WEIGHT = {"momentum", "decay", "rho", "b1", "b2"}  # the others: by layer
 OPTIMIZERS = {optimizer.name.removesuffix("()"): optimizer for optimizer, _ in TABLE}
 RATES = {optimizer.name.removesuffix("()"): rate for optimizer, rate in TABLE}
 TYPICAL = ["momentum", "adam"]  # for the tests of adjoints, each of which takes seconds to compile
-EVERY_ADJOINT = [hg.Reversible(), hg.Reversible(segments=4), hg.Checkpointed()]  # for every optimizer
+EVERY_ADJOINT = [hg.Reversible(), hg.Reversible(segments=3), hg.Checkpointed()]  # for every optimizer
 ADJOINTS = [*EVERY_ADJOINT, hg.Checkpointed(segments=1), hg.Checkpointed(segments=7)]
 
 
@@ -71,6 +71,12 @@ def unrounded(optimizer: Optimizer) -> Optimizer:
         return [m._replace(numerator=without) if isinstance(m, Scale) else m for m in optimizer.moves(h, t)]
 
     return dataclasses.replace(optimizer, moves=moves)
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled with little effort, where most of a test's time goes to compiling."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function, compiler_options=options)
 
 
 class Layer(NamedTuple):

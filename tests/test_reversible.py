@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import OPTIMIZERS, RANGES, RATES, relative_error
+from problems import OPTIMIZERS, RANGES, RATES, quick_jit, relative_error
 
 import hypergrad as hg
 from hypergrad.program import Optimizer, Remember, Scale, Shift, Variable
@@ -34,14 +34,19 @@ def hypers_of(name: str, *shape: int) -> dict[str, Any]:
     return {key: jnp.asarray(rng.uniform(*ranges[key], shape)) for key in OPTIMIZERS[name].hypers}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+DIFFERENT = {"momentum", "adam", "lamb", "shampoo", "sm3"}
+EACH = [pytest.param(name, marks=[] if name in DIFFERENT else pytest.mark.slow) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.usefixtures("x64")
 def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
     """Forward in all constant hyperparameters; Truncated gives the ends of all schedules alone."""
     optimizer, meta = OPTIMIZERS[name], jnp.asarray(1.0)
 
     def gradient(hypers: Any, adjoint: Any) -> Any:
-        return jax.jit(jax.grad(lambda h, m: end(h, m, optimizer, adjoint), argnums=(0, 1)))(hypers, meta)
+        objective = jax.grad(lambda h, m: end(h, m, optimizer, adjoint), argnums=(0, 1))
+        return quick_jit(objective)(hypers, meta)
 
     constants = hypers_of(name)
     expected, found = gradient(constants, hg.Stored()), gradient(constants, hg.Forward())
@@ -49,9 +54,8 @@ def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
 
     kept = 7
     schedules = hypers_of(name, STEPS)
-    objective = lambda h, adjoint: end(h, meta, optimizer, adjoint) * 1.0  # noqa: E731
-    full = jax.jit(jax.grad(lambda h: objective(h, hg.Stored())))(schedules)
-    short = jax.jit(jax.grad(lambda h: objective(h, hg.Truncated(kept))))(schedules)
+    full, _ = gradient(schedules, hg.Stored())
+    short, _ = gradient(schedules, hg.Truncated(kept))
     for key in schedules:
         assert not jnp.any(short[key][:-kept])
         np.testing.assert_allclose(short[key][-kept:], full[key][-kept:], rtol=1e-9, atol=1e-14)
