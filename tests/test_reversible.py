@@ -104,9 +104,8 @@ def test_truncated_refuses_no_steps() -> None:
         hg.Truncated(0)
 
 
-@pytest.mark.parametrize("segments", [2, 5, 7, STEPS, 1000])
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_segments(segments: int) -> None:
+def test_any_number_of_segments() -> None:
     """With factors for all weights and by weight, outside of jit, where tapes are cut to measure."""
     hypers, meta = hypers_of("adam", STEPS), jnp.asarray(1.0)
     hypers["b1"] = {"matrix": hypers["b1"][:, None, None] * jnp.ones((1, 4, 3)), "vector": 0.8}
@@ -114,8 +113,10 @@ def test_any_number_of_segments(segments: int) -> None:
     def gradient(adjoint: Any) -> Any:
         return jax.grad(lambda h: end(h, meta, hg.adam(), adjoint))(hypers)
 
-    errors = relative_error(gradient(hg.Reversible(segments=segments)), gradient(hg.Stored()))
-    assert max(errors.values()) < 1e-9
+    expected = gradient(hg.Stored())
+    for segments in (5, 1000):
+        errors = relative_error(gradient(hg.Reversible(segments=segments)), expected)
+        assert max(errors.values()) < 1e-9
 
 
 def test_segments_take_less_memory_than_either_pure_strategy() -> None:
