@@ -174,6 +174,29 @@ class Whole:
     reversible: bool = field(default=False, init=False)
 
 
+def with_defaults(
+    call: str, optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]
+) -> dict[str, PyTree]:
+    """The hyperparameters of an optimizer, those that are not given at their defaults.
+
+    Args:
+      call: the user's call, for messages.
+      optimizer: whose they are.
+      hypers: by name.
+
+    Raises:
+      ValueError: for names that the optimizer does not have, or that are missing.
+    """
+    unknown = sorted(set(hypers) - set(optimizer.hypers))
+    missing = sorted(k for k, value in optimizer.hypers.items() if value is None and k not in hypers)
+    if unknown or missing:
+        raise ValueError(
+            f"{call}: hypers must have the names {list(optimizer.hypers)}; "
+            f"unknown: {unknown}, missing: {missing}"
+        )
+    return {**optimizer.hypers, **hypers}
+
+
 class ExactLeaf(NamedTuple):
     """Exact state of one leaf: integers by variable, and one buffer for every `Scale` of the program."""
 

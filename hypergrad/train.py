@@ -12,7 +12,7 @@ from jax import Array
 from hypergrad import schedules
 from hypergrad.adjoints import Adjoint
 from hypergrad.optimizers.momentum import momentum
-from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
+from hypergrad.program import PARAMS, Leaf, Optimizer, Whole, with_defaults
 from hypergrad.reversible import Reversible
 from hypergrad.run import Constants, Inputs, PyTree, Run, Snapshot, hoist, kept
 
@@ -190,19 +190,13 @@ def _hypers(
             f"{call}: hypers must be a dictionary with the names {list(optimizer.hypers)}, "
             f"not a {type(hypers).__name__}"
         )
-    unknown = sorted(set(hypers) - set(optimizer.hypers))
-    missing = sorted(k for k, v in optimizer.hypers.items() if v is None and k not in hypers)
-    if unknown or missing:
-        raise ValueError(
-            f"{call}: hypers must have the names {list(optimizer.hypers)}; "
-            f"unknown: {unknown}, missing: {missing}"
-        )
+    complete = with_defaults(call, optimizer, hypers)
     if isinstance(optimizer, Whole):  # takes numbers: the same for all parameters
         params, leaves, names = 0, [jnp.zeros((), leaves[0].dtype)], ["all parameters"]
     fixed: list[dict[str, Array]] = [{} for _ in leaves]
     scheduled: list[dict[str, Array]] = [{} for _ in leaves]
-    for key, default in optimizer.hypers.items():
-        value = jax.tree.map(_plain_array, hypers.get(key, default))
+    for key, given in complete.items():
+        value = jax.tree.map(_plain_array, given)
         try:
             spread = jax.tree.leaves(jax.tree.broadcast(value, params))
         except ValueError as error:

@@ -16,7 +16,7 @@ from hypergrad.constraints import Constraint, interval, positive, real
 from hypergrad.meta import LBFGSB, History, optimize
 from hypergrad.optimizers.adam import adam
 from hypergrad.optimizers.bridge import as_optax
-from hypergrad.program import Optimizer, Whole
+from hypergrad.program import Optimizer, Whole, with_defaults
 from hypergrad.reversible import Reversible
 from hypergrad.run import PyTree
 from hypergrad.train import train
@@ -106,15 +106,9 @@ def tune(
     """
     optimizer = adam() if optimizer is None else optimizer
     call = f"tune(steps={steps}, optimizer={optimizer.name})"
-    unknown = sorted({*hypers, *(learn or ())} - set(optimizer.hypers))
-    if unknown:
-        raise ValueError(
-            f"{call}: {unknown} are no hyperparameters of the optimizer, which has {list(optimizer.hypers)}"
-        )
-    start = {**optimizer.hypers, **hypers}
-    missing = sorted(name for name, value in start.items() if value is None)
-    if missing:
-        raise ValueError(f"{call}: hypers must say where {missing} begin; they have no default")
+    start = with_defaults(call, optimizer, hypers)
+    if unknown := sorted(set(learn or ()) - set(start)):
+        raise ValueError(f"{call}: learn={learn!r}, but {unknown} are none of {list(start)}")
     inside = {name: _inside(optimizer.domains.get(name), value) for name, value in start.items()}
     if learn is None:
         learn = [name for name in start if inside[name] or name in hypers]

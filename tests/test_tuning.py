@@ -88,12 +88,14 @@ def test_draws_starts_and_batches_from_keys_and_validates_elsewhere() -> None:
 
 
 def test_refuses_names_that_the_optimizer_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"tune\(.*\['lr'\] are no hyperparameters.*'learning_rate'"):
+    with pytest.raises(ValueError, match=r"tune\(.*have the names \['learning_rate'.*unknown: \['lr'\]"):
         hg.tune(loss, jnp.zeros(3), {"lr": 0.1}, steps=STEPS)
+    with pytest.raises(ValueError, match=r"learn=\['lr'\], but \['lr'\] are none of"):
+        hg.tune(loss, jnp.zeros(3), {"learning_rate": 0.1}, steps=STEPS, learn=["lr"])
 
 
 def test_refuses_to_begin_nowhere() -> None:
-    with pytest.raises(ValueError, match=r"must say where \['learning_rate'\] begin"):
+    with pytest.raises(ValueError, match=r"tune\(.*missing: \['learning_rate'\]"):
         hg.tune(loss, jnp.zeros(3), {}, steps=STEPS)
 
 

@@ -11,7 +11,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Optimizer, Whole
+from hypergrad.program import PARAMS, Optimizer, Whole, with_defaults
 from hypergrad.run import part
 
 PyTree = Any
@@ -129,14 +129,7 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
     >>> updates
     Array([-0.10000002, -0.10000002], dtype=float32)
     """
-    unknown = sorted(set(hypers) - set(optimizer.hypers))
-    missing = sorted(k for k, value in optimizer.hypers.items() if value is None and k not in hypers)
-    if unknown or missing:
-        raise ValueError(
-            f"as_optax({optimizer.name}, hypers): hypers must have the names {list(optimizer.hypers)}; "
-            f"unknown: {unknown}, missing: {missing}"
-        )
-    values: dict[str, PyTree] = {**optimizer.hypers, **hypers}
+    values = with_defaults(f"as_optax({optimizer.name}, hypers)", optimizer, hypers)
 
     def init(params: PyTree) -> ProgramState:
         step = jnp.zeros((), jnp.int32)
