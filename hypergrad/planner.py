@@ -37,8 +37,9 @@ from jax import Array
 
 from hypergrad.adjoints import Adjoint, Checkpointed, Stored
 from hypergrad.program import Leaf, Optimizer, Whole
-from hypergrad.reversible import ReversalError, Reversible, destroyed_bits
+from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Constants, Inputs, Outputs, PyTree, Run, Solution, split
+from hypergrad.tapes import destroyed_bits
 from hypergrad.train import train
 
 TIMES = {"Stored": 2.9, "Reversible": 3.7, "Checkpointed": 3.9, "Reversible in segments": 4.8}

@@ -33,6 +33,10 @@ PARAMS = "params"
 RADIX = 48  # values up to 2**14 in steps of 2**-48: finer than float64 needs near one
 
 
+class ReversalError(ArithmeticError):
+    """The run cannot be, or was not, reversed exactly; no hypergradient is returned."""
+
+
 class View:
     """What a move may read, by attribute: the leaf of every variable, and the gradient.
 

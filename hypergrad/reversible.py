@@ -9,8 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from hypergrad import exact
-from hypergrad.program import PARAMS, Assign, Exact, ExactLeaf, Leaf, Optimizer, Scale, Whole
+from hypergrad.program import PARAMS, Exact, ExactLeaf, Leaf, Optimizer, ReversalError
 from hypergrad.run import (
     Constants,
     Inputs,
@@ -36,12 +34,9 @@ from hypergrad.run import (
     split,
     thaw,
 )
+from hypergrad.tapes import Scaled, complete, known_lengths, scales_of
 
 RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
-
-
-class ReversalError(ArithmeticError):
-    """The run cannot be, or was not, reversed exactly; no hypergradient is returned."""
 
 
 class _Health(NamedTuple):
@@ -84,142 +79,6 @@ class _Flags(NamedTuple):
     def hypers(self) -> PyTree:
         """Those that the moves take."""
         return self.constants.hypers, self.inputs.hypers
-
-
-class _Scaled(NamedTuple):
-    """One `Scale` of one leaf: its variable, that variable's shape, and the factor's: () or the same."""
-
-    variable: str
-    shape: tuple[int, ...]
-    factor_shape: tuple[int, ...]
-
-
-def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
-    """Numerators of all scales of one leaf at one step; None where only the run itself tells."""
-    moves = run.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
-    return [
-        None
-        if callable(move.factor)
-        else exact.spread(move.numerator(move.factor), start[move.variable].shape)
-        for move in moves
-        if isinstance(move, Scale)
-    ]
-
-
-def _scales(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[_Scaled]]:
-    """The scales of every leaf; refuses a program that cannot be reversed."""
-    if isinstance(run.optimizer, Whole):
-        raise ReversalError(
-            f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
-            "reversal; pass adjoint=Checkpointed() or Stored()"
-        )
-    result = []
-    for i, leaf in enumerate(start):
-        h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
-        moves = run.leaf_moves(h, inputs.step[0])
-        for move in moves:
-            if isinstance(move, Assign):
-                raise ReversalError(
-                    f"{run.call}: {run.optimizer.name} overwrites {move.variable!r} in a way that cannot "
-                    "be undone, so it has no exact reversal; pass adjoint=Checkpointed() or Stored()"
-                )
-        scaled = []
-        for move in moves:
-            if isinstance(move, Scale):
-                shape = leaf[move.variable].shape
-                # What a factor may remember are scalars.
-                factor = move.factor(_Ones()) if callable(move.factor) else move.factor
-                n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
-                scaled.append(_Scaled(move.variable, shape, n.shape))
-        result.append(scaled)
-    return result
-
-
-def _known_lengths(
-    run: Run,
-    scales: list[list[_Scaled]],
-    start: list[Leaf],
-    constants: Constants,
-    inputs: Inputs,
-    length: int,
-) -> list[list[int | None]]:
-    """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
-    lengths: list[list[int | None]] = []
-    for i, (leaf, scaled) in enumerate(zip(start, scales)):
-        fixed, scheduled = constants.hypers[i], inputs.hypers[i]
-        lengths.append([None] * len(scaled))
-        if not scaled:
-            continue
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            numerators = partial(_factors, run, i, leaf)
-            # A factor may come out one unit away from that of the run: one bit more is enough for all.
-            empty = [exact.empty_bits(s.factor_shape) + exact.BIT for s in scaled]
-            if all(s.factor_shape == () for s in scaled):
-                over = jax.vmap(numerators, (None, 0, 0))(fixed, scheduled, inputs.step)
-                needed = [
-                    None if n is None else exact.tape_length(bits + _longest(exact.cost(n), length))
-                    for n, bits in zip(over, empty)
-                ]
-            elif any(isinstance(x, jax.core.Tracer) for x in [*fixed.values(), *scheduled.values()]):
-                continue
-            else:
-                needed = _needed(partial(numerators, fixed), empty, length, scheduled, inputs.step)
-            for k, need in enumerate(needed):
-                lengths[i][k] = None if need is None or isinstance(need, jax.core.Tracer) else int(need)
-    return lengths
-
-
-def _needed(
-    numerators: Callable[..., list[Array | None]],
-    empty: list[Array],
-    length: int,
-    scheduled: Mapping[str, Array],
-    steps: Array,
-) -> list[Array | None]:
-    """Tape that any segment needs, for factors that differ from element to element."""
-
-    def add(carry: Any, x: Any) -> Any:
-        (bits, needed), (hypers, t) = carry, x
-        first = (t - steps[0]) % length == 0
-        costs = [0 if n is None else exact.cost(n) for n in numerators(hypers, t)]
-        bits = [jnp.where(first, e, b) + c for e, b, c in zip(empty, bits, costs)]
-        return (bits, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, bits)]), None
-
-    nothing = [jnp.int64(0) for _ in empty]
-    (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
-    told = numerators({name: x[0] for name, x in scheduled.items()}, steps[0])
-    return [None if n is None else need for n, need in zip(told, needed)]
-
-
-def _longest(costs: Array, length: int) -> Array:
-    """The most that a segment of so many steps costs, from the costs ``(T,)`` of all."""
-    padded = jnp.pad(costs, (0, -costs.size % length))
-    return jnp.max(jnp.sum(padded.reshape(-1, length), axis=1))
-
-
-class _Ones:
-    """Stands for what a step remembers where only shapes matter."""
-
-    def __getattr__(self, name: str) -> float:
-        return 1.0
-
-
-def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
-    """Bits per element and step that scales destroy, by variable; the most over all leaves.
-
-    One bit, for which `Reversible` has room by default, where only the run itself tells.
-    """
-    scales = _scales(run, start, constants, inputs)
-    lengths = _known_lengths(run, scales, start, constants, inputs, run.steps)
-    bits: dict[str, float] = {}
-    for scaled, need in zip(itertools.chain(*scales), itertools.chain(*lengths)):
-        each = 1.0 if need is None else 8 * need / math.prod(scaled.factor_shape) / run.steps
-        bits[scaled.variable] = max(each, bits.get(scaled.variable, 0.0))
-    return bits
-
-
-def _complete(lengths: list[list[int | None]]) -> bool:
-    return all(length is not None for leaf in lengths for length in leaf)
 
 
 def _highs(leaves: Sequence[ExactLeaf]) -> list[dict[str, Array]]:
@@ -310,7 +169,7 @@ def _same(start: list[dict[str, Array]], found: list[ExactLeaf]) -> Array:
 def _play(
     run: Run,
     integers: Exact,
-    scales: list[list[_Scaled]],
+    scales: list[list[Scaled]],
     lengths: list[list[int]] | None,
     flags: _Flags,
     high: list[dict[str, Array]],
@@ -483,7 +342,7 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.adjoints.Adjoint`."""
-        scales = _scales(run, start, constants, inputs)
+        scales = scales_of(run, start, constants, inputs)
         assert isinstance(run.optimizer, Optimizer)
         variables = [PARAMS, *run.optimizer.variables]
         bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
@@ -492,7 +351,7 @@ class Reversible:
             if unknown:
                 raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {variables}")
         length = -(-run.steps // min(self.segments, run.steps))
-        known = _known_lengths(run, scales, start, constants, inputs, length)
+        known = known_lengths(run, scales, start, constants, inputs, length)
         nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
 
         @jax.custom_vjp
@@ -504,9 +363,9 @@ class Reversible:
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known
-            if not _complete(known):
+            if not complete(known):
                 start, constants, inputs = arguments
-                now_known = _known_lengths(run, scales, start, constants, inputs, length)
+                now_known = known_lengths(run, scales, start, constants, inputs, length)
             lengths = self._allot(scales, now_known, length)
             solution, *record = self._forward(run, scales, lengths, flags, length, *arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
@@ -541,11 +400,11 @@ class Reversible:
         return Exact(run.moves, self._radix(run), [leaf[PARAMS].dtype for leaf in start], run.x64)
 
     def _allot(
-        self, scales: list[list[_Scaled]], known: list[list[int | None]], length: int
+        self, scales: list[list[Scaled]], known: list[list[int | None]], length: int
     ) -> list[list[int]]:
         """Length of every tape: what is needed where that is known, else from `bits`."""
 
-        def room(scaled: _Scaled) -> int:
+        def room(scaled: Scaled) -> int:
             bits = exact.MARGIN + self._bits(scaled.variable) * length
             rows = max(0, math.ceil((bits - exact.DIGITS) / 8)) + 1
             return rows * math.prod(scaled.factor_shape)
@@ -557,7 +416,7 @@ class Reversible:
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of tape that are reserved under ``jit`` when no factor is known."""
-        scales = _scales(run, start, constants, inputs)
+        scales = scales_of(run, start, constants, inputs)
         length = -(-run.steps // min(self.segments, run.steps))
         lengths = self._allot(scales, [[None] * len(leaf) for leaf in scales], length)
         return sum(
@@ -576,7 +435,7 @@ class Reversible:
     def _forward(
         self,
         run: Run,
-        scales: list[list[_Scaled]],
+        scales: list[list[Scaled]],
         lengths: list[list[int]] | None,
         flags: _Flags,
         length: int,
@@ -630,7 +489,7 @@ class Reversible:
     def _backward(
         self,
         run: Run,
-        scales: list[list[_Scaled]],
+        scales: list[list[Scaled]],
         lengths: list[list[int]],
         flags: _Flags,
         length: int,
@@ -696,7 +555,7 @@ class Reversible:
         return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
 
     def _refuse(
-        self, run: Run, scales: list[list[_Scaled]], lengths: Any, result: PyTree, health: _Health
+        self, run: Run, scales: list[list[Scaled]], lengths: Any, result: PyTree, health: _Health
     ) -> PyTree:
         """Pass the result on, or raise what was wrong with the run."""
         allotted = None if lengths is None else [length for leaf in lengths for length in leaf]
@@ -729,7 +588,7 @@ class Reversible:
             f"Reversible(radix={wider}) for {max(0, 62 - radix) + 12} binary digits before the point"
         )
 
-    def _overflowed(self, run: Run, scaled: _Scaled, need: int) -> str:
+    def _overflowed(self, run: Run, scaled: Scaled, need: int) -> str:
         length = -(-run.steps // min(self.segments, run.steps))
         bits = (8 * need / math.prod(scaled.factor_shape) + 8) / length
         enough = {scaled.variable: math.ceil(100 * bits) / 100}
