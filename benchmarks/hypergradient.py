@@ -684,7 +684,7 @@ def progress(text: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="a few contestants at T=100, writes nothing")
+    parser.add_argument("--fast", action="store_true", help="a few contestants, small; writes nothing")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of steps T (default 1000 4000 20000)")
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument(
@@ -706,7 +706,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     # Else a GPU multiplies with 10-bit mantissas, and rounding hides whether the contestants agree.
     jax.config.update("jax_default_matmul_precision", "float32")
-    problem, machine, limit = Problem(), describe_machine(), MEMORY_SHARE * machine_memory()
+    # Most of a short run is compilation, whose time grows with the layers.
+    problem = Problem(sizes=(784, 50, 10)) if args.fast else Problem()
+    machine, limit = describe_machine(), MEMORY_SHARE * machine_memory()
     say(f"{machine['name']} ({machine['platform']}); jax {jax.__version__}, hypergrad {hg.__version__}")
     exactness = []
     for name in (["adamw"] if args.fast else EXACT) if args.exactness else ():
