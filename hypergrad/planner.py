@@ -137,8 +137,6 @@ def plan(
 
     state = sum(x.nbytes for leaf in start for x in leaf.values())
     integers = 8 * sum(x.size for leaf in start for x in leaf.values())
-    # A segment has its inputs, and the cotangents of its schedules, in arrays of its own.
-    each = sum(x[0].nbytes for x in jax.tree.leaves(inputs))
     schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
     short = min(SHORT, run.steps)
 
@@ -157,10 +155,12 @@ def plan(
             return segments * state + -(-steps // segments) * kept
         assert isinstance(adjoint, Reversible)
         tape = adjoint.tape_bytes(replace(run, steps=steps), start, constants, inputs)
+        cotangents = steps * schedules
         if adjoint.segments == 1:
-            return tape
-        copied = -(-steps // adjoint.segments) * (each + schedules) + steps * schedules
-        return tape + adjoint.segments * integers + copied
+            return tape + cotangents
+        # A segment has the cotangents of its schedules in arrays of its own.
+        own = -(-steps // adjoint.segments) * schedules
+        return tape + cotangents + own + adjoint.segments * integers
 
     candidates: list[tuple[str, Callable[[int], Adjoint]]] = [
         ("Stored", lambda segments: Stored()),

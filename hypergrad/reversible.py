@@ -145,14 +145,20 @@ def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Arra
     )
 
 
-def _cut(tree: PyTree, length: int) -> tuple[PyTree, PyTree]:
-    """Arrays by step, cut into whole segments ``(S, length, ...)``, and what is left over."""
+class _Span(NamedTuple):
+    """Steps ``first ... first + length - 1`` of a run; taken one by one, so that no array is cut up."""
 
-    def whole(x: Array) -> Array:
-        count = x.shape[0] // length
-        return x[: count * length].reshape(count, length, *x.shape[1:])
+    first: Array
+    length: int
 
-    return jax.tree.map(whole, tree), jax.tree.map(lambda x: x[x.shape[0] // length * length :], tree)
+    def steps(self) -> Array:
+        """Their numbers, counted from the start of the run."""
+        return self.first + jnp.arange(self.length, dtype=jnp.int32)
+
+
+def _at(tree: PyTree, step: Array) -> PyTree:
+    """One step's slice of arrays by step."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), tree)
 
 
 def _all_equal(a: PyTree, b: PyTree) -> Array:
@@ -175,6 +181,7 @@ def _play(
     high: list[dict[str, Array]],
     constants: Constants,
     inputs: Inputs,
+    span: _Span,
     failed: Array,
 ) -> _Played:
     """A segment forwards on integers, from empty buffers.
@@ -187,7 +194,8 @@ def _play(
       flags: what will be differentiated on the way back.
       high: integers at the start.
       constants: of the run.
-      inputs: of the steps of the segment.
+      inputs: of the run.
+      span: the steps of the segment.
       failed: the first step that has failed so far, or -1, and why.
     """
     tapes = [
@@ -202,8 +210,9 @@ def _play(
         for each, scaled in zip(high, scales)
     ]
 
-    def step(carry: Any, x: Inputs) -> Any:
+    def step(carry: Any, t: Array) -> Any:
         leaves, tapes, failed = carry
+        x = _at(inputs, t)
         live = x.step >= 0
         params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
         if lengths is None:
@@ -219,7 +228,7 @@ def _play(
         snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
         return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
 
-    (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), inputs)
+    (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), span.steps())
     needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
     return _Played(leaves, tapes, records, outputs, failed, needed)
 
@@ -232,6 +241,7 @@ def _replay(
     start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
+    span: _Span,
     loss_bars: Array,
     bars: list[Leaf],
     sums: list[Array],
@@ -245,8 +255,9 @@ def _replay(
       played: the segment forwards.
       start: of the run, for shapes.
       constants: of the run.
-      inputs: of the steps of the segment.
-      loss_bars: cotangents of the losses of the segment.
+      inputs: of the run.
+      span: the steps of the segment.
+      loss_bars: cotangents of the losses of the run.
       bars: cotangents of its end.
       sums: cotangents of the constants, from later segments.
 
@@ -258,9 +269,10 @@ def _replay(
     slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
     spread_shapes = _spread_shapes(flags.hypers, (constants.hypers, slices), start)
 
-    def unstep(carry: Any, inputs: tuple[Inputs, list[dict[str, Array]], Array]) -> Any:
+    def unstep(carry: Any, at: tuple[Array, list[dict[str, Array]]]) -> Any:
         leaves, bars, sums = carry
-        x, records, loss_bar = inputs
+        t, records = at
+        x, loss_bar = _at((inputs, loss_bars), t)
         at_step = (constants.hypers, x.hypers, x.step)
         live = x.step >= 0
         leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
@@ -289,7 +301,7 @@ def _replay(
         return (leaves, bars, sums), (products.wanted[wanted:], each[fixed:])
 
     carry = (played.leaves, bars, sums)
-    return jax.lax.scan(unstep, carry, (inputs, played.records, loss_bars), reverse=True)
+    return jax.lax.scan(unstep, carry, (span.steps(), played.records), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -458,25 +470,29 @@ class Reversible:
                     trouble = integers.troubles().index(("range", name))
                     failed = jnp.where(exact.fits(x), failed, jnp.array([0, trouble], jnp.int32))
             if whole == 1 and rest == 0:
-                played = _play(run, integers, scales, lengths, flags, high, constants, inputs, failed)
+                span = _Span(jnp.int32(0), length)
+                played = _play(run, integers, scales, lengths, flags, high, constants, inputs, span, failed)
                 checkpoints, outputs = [], played.outputs
                 needed = played.needed
             else:
 
-                def segment(carry: Any, x: Inputs) -> Any:
+                def segment(carry: Any, first: Array, count: int = length) -> Any:
                     high, failed, needed = carry
-                    played = _play(run, integers, scales, tapeless, flags, high, constants, x, failed)
+                    span = _Span(first, count)
+                    played = _play(
+                        run, integers, scales, tapeless, flags, high, constants, inputs, span, failed
+                    )
                     needed = [jnp.maximum(*pair) for pair in zip(needed, played.needed)]
                     return (_highs(played.leaves), played.failed, needed), (high, played.outputs)
 
                 nothing = [jnp.int64(0) for leaf in scales for _ in leaf]
                 carry = (high, failed, nothing)
-                cut, last = _cut(inputs, length)
-                carry, (kept, outputs) = jax.lax.scan(segment, carry, cut)
+                firsts = length * jnp.arange(whole, dtype=jnp.int32)
+                carry, (kept, outputs) = jax.lax.scan(segment, carry, firsts)
                 checkpoints = [kept]
                 outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
                 if rest:
-                    carry, (kept, ended) = segment(carry, last)
+                    carry, (kept, ended) = segment(carry, jnp.int32(whole * length), rest)
                     checkpoints.append(kept)
                     outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
                 high, failed, needed = carry
@@ -507,36 +523,39 @@ class Reversible:
             (flags.constants.loss, flags.constants.hypers), (constants.loss, constants.hypers)
         )
         wanted = sum(jax.tree.leaves(flags.constants.loss))
-        bars, output_bars = cotangents
+        bars, loss_bars = cotangents[0], cotangents[1].loss
         with jax.enable_x64(True):
             sums = [jnp.zeros_like(x) for x in constant]
             if not checkpoints:
                 high = self._to_high(run, start)
+                span = _Span(jnp.int32(0), length)
                 (found, bars, sums), steps = _replay(
-                    run, integers, flags, played, start, constants, inputs, output_bars.loss, bars, sums
+                    run, integers, flags, played, start, constants, inputs, span, loss_bars, bars, sums
                 )
                 recovered = _same(high, found)
             else:
 
-                def segment(carry: Any, x: Any) -> Any:
+                def segment(carry: Any, at: Any, count: int = length) -> Any:
                     end, bars, sums, recovered = carry
-                    high, x, loss_bars = x
-                    unharmed = jnp.array([-1, 0], jnp.int32)
-                    played = _play(run, integers, scales, lengths, flags, high, constants, x, unharmed)
+                    high, first = at
+                    span, unharmed = _Span(first, count), jnp.array([-1, 0], jnp.int32)
+                    played = _play(
+                        run, integers, scales, lengths, flags, high, constants, inputs, span, unharmed
+                    )
                     again = _all_equal(end, _highs(played.leaves))
                     (found, bars, sums), steps = _replay(
-                        run, integers, flags, played, start, constants, x, loss_bars, bars, sums
+                        run, integers, flags, played, start, constants, inputs, span, loss_bars, bars, sums
                     )
                     return (high, bars, sums, recovered & again & _same(high, found)), steps
 
                 carry = (_highs(played.leaves), bars, sums, jnp.asarray(True))
-                cut, last = _cut(inputs, length)
-                cut_bars, last_bars = _cut(output_bars.loss, length)
+                whole, rest = divmod(run.steps, length)
                 ended = []
-                if len(checkpoints) > 1:
-                    carry, steps = segment(carry, (checkpoints[1], last, last_bars))
+                if rest:
+                    carry, steps = segment(carry, (checkpoints[1], jnp.int32(whole * length)), rest)
                     ended.append(steps)
-                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], cut, cut_bars), reverse=True)
+                firsts = length * jnp.arange(whole, dtype=jnp.int32)
+                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], firsts), reverse=True)
                 joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
                 steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended)
                 _, bars, sums, recovered = carry
