@@ -49,35 +49,26 @@ def compiled_memory(problem: dict[str, Any], adjoint: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.fixture(scope="module")
-def made() -> hg.Plan:
-    return hg.plan(**problem(), budget=1e12)
-
-
-def test_predictions_are_those_of_the_compiled_programs(made: hg.Plan) -> None:
+def test_predicts_what_the_compiled_programs_take_and_chooses_by_it() -> None:
+    given = problem()
+    made = hg.plan(**given, budget=1e12)
     kinds = [(type(e.adjoint), getattr(e.adjoint, "segments", None) == 1) for e in made.estimates]
     assert len(set(kinds)) == 4
     for estimate in made.estimates:
-        found = compiled_memory(problem(), estimate.adjoint)
+        found = compiled_memory(given, estimate.adjoint)
         assert estimate.memory == pytest.approx(found, rel=0.15), estimate
 
-
-def test_takes_the_fastest_that_fits(made: hg.Plan) -> None:
     times = [estimate.time for estimate in made.estimates]
     assert times == sorted(times)
     assert made.adjoint == hg.Stored()
     assert "Stored() <-" in str(made)
     for estimate in made.estimates:
-        chosen = fastest(made.estimates, estimate.memory)
         fitting = [e for e in made.estimates if e.memory <= estimate.memory]
-        assert chosen == fitting[0].adjoint
+        assert fastest(made.estimates, estimate.memory) == fitting[0].adjoint
     with pytest.raises(ValueError, match=r"plan\(budget=1000\): no adjoint fits; the smallest, Reversible"):
         fastest(made.estimates, 1000)
 
-
-def test_the_chosen_buffers_suffice_for_momenta_nearby(made: hg.Plan) -> None:
-    """Under jit, where nobody knows the momenta, and for a momentum below the planned one."""
-    given = problem()
+    # Under jit, where nobody knows the momenta, the buffers suffice for one below the planned one.
     adjoint = next(e.adjoint for e in made.estimates if isinstance(e.adjoint, hg.Reversible))
 
     def outer(momentum: Any) -> Any:

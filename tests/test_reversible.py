@@ -105,7 +105,7 @@ def test_truncated_refuses_no_steps() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_any_number_of_segments() -> None:
+def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
     """With factors for all weights and by weight, outside of jit, where tapes are cut to measure."""
     hypers, meta = hypers_of("adam", STEPS), jnp.asarray(1.0)
     hypers["b1"] = {"matrix": hypers["b1"][:, None, None] * jnp.ones((1, 4, 3)), "vector": 0.8}
@@ -113,10 +113,8 @@ def test_any_number_of_segments() -> None:
     def gradient(adjoint: Any) -> Any:
         return jax.grad(lambda h: end(h, meta, hg.adam(), adjoint))(hypers)
 
-    expected = gradient(hg.Stored())
-    for segments in (5, 1000):
-        errors = relative_error(gradient(hg.Reversible(segments=segments)), expected)
-        assert max(errors.values()) < 1e-9
+    errors = relative_error(gradient(hg.Reversible(segments=5)), gradient(hg.Stored()))
+    assert max(errors.values()) < 1e-9
 
 
 def test_segments_take_less_memory_than_either_pure_strategy() -> None:
