@@ -21,7 +21,7 @@ steps: there Adam and NAdam correct for an average that began at zero.  All lear
 zero, ``α_t = α (1 - t/T)``; ``β2`` and decay stay at their defaults.  Both tuners minimise the same
 validation loss after training, from the same seeds, and choose the best of all settings they have tried.
 
-    python -m experiments.epsilon                    # a quarter of an hour on two cores, most of it compiling
+    python -m experiments.epsilon                    # a quarter of an hour on two cores, mostly compiling
 """
 
 import argparse
