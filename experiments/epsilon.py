@@ -74,7 +74,7 @@ TUNED_EPS = ", ε"
 CONTESTANTS = (
     "SGD", "Momentum", "Nesterov", "RMSProp", "RMSProp, ε", "Adam", "Adam, ε", "NAdam", "NAdam, ε",
 )  # fmt: skip
-PAIRS = (  # the first is contained in the second
+PAIRS = (  # the first is contained in the second, in the limit of large ε or at the default one
     ("SGD", "Momentum"),
     ("SGD", "Nesterov"),
     ("Momentum", "RMSProp, ε"),
@@ -507,10 +507,15 @@ def standard_error(x: np.ndarray) -> float:
 
 
 def verdicts(cells: Cells) -> list[dict[str, Any]]:
-    """The verdict on every pair of the hierarchy, by workload and tuner."""
+    """The verdict on every pair of the hierarchy, by workload and tuner.
+
+    ``found_less``: the tuner of the general optimizer ended at a larger validation loss than that of the
+    special one.  Where optimizers contain each other exactly, that is a failure of the tuner.
+    """
     return [
         {"workload": place, "tuner": tuner, "special": special, "general": general}
         | verdict(row[special][tuner].test_error, row[general][tuner].test_error)._asdict()
+        | {"found_less": bool(least(row[general][tuner]) > least(row[special][tuner]))}
         for tuner in TUNERS
         for special, general in PAIRS
         for place, row in cells.items()
@@ -518,30 +523,44 @@ def verdicts(cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
-def main(
-    config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
-) -> dict[str, Any]:
-    """Tune, judge and print; where there is an output, write figure and record."""
-    cells = compare(config, directory, checkpoint)
-    found = verdicts(cells)
+def least(outcome: Outcome) -> float:
+    """The validation loss for which a setting was chosen."""
+    return float(np.min(outcome.tuning_losses))
+
+
+def conclude(config: Config, cells: Cells, found: Sequence[Mapping[str, Any]]) -> None:
+    """Print the verdicts, what they come to, and what they cost."""
     print("\nmore general less special optimizer, test error in per cent, by workload:")
     for v in found:
         says = "worse" if v["worse"] else "better" if v["better"] else "no difference"
         numbers = f"{100 * v['difference']:+.2f} ± {100 * v['standard_error']:.2f}"
         pair = f"{v['special']} ⊆ {v['general']}"
         print(f"{v['tuner']:<16}{pair:<24}{v['workload']:<24}{numbers:>15}  {says}")
+    print()
     for tuner in TUNERS:
         mine = [v for v in found if v["tuner"] == tuner]
-        worse, better = (sum(v[k] for v in mine) for k in ("worse", "better"))
+        worse = [v for v in mine if v["worse"]]
         print(
-            f"{tuner}: of {len(mine)} comparisons the more general optimizer is worse in {worse} and "
-            f"better in {better} by more than two standard errors: 'never worse' is "
-            + ("refuted here" if worse else "not refuted here")
+            f"{tuner}: of {len(mine)} comparisons the more general optimizer is better in "
+            f"{sum(v['better'] for v in mine)} and worse in {len(worse)} by more than two standard errors: "
+            f"'never worse' is {'refuted' if worse else 'not refuted'} at this budget"
         )
+        if worse:
+            print(
+                f"  in {sum(v['found_less'] for v in worse)} of these {len(worse)} already the validation "
+                "loss was larger: the tuner did not find as good a setting in the larger space"
+            )
     chance = 100 * scipy.stats.t.sf(2.0, config.judged_on - 1)
     print(
-        "the standard errors are over seeds of training, not over repetitions of the tuning; of optimizers "
+        "standard errors are over seeds of training, not over repetitions of the tuning; of optimizers "
         f"that do equally well {chance:.0f}% come out worse by chance"
+    )
+    finite = [
+        np.isfinite(o[t].validation_loss) for row in cells.values() for o in row.values() for t in TUNERS
+    ]
+    print(
+        f"{np.size(finite) - np.sum(finite)} of {np.size(finite)} trainings from unseen seeds diverged and "
+        f"count as an error of {100 * CHANCE:.0f}%"
     )
     seconds = {t: sum(float(o[t].seconds) for row in cells.values() for o in row.values()) for t in TUNERS}
     print(
@@ -550,6 +569,15 @@ def main(
         f"search {config.runs}; longer search {config.longer_runs}. Seconds in all, with compiling: "
         + ", ".join(f"{tuner} {seconds[tuner]:.0f}" for tuner in TUNERS)
     )
+
+
+def main(
+    config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
+) -> dict[str, Any]:
+    """Tune, judge and print; where there is an output, write figure and record."""
+    cells = compare(config, directory, checkpoint)
+    found = verdicts(cells)
+    conclude(config, cells, found)
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         record = {

@@ -203,6 +203,12 @@ def test_resumes_to_the_same_results_with_the_stated_number_of_runs(
     written = record["results"][place]["Adam"]["search"]["test_error"]
     assert written == resumed["cells"][place]["Adam"]["search"].test_error.tolist()
     assert [v["special"] for v in record["verdicts"]] == ["Adam"] * 3
+    for v in record["verdicts"]:
+        special, general = (record["results"][place][name][v["tuner"]] for name in ("Adam", "Adam, ε"))
+        assert v["found_less"] == (min(general["tuning_losses"]) > min(special["tuning_losses"]))
+        assert v["difference"] == pytest.approx(
+            np.mean(general["test_error"]) - np.mean(special["test_error"])
+        )
     assert (tmp_path / "epsilon.png").stat().st_size > 10_000
     assert "digits MLP" in capsys.readouterr().out
 
