@@ -17,7 +17,8 @@ symbol  name      meaning
 ======  ========  ================================================================================
 
 In the limit of large ``ε`` only ``r`` and ``γ`` are left, and so is Momentum or Nesterov, but for the first
-steps: there Adam and NAdam correct for an average that began at zero.  All learning rates fall linearly to
+steps: there Adam and NAdam correct for an average that began at zero.  Momenta stay above 0.25, so that SGD
+too is contained only nearly.  All learning rates fall linearly to
 zero, ``α_t = α (1 - t/T)``; ``β2`` and decay stay at their defaults.  Both tuners minimise the same
 validation loss after training, from the same seeds, and choose the best of all settings they have tried.
 
@@ -548,7 +549,7 @@ def conclude(config: Config, cells: Cells, found: Sequence[Mapping[str, Any]]) -
         if worse:
             print(
                 f"  in {sum(v['found_less'] for v in worse)} of these {len(worse)} already the validation "
-                "loss was larger: the tuner did not find as good a setting in the larger space"
+                "loss was larger: the tuner found no setting as good in the larger space"
             )
     chance = 100 * scipy.stats.t.sf(2.0, config.judged_on - 1)
     print(
