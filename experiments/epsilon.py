@@ -18,9 +18,9 @@ symbol  name      meaning
 
 In the limit of large ``ε`` only ``r`` and ``γ`` are left, and so is Momentum or Nesterov, but for the first
 steps: there Adam and NAdam correct for an average that began at zero.  Momenta stay above 0.25, so that SGD
-too is contained only nearly.  All learning rates fall linearly to
-zero, ``α_t = α (1 - t/T)``; ``β2`` and decay stay at their defaults.  Both tuners minimise the same
-validation loss after training, from the same seeds, and choose the best of all settings they have tried.
+too is contained only nearly.  All learning rates fall linearly to zero, ``α_t = α (1 - t/T)``; ``β2`` and
+decay stay at their defaults.  Both tuners minimise the same validation loss after training, from the same
+seeds, and choose the best of all settings they have tried.
 
     python -m experiments.epsilon                    # a quarter of an hour on two cores, mostly compiling
 """
