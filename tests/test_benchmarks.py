@@ -155,6 +155,7 @@ def test_torch_contestants_are_skipped_by_name_where_missing(monkeypatch):
 def test_exactness(name):
     result = bench.check_exactness(TINY, name, STEPS)
     assert result["bit_exact"] is True and result["message"] is None
+    assert result["hypergradient_norm"] > 0
     assert (result["optimizer"], result["steps"]) == (name, STEPS)
 
 
