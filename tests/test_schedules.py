@@ -39,7 +39,7 @@ TRIANGLE = PiecewiseLinear(np.array([0.0, 2.0, 4.0], np.float32), np.array([0.0,
         (WarmupCosine(0.1, 0.9, 0.0, 20.0), optax.warmup_cosine_decay_schedule(0.1, 0.9, 0, 20)),
         (OneCycle(20.0, 0.9, 0.25, 0.8), optax.linear_onecycle_schedule(20, 0.9, 0.25, 0.8)),
     ],
-    ids=str,
+    ids=["constant", "linear", "warm-up", "cosine", "one-cycle"],
 )
 def test_is_optaxs(ours: Any, theirs: Any) -> None:
     found, expected = jax.jit(lambda: schedules.values((ours, theirs), 30))()
