@@ -19,8 +19,9 @@ symbol  name      meaning
 In the limit of large ``ε`` only ``r`` and ``γ`` are left, and so is Momentum or Nesterov, but for the first
 steps: there Adam and NAdam correct for an average that began at zero.  Momenta stay above 0.25, so that SGD
 too is contained only nearly.  All learning rates fall linearly to zero, ``α_t = α (1 - t/T)``; ``β2`` and
-decay stay at their defaults.  Both tuners minimise the same validation loss after training, from the same
-seeds, and choose the best of all settings they have tried.
+decay stay at their defaults.  All tuners minimise the same validation loss after training, from the same
+seeds, and choose the best of all settings they have tried.  Among those of an optimizer are the settings
+that its tuner has found for the optimizers it contains, so that not to find these again does not count.
 
     python -m experiments.epsilon                    # a quarter of an hour on two cores, mostly compiling
 """
@@ -45,6 +46,7 @@ from hypergrad import constraints, data, files, nets, plots
 
 UNSEEN = 10_000  # seeds from here on are used by neither tuner
 CHANCE = 0.9  # error of a run that diverged
+LEAST_MOMENTUM = 0.26
 CONSTRAINTS = {
     "rate": constraints.positive,
     "eps": constraints.positive,
@@ -182,6 +184,11 @@ class Tried(NamedTuple):
     def first(self, count: int) -> "Tried":
         """Only the first runs."""
         return Tried({name: x[:count] for name, x in self.points.items()}, self.losses[:count])
+
+    def then(self, other: "Tried") -> "Tried":
+        """These runs and others after them."""
+        points = {name: np.concatenate([x, other.points[name]]) for name, x in self.points.items()}
+        return Tried(points, np.concatenate([self.losses, other.losses]))
 
     def best(self) -> dict[str, np.ndarray]:
         """The point with the least loss."""
@@ -358,11 +365,35 @@ def judge(s: Setting) -> Callable[[Any, Examples], tuple[np.ndarray, np.ndarray]
     return lambda params, examples: tuple(np.asarray(x, np.float64) for x in measure(params, examples))
 
 
-def search(config: Config, name: str, c: Compiled, count: int) -> Tried:
-    """Train at the first so many quasi-random points, and validate."""
-    points = quasi_random(name, count, config.seed)
+def inherited(name: str, found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Settings found for the optimizers that a contestant contains, in its coordinates, ``(n,)``.
+
+    Where ε stays at its default in the special one it does here; else it is large.
+    """
+    general = METHODS[name.removesuffix(TUNED_EPS)]
+    points: dict[str, list[Any]] = {"rate": [], "momentum": [], "eps": []}
+    for contained in (special for special, of in PAIRS if of == name and special in found):
+        special, h = METHODS[contained], found[contained]
+        momentum = h[special.momentum] if special.momentum else 0.0
+        eps = h["eps"] ** special.eps_power if special is general and special.eps_power else 1.0
+        points["rate"].append(h["learning_rate"] / eps / (1 - momentum if special.sums else 1))
+        points["momentum"].append(np.maximum(momentum, LEAST_MOMENTUM))
+        points["eps"].append(eps)
+    return {k: np.asarray(points[k], np.float32) for k in quasi_random(name, 1, seed=0)}
+
+
+def tried(name: str, points: dict[str, np.ndarray], c: Compiled) -> Tried:
+    """Train at points ``(n,)`` and validate."""
+    count = len(points["rate"])
+    if count == 0:
+        return Tried(points, np.zeros(0))
     losses, _ = c.measure(c.trainings(hypers(name, points), c.tuning), c.setting.validation)
     return Tried(points, losses.reshape(count, -1).mean(axis=1))
+
+
+def search(config: Config, name: str, c: Compiled, count: int) -> Tried:
+    """Train at the first so many quasi-random points, and validate."""
+    return tried(name, quasi_random(name, count, config.seed), c)
 
 
 def chained(name: str, raw: Any, c: Compiled) -> tuple[Array, Any, dict[str, Array]]:
@@ -405,27 +436,34 @@ def descend(config: Config, name: str, c: Compiled, point: Mapping[str, Any]) ->
     return Tried(points, np.array(losses)), stopped
 
 
-def cell(config: Config, name: str, c: Compiled) -> dict[str, Outcome]:
-    """Tune one contestant on one workload by every tuner, and judge what was found from unseen seeds."""
+def cell(
+    config: Config, name: str, c: Compiled, others: Mapping[str, Mapping[str, Outcome]]
+) -> dict[str, Outcome]:
+    """Tune one contestant on one workload by every tuner, and judge what was found from unseen seeds.
+
+    `others` has the contestants that have been tuned before it.
+    """
     began = time.perf_counter()
     searched = search(config, name, c, config.longer_runs)
     per_run = (time.perf_counter() - began) / config.longer_runs
-    first = searched.first(config.first_runs)
+    handed = {
+        tuner: tried(name, inherited(name, {k: o[tuner].hypers for k, o in others.items()}), c)
+        for tuner in TUNERS
+    }
+    first = searched.first(config.first_runs).then(handed["hypergradients"])
     began = time.perf_counter()
     descended, stopped = descend(config, name, c, first.best())
     if stopped:
         print(f"  {name}: after {len(descended.losses)} hypergradients, {stopped}")
-    points = {k: np.concatenate([first.points[k], x]) for k, x in descended.points.items()}
-    # In the order of `TUNERS`; all begin with the same points.
-    tried = {
-        "hypergradients": Tried(points, np.concatenate([first.losses, descended.losses])),
-        "search": searched.first(config.runs),
-        "longer search": searched,
+    every = {  # in the order of `TUNERS`; all begin with the same points
+        "hypergradients": first.then(descended),
+        "search": searched.first(config.runs).then(handed["search"]),
+        "longer search": searched.then(handed["longer search"]),
     }
-    seconds = {name: per_run * len(t.losses) for name, t in tried.items()}
-    seconds["hypergradients"] = per_run * config.first_runs + time.perf_counter() - began
+    seconds = {tuner: per_run * len(t.losses) for tuner, t in every.items()}
+    seconds["hypergradients"] = per_run * len(first.losses) + time.perf_counter() - began
 
-    best = {tuner: hypers(name, t.best()) for tuner, t in tried.items()}
+    best = {tuner: hypers(name, t.best()) for tuner, t in every.items()}
     settings = {k: np.array([b[k] for b in best.values()]) for k in best["search"]}
     params = c.trainings(settings, c.unseen)
     loss, error = c.measure(params, c.setting.validation)
@@ -434,7 +472,7 @@ def cell(config: Config, name: str, c: Compiled) -> dict[str, Outcome]:
     return {
         tuner: Outcome(
             {k: np.asarray(x) for k, x in best[tuner].items()},
-            tried[tuner].losses,
+            every[tuner].losses,
             *rows,
             np.asarray(seconds[tuner]),
         )
@@ -480,7 +518,7 @@ def compare(config: Config, directory: str | None = None, checkpoint: str | None
                     optimizer = METHODS[base].optimizer()
                     run = trainings(workload, s, optimizer), hypergradient(workload, s, optimizer)
                     compiled[base] = Compiled(s, *begin, measure, *run)
-                done[place][name] = cell(config, name, compiled[base])
+                done[place][name] = cell(config, name, compiled[base], done[place])
                 if checkpoint is not None:
                     files.save(checkpoint, done, config=about)
             cells[place][name] = done[place][name]
@@ -567,7 +605,8 @@ def conclude(config: Config, cells: Cells, found: Sequence[Mapping[str, Any]]) -
     print(
         f"runs, of {config.tuning_seeds} trainings each: hypergradients {config.first_runs} and "
         f"{config.meta_steps} hypergradients, each of the time of about {config.hypergradient_cost} runs; "
-        f"search {config.runs}; longer search {config.longer_runs}. Seconds in all, with compiling: "
+        f"search {config.runs}; longer search {config.longer_runs}; each also one run for every optimizer "
+        "contained. Seconds in all, with compiling: "
         + ", ".join(f"{tuner} {seconds[tuner]:.0f}" for tuner in TUNERS)
     )
 

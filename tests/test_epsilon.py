@@ -98,6 +98,18 @@ def test_chained_hypergradient_equals_the_direct_one() -> None:
         np.testing.assert_allclose(gradient[name], wanted[name], rtol=1e-3)
 
 
+def test_a_contained_optimizer_is_inherited_as_itself() -> None:
+    """Momentum as Adam with a large ε, and Adam with its default one."""
+    momentum = experiment.hypers("Momentum", {"rate": np.float32(0.3), "momentum": np.float32(0.8)})
+    adam = experiment.hypers("Adam", {"rate": np.float32(1e-3), "momentum": np.float32(0.7)})
+    points = experiment.inherited("Adam, ε", {"Adam": adam, "Momentum": momentum, "SGD": momentum})
+    back = experiment.hypers("Adam, ε", points)  # in the order of PAIRS
+    np.testing.assert_allclose(back["eps"], [1.0, 1e-8], rtol=1e-4)
+    np.testing.assert_allclose(back["b1"], [0.8, 0.7], rtol=1e-5)
+    np.testing.assert_allclose(back["learning_rate"], [0.3, 1e-3], rtol=1e-4)
+    assert len(experiment.inherited("SGD", {"Adam": adam})["rate"]) == 0
+
+
 def test_verdict() -> None:
     special = np.array([0.1, 0.2, 0.3, 0.4])
     noise = np.array([1.0, -1.0, 1.0, -1.0])  # standard error 1/√3
@@ -161,10 +173,10 @@ def test_resumes_to_the_same_results_with_the_stated_number_of_runs(
         counted.append(len(tried.losses))
         return tried
 
-    def killed(config: Config, name: str, compiled: Any) -> dict[str, Outcome]:
+    def killed(config: Config, name: str, *others: Any) -> dict[str, Outcome]:
         if name == "Adam, ε":
             raise KeyboardInterrupt
-        return cell(config, name, compiled)
+        return cell(config, name, *others)
 
     monkeypatch.setattr(experiment, "search", counting_search)
     for make in (
@@ -181,7 +193,7 @@ def test_resumes_to_the_same_results_with_the_stated_number_of_runs(
     monkeypatch.setattr(experiment, "cell", cell)
     resumed = experiment.main(TINY, checkpoint=checkpoint, output=str(tmp_path))
     assert counted == [TINY.longer_runs] * 2  # nothing was done twice
-    whole = experiment.compare(replace(TINY, contestants=("Adam, ε",)))
+    whole = experiment.compare(TINY)
 
     place = "digits MLP"
     assert list(resumed["cells"][place]) == ["Adam", "Adam, ε"]
@@ -189,12 +201,15 @@ def test_resumes_to_the_same_results_with_the_stated_number_of_runs(
         again = resumed["cells"][place]["Adam, ε"][tuner]
         for one, other in zip(jax.tree.leaves(outcome[:-1]), jax.tree.leaves(again[:-1])):
             np.testing.assert_array_equal(one, other)
-        runs = {"hypergradients": 4, "search": 4, "longer search": 6}[tuner]
+        runs = {"hypergradients": 5, "search": 5, "longer search": 7}[tuner]  # one is inherited
         assert outcome.tuning_losses.shape == (runs,)
         assert outcome.test_error.shape == (2,)
     descended, searched = (whole[place]["Adam, ε"][k].tuning_losses for k in ("hypergradients", "search"))
     np.testing.assert_array_equal(descended[:2], searched[:2])  # the tuners begin with the same runs, ...
-    np.testing.assert_allclose(descended[2], searched[:2].min(), rtol=1e-4)  # from whose best one descends
+    np.testing.assert_allclose(descended[3], descended[:3].min(), rtol=1e-4)  # from whose best one descends
+    # What Adam found counts for Adam with ε too.
+    adam = whole[place]["Adam"]["search"].tuning_losses.min()
+    np.testing.assert_allclose(searched[4], adam, rtol=1e-4)
     taken = experiment.compare(TINY, checkpoint=checkpoint)  # from the file
     for one, other in zip(jax.tree.leaves(taken), jax.tree.leaves(resumed["cells"])):
         np.testing.assert_array_equal(one, other)
