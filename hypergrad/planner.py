@@ -27,6 +27,7 @@ The times are those of the benchmark (``benchmarks/hypergradient.py``), for netw
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -140,6 +141,7 @@ def plan(
     schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
     short = min(SHORT, run.steps)
 
+    @functools.cache  # every figure costs a compilation
     def measured(adjoint: Adjoint, steps: int) -> int:
         return _temporary(adjoint, replace(run, steps=steps), start, constants, inputs, wrt)
 
@@ -159,10 +161,10 @@ def plan(
         if adjoint.segments == 1:
             return tape + cotangents
         # A segment has the cotangents of its schedules in arrays of its own.
-        own = -(-steps // adjoint.segments) * schedules
+        own = adjoint.length(steps) * schedules
         return tape + cotangents + own + adjoint.segments * integers
 
-    candidates: list[tuple[str, Callable[[int], Adjoint]]] = [
+    candidates: list[tuple[str, Callable[[int], Any]]] = [
         ("Stored", lambda segments: Stored()),
         ("Checkpointed", Checkpointed),
     ]
@@ -175,7 +177,8 @@ def plan(
         ]
     estimates = []
     for name, make in candidates:
-        best = min((make(S) for S in _divisions(run.steps)), key=lambda adjoint: grows(adjoint, run.steps))
+        choices = dict.fromkeys(make(S) for S in _divisions(run.steps))  # some are the same for any S
+        best = min(choices, key=lambda adjoint: grows(adjoint, run.steps))
         few = make(2) if short > 1 else make(1)
         workspace = measured(few, short) - grows(few, short)
         estimates.append(Estimate(best, workspace + grows(best, run.steps), TIMES[name]))

@@ -223,7 +223,7 @@ def _play(
         seen = run.seen(constants.hypers, x.hypers, gradient, live)
         at_step = (constants.hypers, x.hypers, x.step)
         new, tapes, records, wrong = integers.step(at_step, leaves, tapes, seen, live)
-        wrong = jnp.where(jnp.isfinite(loss), wrong, jnp.int32(1))
+        wrong = jnp.where(jnp.isfinite(loss), wrong, jnp.int32(integers.troubles().index(("loss", ""))))
         failed = jnp.where((failed[0] < 0) & (wrong > 0), jnp.stack([x.step, wrong]), failed)
         snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
         return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
@@ -362,7 +362,7 @@ class Reversible:
             unknown = sorted(set(given) - set(variables))
             if unknown:
                 raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {variables}")
-        length = -(-run.steps // min(self.segments, run.steps))
+        length = self.length(run.steps)
         known = known_lengths(run, scales, start, constants, inputs, length)
         nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
 
@@ -403,6 +403,10 @@ class Reversible:
         solve.defvjp(forward, backward, symbolic_zeros=True)
         return solve(start, constants, inputs)
 
+    def length(self, steps: int) -> int:
+        """Steps of a segment, of a run of so many; the last may be shorter."""
+        return -(-steps // min(self.segments, steps))
+
     def _radix(self, run: Run) -> dict[str, int]:
         assert isinstance(run.optimizer, Optimizer)
         own = {name: run.optimizer.radix_of(name) for name in (PARAMS, *run.optimizer.variables)}
@@ -429,7 +433,7 @@ class Reversible:
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of tape that are reserved under ``jit`` when no factor is known."""
         scales = scales_of(run, start, constants, inputs)
-        length = -(-run.steps // min(self.segments, run.steps))
+        length = self.length(run.steps)
         lengths = self._allot(scales, [[None] * len(leaf) for leaf in scales], length)
         return sum(
             (n + 1) * math.prod(scaled.shape if scaled.factor_shape == () else ())
@@ -608,7 +612,7 @@ class Reversible:
         )
 
     def _overflowed(self, run: Run, scaled: Scaled, need: int) -> str:
-        length = -(-run.steps // min(self.segments, run.steps))
+        length = self.length(run.steps)
         bits = (8 * need / math.prod(scaled.factor_shape) + 8) / length
         enough = {scaled.variable: math.ceil(100 * bits) / 100}
         return (
