@@ -15,8 +15,10 @@ import numpy as np
 PyTree = Any
 
 # In a saved file every array is named by its path in the tree, as JSON: '["rate", 0]'. JSON keeps
-# the list index 0 and the dict key "0" apart. One more entry, HEADER, is JSON too.
+# the list index 0 and the dict key "0" apart. What lies directly in a dict has its key for a name, which
+# anybody's `np.load` can use. One more entry, HEADER, is JSON too.
 _HEADER = "hypergrad"
+_TAKEN = {_HEADER, "file", "allow_pickle"}  # the latter by the arguments of np.savez
 
 
 def _address(path: Any) -> str:
@@ -29,7 +31,14 @@ def _address(path: Any) -> str:
             )
         # GetAttrKey has a name, SequenceKey an idx, DictKey and FlattenedIndexKey a key.
         parts.append(next(getattr(entry, x) for x in ("name", "idx", "key") if hasattr(entry, x)))
-    return json.dumps(parts)
+    first = parts[0] if len(parts) == 1 else None
+    plain = isinstance(first, str) and first.isidentifier() and first not in _TAKEN
+    return str(first) if plain else json.dumps(parts)
+
+
+def _parts(address: str) -> list[Any]:
+    """The path that an address stands for."""
+    return json.loads(address) if address.startswith("[") else [address]
 
 
 def _storable(path: Any, leaf: Any) -> np.ndarray:
@@ -133,7 +142,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
             raise ValueError(f"format {header['format']} is not one this version reads")
         for name, dtype in header["dtypes"].items():
             arrays[name] = arrays[name].view(np.dtype(dtype))
-        tree = _nest([(json.loads(name), array) for name, array in arrays.items()])
+        tree = _nest([(_parts(name), array) for name, array in arrays.items()])
         return tree, header["metadata"]
     except (
         AttributeError,  # np.load of an .npy file gives an array, which has no files ...

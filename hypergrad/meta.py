@@ -82,10 +82,11 @@ class Optimized(NamedTuple):
     """What `optimize` returns.
 
     Args:
-        hypers: the constrained values after the last good update.
+        hypers: the constrained values after the last good update, or those that `select` chose.
         raw: the same, unconstrained.
         history: what was measured on the way.
         stopped: why the run ended early, in words; empty when it made all its steps.
+        scores: `{iterations made: score}` of the values that `select` looked at; empty without it.
 
     Returns:
         All of it.
@@ -95,6 +96,7 @@ class Optimized(NamedTuple):
     raw: PyTree
     history: History
     stopped: str
+    scores: dict[int, float]
 
 
 class _Run(NamedTuple):
@@ -110,6 +112,8 @@ class _Run(NamedTuple):
     fingerprint: dict[str, str]
     explosion: float
     progress: bool
+    score: Callable[[PyTree], Any] | None
+    select_every: int
 
 
 def optimize(
@@ -127,6 +131,8 @@ def optimize(
     checkpoint_every: int = 1,
     progress: bool = True,
     explosion: float = 1e4,
+    select: Callable[[PyTree], Any] | None = None,
+    select_every: int = 10,
 ) -> Optimized:
     """Minimise `mean_seed objective(constrain(raw), key_seed)` over `raw` by gradient steps.
 
@@ -158,6 +164,10 @@ def optimize(
         explosion: stop when the gradient norm exceeds this many times the median of those before
             it (three at least), > 1; `math.inf` stops only at losses or gradients that are not
             finite.
+        select: `select(hypers) -> score`, a JAX function, such as the error on examples that the
+            objective never sees. With it the hypers that are returned are not the last but those
+            with the smallest score. For optax optimisers.
+        select_every: look after each so many iterations, and after the last one; >= 1.
 
     Returns:
         `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError or a
@@ -189,6 +199,7 @@ def optimize(
     optimizer = optax.adam(0.04) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key
     _refuse_bad_settings(optimizer, steps, key, seeds, checkpoint, checkpoint_every, explosion)
+    _refuse_bad_selection(optimizer, select, select_every)
     key = _strong(key)
     hypers, raw = _start(constraints, hypers)
     resample = bool(resample) and not isinstance(optimizer, LBFGSB)
@@ -200,6 +211,7 @@ def optimize(
         data, *arguments
     )
     row, _ = lowered.out_info
+    score = None if select is None else _scorer(select, constraints, raw)
     names = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
     run = _Run(
         compile=functools.cache(lambda: functools.partial(lowered.compile(), data)),
@@ -220,14 +232,17 @@ def optimize(
         },
         explosion=explosion,
         progress=progress,
+        score=score,
+        select_every=int(select_every),
     )
+    scores: dict[int, float] = {}
     if isinstance(optimizer, LBFGSB):
         raw, rows, stopped, exploded = _lbfgsb(run, optimizer, raw)
     else:
-        raw, rows, stopped, exploded = _optax(run, optimizer, raw)
+        raw, rows, stopped, exploded, scores = _optax(run, optimizer, raw)
     if exploded:
         warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
-    return Optimized(constrain(constraints, raw), raw, _stack(row, rows), stopped)
+    return Optimized(constrain(constraints, raw), raw, _stack(row, rows), stopped, scores)
 
 
 def _refuse_bad_settings(
@@ -266,6 +281,29 @@ def _refuse_bad_settings(
         raise ValueError(
             f"optimize(checkpoint={os.fspath(checkpoint)!r}): its folder does not exist; make it first"
         )
+
+
+def _refuse_bad_selection(optimizer: Any, select: Any, select_every: int) -> None:
+    if select is not None and isinstance(optimizer, LBFGSB):
+        raise ValueError(
+            "optimize(select=..., optimizer=LBFGSB(...)): iterates of L-BFGS-B are not looked at one by "
+            "one; use an optax optimiser, or judge what comes out"
+        )
+    if not isinstance(select_every, numbers.Integral) or select_every < 1:
+        raise ValueError(
+            f"optimize(select_every={select_every!r}): select_every must be a whole number, at least 1"
+        )
+
+
+def _scorer(select: Callable[[PyTree], Any], constraints: PyTree, raw: PyTree) -> Callable[[PyTree], Any]:
+    """`select` as a function of raw values, compiled when first called; its data is passed in."""
+    score, data, shape = hoist(lambda raw: select(constrain(constraints, raw)), raw)
+    if not (isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()):
+        raise TypeError(
+            "optimize(select): select(hypers) must return one number; reduce it, for example by .mean()"
+        )
+    compiled = jax.jit(lambda data, raw: score(data, jax.tree.leaves(raw)))
+    return functools.partial(compiled, data)
 
 
 def _start(constraints: PyTree, hypers: PyTree) -> tuple[PyTree, PyTree]:
@@ -393,7 +431,7 @@ def _advance(bar: Any, row: History) -> None:
 
 def _optax(
     run: _Run, optimizer: optax.GradientTransformation, raw: PyTree
-) -> tuple[PyTree, list[History], str, bool]:
+) -> tuple[PyTree, list[History], str, bool, dict[int, float]]:
     stepper = optax.with_extra_args_support(optimizer)
 
     @jax.jit
@@ -412,12 +450,27 @@ def _optax(
             f"optimize(steps={run.steps}, checkpoint={_name(run)}): that checkpoint has made "
             f"{saved} steps already; pass steps={saved} or more, or another file"
         )
+    best, scores = raw, np.zeros((0, 2))
     if saved:
-        raw, good, state = _unpack("values", (raw, good, state), arrays)
+        raw, good, state, best = _unpack("values", (raw, good, state, best), arrays)
+        scores = arrays["scores"]
     rows = _unstack(_unpack("rows", run.row, arrays), saved) if saved else []
+
+    def look(iteration: int) -> None:
+        nonlocal best, scores
+        if run.score is not None and not (len(scores) and scores[-1, 0] == iteration):
+            score = float(run.score(raw))
+            if math.isfinite(score) and not np.any(scores[:, 1] <= score):
+                best = raw
+            scores = np.concatenate([scores, [[iteration, score]]])
+
+    def save() -> int:
+        return _save(run, (raw, good, state, best), run.row, rows, scores)
 
     with _bar(run, total=run.steps, initial=saved) as bar:
         for iteration in range(saved, run.steps):
+            if iteration % run.select_every == 0:
+                look(iteration)
             row, gradient, stopped = _measure(run, raw, iteration, [row.gradient_norm for row in rows])
             if stopped:
                 break
@@ -426,12 +479,15 @@ def _optax(
             rows += row
             _advance(bar, row[0])
             if len(rows) % run.checkpoint_every == 0:
-                saved = _save(run, (raw, good, state), run.row, rows)
+                saved = save()
         else:
             row, stopped = [], ""
+            look(run.steps)
     if len(rows) > saved:
-        _save(run, (raw, good, state), run.row, rows)
-    return good if stopped else raw, rows + row, stopped, bool(stopped)
+        save()
+    chosen = {int(iteration): float(score) for iteration, score in scores}
+    last = good if stopped else raw
+    return last if run.score is None else best, rows + row, stopped, bool(stopped), chosen
 
 
 class _Evaluation(NamedTuple):
@@ -617,11 +673,13 @@ def _unpack(name: str, like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
     return jax.tree.map_with_path(leaf, like)
 
 
-def _save(run: _Run, values: PyTree, like: PyTree, rows: list[Any]) -> int:
+def _save(run: _Run, values: PyTree, like: PyTree, rows: list[Any], scores: Any = ()) -> int:
     if run.checkpoint is not None:
         files.save(
             run.checkpoint,
-            _pack("values", values) | _pack("rows", _stack(like, rows)),
+            _pack("values", values)
+            | _pack("rows", _stack(like, rows))
+            | {"scores": np.reshape(scores, (-1, 2))},
             fingerprint=run.fingerprint,
             rows=len(rows),
         )

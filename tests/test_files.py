@@ -34,10 +34,14 @@ def test_a_tree_survives_saving(tmp_path):
 
 
 def test_the_file_describes_itself_to_numpy(tmp_path):
-    files.save(tmp_path / "run", {"rates": [np.arange(3.0)]}, steps=1)
+    tree = {"rates": [np.arange(3.0)], "images": np.ones(2), "file": np.zeros(1), "hypergrad": np.zeros(2)}
+    files.save(tmp_path / "run", tree, steps=1)
     with np.load(tmp_path / "run") as archive:
         np.testing.assert_array_equal(archive['["rates", 0]'], np.arange(3.0))
+        np.testing.assert_array_equal(archive["images"], np.ones(2))
         assert json.loads(str(archive["hypergrad"]))["metadata"] == {"steps": 1}
+    loaded, _ = files.load(tmp_path / "run")
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, tree)
 
 
 def test_an_array_alone_is_a_tree(tmp_path):

@@ -501,3 +501,53 @@ if __name__ == "__main__":  # the run that is killed
     os.fsync = lambda descriptor: time.sleep(0.04)
     long_run(sys.argv[1], steps=KILLED[sys.argv[1]], checkpoint=sys.argv[2])
     sys.exit("not killed in time")
+
+
+def test_select_returns_the_best_values_and_not_the_last(tmp_path):
+    def run(steps, checkpoint=None):
+        return meta.optimize(
+            lambda hypers, key: (hypers - 1.0) ** 2,
+            jnp.float32(0.0),
+            optimizer=optax.sgd(0.1),
+            steps=steps,
+            select=lambda hypers: jnp.abs(hypers - 0.5),  # passed on the way to 1
+            select_every=1,
+            checkpoint=checkpoint,
+            progress=False,
+        )
+
+    whole = run(20)
+    passed = 1 - 0.8 ** np.arange(21)
+    assert list(whole.scores) == list(range(21))
+    np.testing.assert_allclose(list(whole.scores.values()), abs(passed - 0.5), atol=1e-6)
+    np.testing.assert_allclose(whole.hypers, passed[np.argmin(abs(passed - 0.5))], rtol=1e-5)
+    run(7, tmp_path / "run")
+    resumed = run(20, tmp_path / "run")
+    assert resumed.scores == whole.scores
+    assert resumed.hypers == whole.hypers
+
+
+def test_a_score_that_is_no_number_never_wins():
+    best = meta.optimize(
+        lambda hypers, key: (hypers - 1.0) ** 2,
+        jnp.float32(0.0),
+        optimizer=optax.sgd(0.1),
+        steps=4,
+        select=lambda hypers: jnp.where(hypers > 0.3, jnp.nan, -hypers),
+        select_every=1,
+        progress=False,
+    )
+    np.testing.assert_allclose(best.hypers, 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"select": lambda h: h, "optimizer": meta.LBFGSB()}, ValueError, "not looked at one by one"),
+        ({"select": lambda h: h, "select_every": 0}, ValueError, "select_every=0"),
+        ({"select": lambda h: jnp.ones(2) * h}, TypeError, "must return one number"),
+    ],
+)
+def test_bad_selections_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        meta.optimize(lambda h, key: h**2, jnp.float32(0.5), progress=False, **settings)
