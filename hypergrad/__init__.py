@@ -2,7 +2,10 @@
 
 from hypergrad import constraints, data, files, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
+from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
+from hypergrad.distill import ChaosWarning, Distilled, Recipe, distill, load_distilled
+from hypergrad.evaluation import Evaluation, evaluate
 from hypergrad.optimizers import (
     adadelta,
     adagrad,
@@ -38,11 +41,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
+    "Augmentation",
+    "ChaosWarning",
     "Checkpointed",
+    "Distilled",
     "Estimate",
+    "Evaluation",
     "Finding",
     "Forward",
     "Plan",
+    "Recipe",
     "Report",
     "ReversalError",
     "Reversible",
@@ -64,11 +72,14 @@ __all__ = [
     "clip_by_global_norm",
     "constraints",
     "data",
+    "distill",
+    "evaluate",
     "files",
     "from_optax",
     "heavy_ball",
     "lamb",
     "lars",
+    "load_distilled",
     "meta",
     "momentum",
     "nadam",

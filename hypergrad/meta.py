@@ -166,7 +166,7 @@ def optimize(
             finite.
         select: `select(hypers) -> score`, a JAX function, such as the error on examples that the
             objective never sees. With it the hypers that are returned are not the last but those
-            with the smallest score. For optax optimisers.
+            with the smallest score, of equals the last. For optax optimisers.
         select_every: look after each so many iterations, and after the last one; >= 1.
 
     Returns:
@@ -460,7 +460,7 @@ def _optax(
         nonlocal best, scores
         if run.score is not None and not (len(scores) and scores[-1, 0] == iteration):
             score = float(run.score(raw))
-            if math.isfinite(score) and not np.any(scores[:, 1] <= score):
+            if math.isfinite(score) and not np.any(scores[:, 1] < score):
                 best = raw
             scores = np.concatenate([scores, [[iteration, score]]])
 

@@ -1,0 +1,326 @@
+"""Distillation: the hypergradient behind it, what is learned, the file, and what is refused."""
+
+import dataclasses
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quick_jit
+
+import hypergrad as hg
+from hypergrad import nets
+from hypergrad.distill import _look_for_chaos, _trained, centred, standardised
+
+CLASSES = 3
+RNG = np.random.default_rng(0)
+CENTRES = RNG.normal(size=(CLASSES, 4, 4))
+LABELS = np.arange(90) % CLASSES
+IMAGES = (CENTRES[LABELS] + 0.7 * RNG.normal(size=(90, 4, 4))).astype(np.float32)
+LOGISTIC = nets.mlp((16, CLASSES))
+QUICK = {"meta_steps": 3, "progress": False, "validation": 0}
+
+
+def made(recipe=None, network=LOGISTIC, **settings):
+    given = hg.Recipe(steps=4) if recipe is None else recipe
+    return hg.distill(network, IMAGES, LABELS, given, **{**QUICK, **settings})
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """All that can be learned, by name, at once."""
+    recipe = hg.Recipe(steps=6, learning_rate=0.3, momentum=0.8, l2=1e-3)
+    names = ("images", "labels", "learning_rate", "momentum", "l2")
+    return made(recipe, per_class=2, learn=names, meta_steps=60, runs=2, validation=9)
+
+
+def accuracy(params):
+    return 1 - float(nets.error_rate(LOGISTIC[1](params, standard(IMAGES)), LABELS))
+
+
+def standard(images):
+    mean, std = standardised(IMAGES)
+    return (images - mean) / std
+
+
+def test_learning_does_what_it_says(learned):
+    history = learned.history
+    assert history["loss"][-5:].mean() < 0.8 * history["loss"][:5].mean()
+    assert history["validation_error"][:, 0].tolist() == list(range(0, 61, 3))
+    assert accuracy(learned.train(LOGISTIC, jax.random.key(99))) > 0.9
+    assert learned.images.shape == (6, 4, 4)
+    assert learned.recipe.learning_rate.shape == (6,)
+    assert np.ptp(learned.recipe.learning_rate) > 0
+    assert learned.recipe.momentum != 0.8
+    assert learned.recipe.l2 != 1e-3
+    np.testing.assert_allclose(learned.labels.sum(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(learned.labels.argmax(1), np.arange(6) % CLASSES)
+
+
+def test_what_is_not_learned_stays_as_it_was():
+    start = RNG.normal(size=(3, 4, 4)).astype(np.float32)
+    images = made(learn=("images",), start=start)
+    np.testing.assert_allclose(images.recipe.rates(), 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(images.labels, [0, 1, 2])
+    assert images.recipe.momentum == 0.9
+    moved = np.abs(images.images - start).max((1, 2))
+    assert np.all((moved > 0.01) & (moved < 1))  # by Adam's three steps of at most 0.02 in units of std
+
+
+def test_the_images_begin_as_real_ones_of_their_classes():
+    begun = made(per_class=4, meta_steps=0)
+    rows = [np.flatnonzero(np.abs(IMAGES - image).max((1, 2)) < 1e-5) for image in begun.images]
+    assert [len(r) for r in rows] == [1] * 12
+    assert len({int(r[0]) for r in rows}) == 12
+    np.testing.assert_array_equal(LABELS[np.concatenate(rows)], begun.labels)
+
+
+def objective(recipe, adjoint):
+    """Loss on the real data after training, as a function of images, rates and momentum, in float64."""
+    inputs = jnp.asarray(standard(IMAGES), jnp.float64)
+
+    def value(x, rates, gamma):
+        ours = dataclasses.replace(recipe, learning_rate=rates, momentum=gamma)
+        params = ours.train(LOGISTIC, x, jnp.arange(6) % CLASSES, jax.random.key(0), adjoint)
+        return nets.cross_entropy(LOGISTIC[1](params, inputs), jnp.asarray(LABELS))
+
+    return value
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"batch_size": 4, "l2": 0.01},
+        {"batch_size": 4, "shuffled": True, "augmentation": hg.Augmentation(shift=1.0, degrees=10.0)},
+    ],
+    ids=["full batch", "in turn", "shuffled and augmented"],
+)
+def test_every_adjoint_gives_the_hypergradient_of_the_recipe(x64, settings):
+    recipe = hg.Recipe(steps=8, **settings)
+    point = jnp.asarray(RNG.normal(size=(6, 4, 4))), jnp.full(8, 0.3), jnp.asarray(0.8)
+    values = {
+        name: quick_jit(jax.value_and_grad(objective(recipe, adjoint), argnums=(0, 1, 2)))(*point)
+        for name, adjoint in {"reversible": hg.Reversible(), "stored": hg.Stored()}.items()
+    }
+    exact, stored = values["reversible"][1], values["stored"][1]
+    for a, b in zip(exact, stored):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * float(jnp.abs(b).max()))
+    value = quick_jit(objective(recipe, hg.Stored()))
+    direction = jnp.asarray(RNG.normal(size=(6, 4, 4)))
+    h = 1e-5
+    up, down = (value(point[0] + s * h * direction, *point[1:]) for s in (1, -1))
+    np.testing.assert_allclose(jnp.vdot(stored[0], direction), (up - down) / (2 * h), rtol=1e-6)
+
+
+def test_a_window_trains_on_for_a_random_number_of_steps():
+    recipe = hg.Recipe(steps=6, learning_rate=np.linspace(0.1, 0.6, 6), momentum=0.7, batch_size=2)
+    x = jnp.asarray(standard(IMAGES[:5]))
+    key = jax.random.key(3)
+
+    @jax.jit
+    def after(length):
+        return _trained(recipe, LOGISTIC, x, jnp.asarray(LABELS[:5]), key, hg.Stored(), length)
+
+    for length in (1, 4, 6):
+        first = hg.Recipe(length, recipe.learning_rate[:length], 0.7, batch_size=2)
+        expected = first.train(LOGISTIC, x, jnp.asarray(LABELS[:5]), key)
+        for a, b in zip(jax.tree.leaves(after(jnp.int32(length))), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_with_a_window_it_learns_too():
+    windowed = made(hg.Recipe(steps=8, learning_rate=0.3), window=3, meta_steps=60)
+    assert windowed.history["loss"][-10:].mean() < 0.8 * windowed.history["loss"][:5].mean()
+    assert windowed.about["window"] == 3
+
+
+def test_bases_are_shared():
+    shared = made(per_class=2, bases=4, meta_steps=40, recipe=hg.Recipe(steps=4, learning_rate=0.3))
+    assert shared.bases.shape == (4, 4, 4)
+    assert shared.coefficients.shape == (6, 4)
+    combined = np.tensordot(shared.coefficients, shared.bases, 1)
+    np.testing.assert_allclose(shared.inputs, combined, atol=1e-5)
+    assert np.linalg.matrix_rank(combined.reshape(6, 16), tol=1e-4) == 4
+    assert shared.history["loss"][-1] < shared.history["loss"][0]
+
+
+@pytest.mark.parametrize("inits", [1, 2, None])
+def test_initial_weights_are_drawn_as_the_recipe_says(inits):
+    recipe = hg.Recipe(inits=inits, seed=7)
+    init = lambda key: jax.random.normal(key, (3,))  # noqa: E731
+    drawn = {tuple(np.asarray(recipe.weights(init, jax.random.key(k))).tolist()) for k in range(12)}
+    assert len(drawn) == (12 if inits is None else inits)
+
+
+def test_rows_go_round_in_turn_or_shuffled():
+    turn = hg.Recipe(steps=4, batch_size=2).rows(jax.random.key(0), 5)
+    assert turn.tolist() == [[0, 1], [2, 3], [4, 0], [1, 2]]
+    shuffled = hg.Recipe(steps=4, batch_size=2, shuffled=True).rows(jax.random.key(0), 4)
+    assert sorted(np.asarray(shuffled[:2]).ravel().tolist()) == [0, 1, 2, 3]
+
+
+def test_a_file_has_all_that_is_needed(learned, tmp_path):
+    path = tmp_path / "set.npz"
+    learned.save(path)
+    loaded = hg.load_distilled(path)
+    np.testing.assert_array_equal(loaded.inputs, learned.inputs)
+    np.testing.assert_array_equal(loaded.labels, learned.labels)
+    for name in ("steps", "inits", "seed", "batch_size", "shuffled", "augmentation", "momentum", "l2"):
+        assert getattr(loaded.recipe, name) == getattr(learned.recipe, name), name
+    np.testing.assert_array_equal(loaded.recipe.rates(), learned.recipe.rates())
+    assert loaded.about == json.loads(json.dumps(learned.about))
+    again = learned.train(LOGISTIC, jax.random.key(4)), loaded.train(LOGISTIC, jax.random.key(4))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *again))
+    with np.load(path) as archive:  # without this library
+        assert archive["images"].shape == (6, 4, 4)
+        header = json.loads(str(archive["hypergrad"]))["metadata"]
+    assert header["recipe"]["steps"] == 6
+    assert set(header["about"]) >= {"initial weights", "data checksum (sha256)", "versions", "key"}
+
+
+def test_an_augmentation_is_kept_in_the_file(tmp_path):
+    recipe = hg.Recipe(steps=3, batch_size=2, shuffled=True, augmentation=hg.Augmentation(shift=1.0))
+    made = hg.Distilled(IMAGES[:3], LABELS[:3], np.zeros(()), np.ones(()), recipe)
+    made.save(tmp_path / "set.npz")
+    assert hg.load_distilled(tmp_path / "set.npz").recipe.augmentation == hg.Augmentation(shift=1.0)
+
+
+def test_plain_optax_trains_the_same_network(learned):
+    params = start = learned.recipe.weights(LOGISTIC[0], jax.random.key(5))
+    optimizer = learned.optax()
+    state = optimizer.init(params)
+    for inputs, labels in zip(*learned.batches()):
+        gradient = jax.grad(lambda w, x, y: nets.cross_entropy(LOGISTIC[1](w, x), y))(
+            params, inputs, labels
+        )
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    fixed = (lambda key: start, LOGISTIC[1])
+    expected = learned.train(fixed, jax.random.key(5))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_equinox_works_the_same_way():
+    def build(key):
+        return eqx.nn.MLP(16, CLASSES, 8, 1, key=key)
+
+    _, static = eqx.partition(build(jax.random.key(0)), eqx.is_array)
+
+    def init(key):
+        return eqx.filter(build(key), eqx.is_array)
+
+    def apply(params, inputs):
+        return jax.vmap(eqx.combine(params, static))(inputs.reshape(len(inputs), 16))
+
+    other = made(hg.Recipe(steps=4, learning_rate=0.5), (init, apply), meta_steps=30)
+    assert other.history["loss"][-1] < other.history["loss"][0]
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path):
+    # The schedule of the meta-optimizer is given, for its default depends on the number of steps.
+    settings = {"optimizer": optax.adam(0.02)}
+    whole = made(meta_steps=20, **settings)
+    made(meta_steps=10, checkpoint=tmp_path / "run", **settings)
+    resumed = made(meta_steps=20, checkpoint=tmp_path / "run", **settings)
+    np.testing.assert_array_equal(whole.images, resumed.images)
+    np.testing.assert_array_equal(whole.history["loss"], resumed.history["loss"])
+
+
+def test_divergence_gives_the_last_good_set():
+    with pytest.warns(hg.meta.HypergradientExplosion):
+        found = made(optimizer=optax.sgd(1e12), meta_steps=20)
+    assert np.isfinite(found.images).all()
+    assert "stopped at" in found.about["stopped"]
+
+
+def test_chaos_is_announced():
+    def growing(x, key, length):  # as the logistic map's, its derivative doubles at every step
+        return jnp.sum(x) * 2.0**length
+
+    with pytest.warns(
+        hg.ChaosWarning, match="norm 181 after 7 steps and 2.32e\\+04 after 14: training is chaotic"
+    ):
+        _look_for_chaos("distill()", growing, jnp.ones(2), jax.random.key(0), 14)
+    _look_for_chaos(
+        "distill()", lambda x, key, length: jnp.sum(x) * length, jnp.ones(2), jax.random.key(0), 14
+    )
+
+
+def test_normalisations():
+    images = RNG.uniform(size=(5, 4, 4, 2)).astype(np.float32)
+    mean, std = standardised(images)
+    np.testing.assert_allclose(((images - mean) / std).std((0, 1, 2)), 1, rtol=1e-5)
+    mean, std = centred(images)
+    assert mean.shape == (4, 4, 2)
+    assert std == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, r"Recipe\(steps=0\)"),
+        ({"batch_size": 0}, r"batch_size=0"),
+        ({"inits": 1.5}, r"inits=1.5"),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0\): it must be above 0"),
+        ({"learning_rate": np.ones(3)}, r"learning_rate=...\) of shape \(3,\): .*\(20,\)"),
+        ({"momentum": 1.0}, r"momentum=1.0\): it must be in \[0, 1\)"),
+        ({"l2": -1.0}, r"l2=-1.0\): it must be 0 or more"),
+    ],
+)
+def test_bad_recipes_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        hg.Recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learn": ()}, "learn must hold one or more of"),
+        ({"learn": ("pixels",)}, "learn must hold one or more of"),
+        ({"learn": ("images", "l2")}, "cannot begin at 0"),
+        ({"per_class": 0}, "per_class=0 must be a whole number"),
+        ({"window": 9}, "window=9 is longer than the 4 steps"),
+        ({"bases": 2, "learn": ("learning_rate",)}, "bases=2 are learned for the images"),
+        ({"start": np.zeros((2, 4, 4))}, r"start has shape \(2, 4, 4\)"),
+        ({"validation": 80}, "validation=80 of 90"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        made(**settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (IMAGES, LABELS[:5], "one integer label for each"),
+        ((255 * IMAGES).astype(np.uint8), LABELS, "images of uint8"),
+        (np.where(IMAGES[0, 0, 0] == IMAGES, np.nan, IMAGES), LABELS, "not finite"),
+        (IMAGES, 2 * LABELS, r"missing: \[1, 3\]"),
+    ],
+    ids=["labels", "bytes", "NaN", "gaps"],
+)
+def test_bad_data_is_refused(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        hg.distill(LOGISTIC, images, labels, **QUICK)
+
+
+def test_other_files_are_refused(tmp_path, learned):
+    path = tmp_path / "other.npz"
+    hg.files.save(path, {"images": np.ones(2)})
+    with pytest.raises(ValueError, match="is no distilled set"):
+        hg.load_distilled(path)
+    hg.files.save(path, {"images": np.ones(2)}, distilled=99)
+    with pytest.raises(ValueError, match=r"has format 99, .* format 1"):
+        hg.load_distilled(path)
+    hg.files.save(path, {"images": np.ones(2)}, distilled=1, recipe={"augmentation": None})
+    with pytest.raises(ValueError, match="the file is damaged"):
+        hg.load_distilled(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="not a whole file"):
+        hg.load_distilled(path)
