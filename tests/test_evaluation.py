@@ -1,0 +1,115 @@
+"""Evaluation of distilled sets: what is trained on what, and the table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad import nets
+from hypergrad.evaluation import Score, _rows_like, condensation_recipe, full_recipe, plain_recipe
+
+RNG = np.random.default_rng(0)
+CENTRES = RNG.normal(size=(3, 4, 4))
+
+
+def sample(n):
+    labels = np.arange(n) % 3
+    return (CENTRES[labels] + 0.5 * RNG.normal(size=(n, 4, 4))).astype(np.float32), labels
+
+
+TRAIN, TEST = sample(60), sample(30)
+NETWORK = nets.mlp((16, 3))
+RECIPE = hg.Recipe(steps=10, learning_rate=1.0, inits=1)
+# A set that is as good as can be, and one that teaches every class as another.
+GOOD = hg.Distilled(CENTRES.astype(np.float32), np.arange(3), np.float32(0), np.float32(1), RECIPE)
+WRONG = dataclasses.replace(GOOD, labels=np.array([1, 2, 0]))
+
+
+@pytest.fixture(scope="module")
+def table():
+    short = {"short": hg.Recipe(steps=3, learning_rate=0.5)}
+    return hg.evaluate(
+        [GOOD, WRONG],
+        {"logistic": NETWORK},
+        TRAIN,
+        TEST,
+        seeds=2,
+        recipes=short,
+        full_epochs=20,
+        full_seeds=1,
+    )
+
+
+def test_every_set_is_trained_on_by_every_recipe(table):
+    rows = [(s.examples, s.recipe.split()[0], s.inits, len(s.accuracies)) for s in table.scores]
+    sets = ["distilled", "random real", "class means"]
+    plans = [("own", "fixed"), ("own", "random"), ("short", "random")]
+    assert rows == [*((s, *p, 4) for p in plans for s in sets), ("full data", "SGD", "random", 1)]
+
+
+def test_accuracies_are_those_of_the_networks_trained(table):
+    pooled = table.score("distilled", "own", inits="fixed").accuracies
+    np.testing.assert_array_equal(pooled[:2], 1.0)
+    np.testing.assert_array_equal(pooled[2:], 0.0)
+    expected = GOOD.train(NETWORK, jax.random.key(0))  # the same for every key
+    wrong = nets.error_rate(NETWORK[1](expected, jnp.asarray(TEST[0])), TEST[1])
+    assert float(wrong) == 0
+    assert table.score("class means", "own").mean > 0.9
+    assert table.score("full data", table.scores[-1].recipe).mean > 0.9
+
+
+def test_the_table_and_the_file_have_it_all(table, tmp_path):
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + len(table.scores)
+    assert lines[1].split() == ["logistic", "distilled", "own", "fixed", "50.00", "±", "50.00", "(4)"]
+    table.noted(GOOD).save(tmp_path / "set.npz")
+    metrics = hg.load_distilled(tmp_path / "set.npz").about["metrics"]
+    assert metrics[0]["accuracies"] == [1, 1, 0, 0]
+    with pytest.raises(KeyError, match="no score of any network on noise by own"):
+        table.score("noise", "own")
+
+
+def test_mean_and_deviation_of_a_score():
+    score = Score("n", "distilled", "own", "random", np.array([0.5, 0.7]))
+    assert score.mean == pytest.approx(0.6)
+    assert score.std == pytest.approx(0.1)
+
+
+def test_random_real_examples_have_the_classes_and_do_not_repeat():
+    labels = np.eye(3)[np.arange(30) % 3]
+    rows = _rows_like(labels, TRAIN[1], jax.random.key(0))
+    np.testing.assert_array_equal(TRAIN[1][rows], labels.argmax(1))
+    assert len(set(rows.tolist())) == 30
+    assert not np.array_equal(rows, _rows_like(labels, TRAIN[1], jax.random.key(1)))
+
+
+def test_the_protocols_are_the_published_ones():
+    ten = condensation_recipe(10)
+    assert (ten.steps, ten.batch_size, ten.momentum, ten.l2) == (300, 10, 0.9, 2.5e-4)
+    np.testing.assert_allclose(0.1 * ten.rates()[np.array([0, 149, 150, 299])], [0.01, 0.01, 0.001, 0.001])
+    many = condensation_recipe(600)
+    assert (many.steps, many.batch_size, many.shuffled) == (600, 256, True)
+    assert (plain_recipe(10).steps, plain_recipe(10).l2) == (300, 0)
+    full = full_recipe(1000, 2, 0.5)
+    assert (full.steps, full.batch_size, float(full.rates()[0])) == (6, 256, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"distilled": []}, r"with sets of \[\]"),
+        ({"distilled": [GOOD, dataclasses.replace(GOOD, images=GOOD.images[:2])]}, "pooled over sets"),
+        ({"networks": {}}, "pass one or more"),
+        ({"seeds": 0}, r"seeds=0\)"),
+        ({"train": (TRAIN[0][:, :2], TRAIN[1])}, r"evaluate\(train=...\) with images \(60, 2, 4\)"),
+        ({"test": (TEST[0], TEST[1][:3])}, r"evaluate\(test=...\) .* 3 labels"),
+    ],
+    ids=["none", "sizes", "networks", "seeds", "train", "test"],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    given = {"distilled": GOOD, "networks": {"net": NETWORK}, "train": TRAIN, "test": TEST} | arguments
+    with pytest.raises(ValueError, match=message):
+        hg.evaluate(**given)
