@@ -37,6 +37,8 @@ class Config:
     learning_rate: float = 1.0  # at first
     meta_steps: int = 1000
     meta_step: float = 0.02  # of Adam, decayed to 0
+    meta_eps: float = 1e-8  # of Adam; a large one spares pixels whose gradients are small as they are rare
+    start: str = "real"  # the first images: real ones, or the means of their classes
     real_batch: int = 2000
     runs: int = 1
     window: int | None = None
@@ -63,13 +65,18 @@ class Gate(NamedTuple):
 
 
 MNIST = Config(data="mnist")
+# What begins as noise in pixels that are hardly ever used stays there, and linear weights keep it: so the
+# images begin as means, and no pixel moves for small gradients' sake.
+LINEAR: dict[str, Any] = {
+    "model": "logistic",
+    "meta_steps": 800,
+    "real_batch": 4000,
+    "start": "means",
+    "meta_eps": 1e-3,
+}
 GATES = {
-    "logistic regression, 10 images": Gate(
-        replace(MNIST, model="logistic", meta_steps=3000, real_batch=4000), 0.923, std=0.0015
-    ),
-    "the same, Fashion-MNIST": Gate(
-        replace(MNIST, data="fashion-mnist", model="logistic", meta_steps=3000, real_batch=4000), 0.84
-    ),
+    "logistic regression, 10 images": Gate(replace(MNIST, **LINEAR), 0.923, std=0.0015),
+    "the same, Fashion-MNIST": Gate(replace(MNIST, data="fashion-mnist", **LINEAR), 0.84),
     "MLP, fixed init, 10 images": Gate(replace(MNIST, inits=1, meta_steps=2000), 0.94),
     "MLP, random inits, 10 images": Gate(
         replace(MNIST, meta_steps=2000), 0.85, above_random=0.35, stretch=0.90
@@ -109,15 +116,24 @@ def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -
         hg.Recipe(config.steps, config.learning_rate, inits=config.inits, seed=config.seed),
         per_class=config.per_class,
         learn=config.learn,
+        start=means(loaded, config.per_class) if config.start == "means" else None,
         normalise=centred,
         window=config.window,
         runs=config.runs,
         real_batch=config.real_batch,
         meta_steps=config.meta_steps,
-        optimizer=optax.adam(optax.cosine_decay_schedule(config.meta_step, config.meta_steps)),
+        optimizer=optax.adam(
+            optax.cosine_decay_schedule(config.meta_step, config.meta_steps), eps=config.meta_eps
+        ),
         key=jax.random.key(config.seed),
         checkpoint=checkpoint,
     )
+
+
+def means(loaded: data.Dataset, per_class: int) -> np.ndarray:
+    """The mean image of every class, so many times."""
+    each = [loaded.train_images[loaded.train_labels == c].mean(0) for c in range(loaded.classes)]
+    return np.tile(np.stack(each), (per_class, 1, 1))
 
 
 def evaluate(
@@ -171,9 +187,9 @@ def figure7(loaded: data.Dataset) -> dict[str, Any]:
     init, apply = nets.mlp((784, 10))
     fixed = (lambda key: init(key, np.exp(-4.0)), apply)
     mean, _ = centred(loaded.train_images)
-    rows = slice(50_000, 60_000)
+    rows = slice(10_000)
     real = loaded.train_images[rows] - mean, loaded.train_labels[rows]
-    noise = 0.1 * np.random.default_rng(0).normal(size=(10, 28, 28)).astype(np.float32)
+    noise = 0.01 * np.random.default_rng(0).normal(size=(10, 28, 28)).astype(np.float32)
 
     def made(adjoint: Any, meta_steps: int) -> hg.Distilled:
         return hg.distill(
