@@ -15,15 +15,16 @@ reverse over forward    as the gradient of the derivative of the loss along ``v`
 reverse over reverse    as the gradient of ``∇L · v``
 hessian                 `hypergrad.curvature.hessian`
 hessian, chunks         the same by a quarter of the batch at a time
-hessian, 8 vectors      the same for 8 vectors together; time and memory are those of one
-gauss_newton, fisher    `hypergrad.curvature.gauss_newton` and ``fisher``, one vector
+hessian, 8 vectors      the same for 8 vectors together; the time is that of one, the memory of all
+gauss_newton, fisher    `hypergrad.curvature.gauss_newton` and ``fisher``
 gauss_newton, 8         the former for 8 vectors together
 moments                 means and variances of all examples' losses, gradients and products with one
                         vector (`hypergrad.curvature.moments`), by chunks of 16
 ======================  ==============================================================================
 
-Times are the best of some calls of the compiled function.  Memory is what XLA asks for: arguments, results
-and what it reserves beside them, which is exact, and known of those too that never ran.
+Times are the best of some calls of the compiled function; only their ratios to the gradient's mean much.
+Memory is what XLA asks for, arguments, results and what it reserves beside them, which is exact, and known
+of those too that never ran.
 """
 
 import argparse
@@ -60,6 +61,8 @@ from hypergrad import curvature, nets, plots
 RESULTS = Path(__file__).parent / "results"
 AGREEMENT = 1e-3  # relative difference of products below which contestants did the same
 SEED = 0
+ENOUGH = 2.0  # seconds of calls after which there are no more than were asked for
+MOST = 50  # calls of each, where they are short
 
 PyTree = Any
 
@@ -194,21 +197,26 @@ CONTESTANTS = {
     "gauss_newton, 8": Contestant(gauss_newtons, GAUSS_NEWTON, 8),
     "moments": Contestant(moments, FORWARD),
 }
+QUICK = (
+    GRADIENT,
+    FORWARD,
+    "reverse over forward",
+    "reverse over reverse",
+    "hessian, 8 vectors",
+    GAUSS_NEWTON,
+)
 
 
 # ---- measuring
 
 
 def make_arguments(network: Network, width: int) -> tuple[PyTree, PyTree, Any, Any]:
-    """Parameters, a stack of 8 random vectors, inputs and labels; under `jax.eval_shape`, their shapes."""
-    init, _ = network.make(width)
-    keys = jax.random.split(jax.random.key(SEED), 4)
-    w = init(keys[0])
-    leaves, structure = jax.tree.flatten(w)
-    random = jax.random.split(keys[1], len(leaves))
-    v = structure.unflatten([jax.random.normal(k, (8, *x.shape)) for k, x in zip(random, leaves)])
-    x = jax.random.normal(keys[2], (network.batch, *network.shape))
-    return w, v, x, jax.random.randint(keys[3], (network.batch,), 0, CLASSES)
+    """Parameters, a stack of 8 vectors, inputs and labels; under `jax.eval_shape`, their shapes."""
+    # Sines take less time to compile than random numbers.
+    spread = lambda *shape: jnp.sin(jnp.arange(math.prod(shape), dtype=jnp.float32)).reshape(shape)  # noqa: E731
+    w = network.make(width)[0](jax.random.key(SEED))
+    v = jax.tree.map(lambda a: spread(8, *a.shape), w)
+    return w, v, spread(network.batch, *network.shape), jnp.arange(network.batch) % CLASSES
 
 
 def given(contestant: Contestant, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -249,7 +257,7 @@ def measure(
       network: the family.
       width: of the network.
       names: keys of `CONTESTANTS`.
-      repeats: calls of each.
+      repeats: calls of each, or more where they are short.
       limit: bytes above which a contestant is not called.
     """
     problem = Problem(network.make(width)[1])
@@ -264,15 +272,17 @@ def measure(
             return [everyone[0].row]
     # The stack of vectors may be too large itself; a single one then is all that is there.
     stacked = any(CONTESTANTS[c.row["contestant"]].vectors > 1 and not c.row["skipped"] for c in everyone)
-    arguments = jax.block_until_ready(jax.jit(lambda: make_arguments(network, width))())
+    arguments = make_arguments(network, width)
     if not stacked:
         w, v, x, y = arguments
         arguments = (w, jax.tree.map(lambda a: a[:1], v), x, y)
     single = given(CONTESTANTS[GRADIENT], arguments)
     references: dict[str, Any] = {}
+    begin = time.perf_counter()
     # Everyone once a round, every other round in the opposite order.
-    for k in range(repeats):
-        progress(f"round {k + 1} of {repeats}")
+    for k in range(max(repeats, MOST)):
+        if k >= repeats and time.perf_counter() - begin > ENOUGH:
+            break
         for c in everyone[:: -1 if k % 2 else 1]:
             contestant = CONTESTANTS[c.row["contestant"]]
             if c.row["skipped"] is None:
@@ -280,11 +290,12 @@ def measure(
                 if k == 0 and result is not None:
                     compare(c.row, contestant, result, references)
                 del result
+        references.clear()
     unit = everyone[0].row
     for c in everyone:
         row = c.row
         row["time_ratio"] = ratio(ratio(row["seconds"], row["vectors"]), unit["seconds"])
-        row["memory_ratio"] = ratio(row["bytes"] / row["vectors"], unit["bytes"])
+        row["memory_ratio"] = ratio(row["bytes"], unit["bytes"])
     return [c.row for c in everyone]
 
 
@@ -305,7 +316,7 @@ def compare(row: Row, contestant: Contestant, result: PyTree, references: dict[s
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text; times and memory by vector."""
+    """The rows as text; times are of one vector."""
     head = (
         f"{'network':<9}{'width':>6}{'parameters':>13}  {'contestant':<21}{'seconds':>9}{'/ gradient':>11}"
     )
@@ -313,8 +324,8 @@ def table(rows: Sequence[Row]) -> str:
     for r in rows:
         line = f"{r['network']:<9}{r['width']:>6}{r['parameters']:>13,}  {r['contestant']:<21}"
         line += f"{show(ratio(r['seconds'], r['vectors']), '.4f'):>9}{show(r['time_ratio'], '.2f'):>11}"
-        line += f"{r['bytes'] / r['vectors'] / MIB:>10.1f}{show(r['memory_ratio'], '.2f'):>11}"
-        line += f"{r['temp_bytes'] / r['vectors'] / MIB:>10.1f}{show(r['difference'], '.0e'):>12}"
+        line += f"{r['bytes'] / MIB:>10.1f}{show(r['memory_ratio'], '.2f'):>11}"
+        line += f"{r['temp_bytes'] / MIB:>10.1f}{show(r['difference'], '.0e'):>12}"
         lines.append(line + (f"  {r['skipped']}" if r["skipped"] else ""))
     return "\n".join(lines)
 
@@ -332,10 +343,8 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
             for place, measure in zip(places, ("time_ratio", "memory_ratio")):
                 points = [(r["parameters"], r[measure]) for r in own if r[measure] is not None]
                 place.loglog(*zip(*points) if points else ((), ()), **style)
-        for place, what in zip(places, ("time", "memory")):
-            place.set(
-                title=f"{network}: {what}", xlabel="parameters", ylabel=f"{what} by vector, gradients"
-            )
+        for place, what in zip(places, ("time of a vector", "memory")):
+            place.set(title=f"{network}: {what}", xlabel="parameters", ylabel=f"{what}, gradients")
             low, high = place.get_ylim()
             ticks = [t for t in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 30, 50) if low <= t <= high]
             place.set_yticks(ticks, [str(t) for t in ticks])
@@ -350,7 +359,7 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--fast", action="store_true", help="smallest networks; writes nothing")
+    parser.add_argument("--fast", action="store_true", help="some contestants, tiny; writes nothing")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CONTESTANTS), help="contestants")
     parser.add_argument(
@@ -364,10 +373,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=5,
         help="after which no larger network of a kind is begun (default 5)",
     )
-    parser.add_argument("--repeats", type=int, help="calls of each (default 5)")
+    parser.add_argument("--repeats", type=int, help="calls of each, at least (default 5)")
     parser.add_argument("--output", type=Path, help=f"folder for the report (default {RESULTS.name})")
     args = parser.parse_args(arguments)
-    args.repeats = args.repeats or (1 if args.fast else 5)
+    args.repeats = args.repeats or (2 if args.fast else 5)
     args.output = args.output or (None if args.fast else RESULTS)
     return args
 
@@ -380,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     limit = args.budget_gib * GIB if args.budget_gib else MEMORY_SHARE * machine_memory()
     say(f"{machine['name']} ({machine['platform']}); jax {jax.__version__}, hypergrad {hg.__version__}")
-    names = args.only or list(CONTESTANTS)
+    names = args.only or list(QUICK if args.fast else CONTESTANTS)
     rows: list[Row] = []
     for name in args.networks:
         network, begin = (FAST if args.fast else NETWORKS)[name], time.perf_counter()
