@@ -2,7 +2,9 @@
 
 A *matvec* is a linear function of trees like the parameters, ``v -> A v``.  It is compiled when it is first
 called; it is a pytree of the arrays inside it, so that compiled functions take it as an argument and
-derivatives go through it.  Functions of the user are traced when the matvec is made, not when it is called.
+derivatives go through it.  Functions of the user are traced when the matvec is made, not when it is called:
+where parameters change from step to step, make it inside the function that is compiled, as in
+``jax.jit(lambda w, v: hessian(loss, w, x)(v))``.
 
 ========  ====================  ====================================================================
 symbol    name                  meaning
@@ -294,7 +296,7 @@ def fisher(
     Raises:
       ValueError, TypeError: as `hessian`.
 
-    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, section 9.
+    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -574,8 +576,8 @@ def moments(
     def deviations(data: Sequence[PyTree]) -> tuple[PyTree, PyTree]:
         values = jax.vmap(lambda example: _derivatives(one, *at, _as_batch(example)))(data)
         away = jax.tree.map(lambda x, m: x - m[None], values, mean)
-        first, second = (jax.tree.map(lambda a, p=p: jnp.mean(a**p, axis=0), away) for p in (1, 2))
-        return first, second
+        first = jax.tree.map(lambda a: jnp.mean(a, axis=0), away)
+        return first, jax.tree.map(lambda a: jnp.mean(a**2, axis=0), away)
 
     # The first moment is 0 but for the rounding of the mean, which it takes out.
     first, second = _mean(pieces, [deviations] * len(pieces))

@@ -271,7 +271,7 @@ def spectrum(
       ValueError: for numbers out of range, and a matvec that returns what is not like `like`.
 
     Source: Ghorbani, Krishnan, Xiao, "An investigation into neural net optimization via Hessian eigenvalue
-    density", ICML 2019, section 2.
+    density", ICML 2019.
 
     >>> import jax, jax.numpy as jnp
     >>> from hypergrad import curvature
