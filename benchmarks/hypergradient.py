@@ -31,9 +31,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
-import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,18 +45,32 @@ from jax import Array
 
 import hypergrad as hg
 from benchmarks import pytorch
+from benchmarks.machine import (
+    GIB,
+    MEMORY_SHARE,
+    MIB,
+    Compiled,
+    Row,
+    describe_machine,
+    machine_memory,
+    progress,
+    ratio,
+    say,
+    show,
+    slug,
+    timed_call,
+    versions,
+)
 from hypergrad import nets, plots
 from hypergrad.program import Optimizer
 
 MOMENTUM, B1, B2, EPS = 0.9, 0.9, 0.999, 1e-8
+PACKAGES = ("jaxlib", "optax", "equinox", "torch", "higher", "torchopt")
 RESULTS = Path(__file__).parent / "results"
-MEMORY_SHARE = 0.6  # of the machine's memory that one contestant may take
 AGREEMENT = 1e-3  # relative difference of hypergradients below which contestants did the same
 AFFORDABLE = 8_000  # steps: all calls of a contestant together, and the longest run of one not in `LONG`
-MIB, GIB = 2.0**20, 2.0**30
 
 Params = tuple[nets.Dense, ...]
-Row = dict[str, Any]
 
 
 # ---- the problem
@@ -333,14 +344,6 @@ class Key(NamedTuple):
     steps: int
 
 
-class Compiled(NamedTuple):
-    """A contestant compiled for one number of steps, the row of its results, and its arguments."""
-
-    row: Row
-    call: Callable[..., Array]
-    arguments: tuple[Array, Arrays]
-
-
 def missing(name: str) -> str | None:
     """Why a contestant cannot run here, or None."""
     needs = {"treeverse": ["equinox"], "higher": ["higher", "torch"], "TorchOpt": ["torchopt", "torch"]}
@@ -375,19 +378,6 @@ def compiled(key: Key, arguments: tuple[Array, Arrays], limit: float, long: Sequ
     elif key.steps > AFFORDABLE and key.contestant not in long:
         row["skipped"] = "not called: too long"
     return Compiled(row, call, arguments)
-
-
-def timed_call(contestant: Compiled) -> np.ndarray | None:
-    """Call a contestant and note its time; None where it fails."""
-    row, begin = contestant.row, time.perf_counter()
-    try:
-        gradient = jax.block_until_ready(contestant.call(*contestant.arguments))
-    except jax.errors.JaxRuntimeError as error:  # one that fails must not take the others' results along
-        row["skipped"] = f"failed: {str(error).strip().splitlines()[0][:80]}"
-        return None
-    row["times"].append(time.perf_counter() - begin)
-    row["seconds"] = min(row["times"])
-    return np.asarray(gradient)
 
 
 def measure(
@@ -425,7 +415,7 @@ def measure(
             if row["skipped"] is None and (k == 0 or (k + 1) * row["steps"] <= AFFORDABLE):
                 gradient = timed_call(c)
                 if gradient is not None:
-                    gradients[key_of(row)] = gradient
+                    gradients[key_of(row)] = np.asarray(gradient)
     return [c.row for c in everyone], gradients
 
 
@@ -455,11 +445,6 @@ def key_of(row: Row) -> Key:
 def find(rows: Sequence[Row], key: Key) -> Row:
     """The row of a contestant, or one with nothing measured."""
     return next((r for r in rows if key_of(r) == key), new_row(key))
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    """Quotient ``a / b`` of what was measured."""
-    return a / b if a is not None and b else None
 
 
 # Optimizers whose runs are checked, their largest learning rates, and the ranges of what differs.
@@ -578,11 +563,6 @@ def within(value: float | None, side: str, limit: float) -> bool | None:
     return None if value is None else value <= limit if side == AT_MOST else value >= limit
 
 
-def show(value: float | None, form: str) -> str:
-    """A number in a table, or a dash."""
-    return "-" if value is None else format(value, form)
-
-
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     head = f"{'optimizer':<10}{'contestant':<22}{'T':>6}{'seconds':>10}{'/ plain':>9}{'MiB':>11}"
@@ -603,41 +583,6 @@ def verdict_text(aims: Sequence[dict[str, Any]]) -> str:
         f"{a['what']:<66}{show(a['value'], '.2f'):>8}   aim {a['side']} {a['limit']:<6}{words[a['met']]}"
         for a in aims
     )
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on, as the operating system and JAX name it."""
-    device = jax.devices()[0]
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        cpu = names[0] if names else cpu
-    name = f"{cpu}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    return {
-        "name": name,
-        "platform": device.platform,
-        "device": device.device_kind,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_bytes": machine_memory(),
-        "load_average": list(os.getloadavg()),
-        "system": platform.platform(),
-    }
-
-
-def machine_memory() -> int:
-    """Bytes of memory of the device, or of the machine where that is the device."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what was measured, beside those that `hypergrad.plots.save` adds."""
-    names = ("jaxlib", "optax", "equinox", "torch", "higher", "torchopt")
-    found = {name: importlib.metadata.version(name) for name in names if _installed(name)}
-    return {"python": platform.python_version(), **found}
 
 
 def draw(rows: Sequence[Row], machine: str) -> Any:
@@ -670,16 +615,6 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
                   handlelength=4)  # fmt: skip
     return figure
-
-
-def say(text: str) -> None:
-    """Print at once, for logs."""
-    print(text, flush=True)
-
-
-def progress(text: str) -> None:
-    """Tell what is going on, apart from the results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -751,10 +686,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config |= {"optimizers": {k: OPTIMIZERS[k].hypers for k in args.optimizers}}
         config |= {"rates": {k: OPTIMIZERS[k].rate for k in args.optimizers}}
         config |= {"steps": args.steps, "repeats": args.repeats}
-        report = {"config": config, "machine": machine | {"packages": versions()}, "exactness": exactness}
+        report = {
+            "config": config,
+            "machine": machine | {"packages": versions(PACKAGES)},
+            "exactness": exactness,
+        }
         report |= {"rows": rows, "bits_per_step": bits, "verdict": aims}
-        slug = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
-        path = args.output / f"hypergradient-{slug}.png"
+        path = args.output / f"hypergradient-{slug(machine['name'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         plots.save(draw(rows, machine["name"]), path, report)
         say(f"\nwritten: {path} and {path.with_suffix('.json').name}")
