@@ -65,16 +65,16 @@ FLOOR = 1e-9
 
 
 class Digits(NamedTuple):
-    """MNIST's first 30,000 training images, as the authors read them.
+    """One half of MNIST: what it is trained on, or tested on.
 
-    images: (30000, 784) float64, pixels divided by 255.
-    centred: the same less the mean image of all 60,000.
-    labels: (30000,) int32.
+    pixels: (n, 784) uint8.
+    labels: (n,) int32.
+    mean: (784,) float64, the mean of the 60,000 training images, pixels divided by 255.
     """
 
-    images: np.ndarray
-    centred: np.ndarray
+    pixels: np.ndarray
     labels: np.ndarray
+    mean: np.ndarray
 
 
 class Setting(NamedTuple):
@@ -83,6 +83,7 @@ class Setting(NamedTuple):
     fast: bool
     all_points: bool
     digits: Digits | None
+    tests: Digits | None
 
 
 class Comparison(NamedTuple):
@@ -165,6 +166,19 @@ def count(sizes: Sequence[int]) -> int:
     return sum((a + 1) * b for a, b in itertools.pairwise(sizes))
 
 
+def examples_of(digits: Digits, rows: Any, centred: bool = True) -> tuple[Array, Array]:
+    """Images in float64, from 0 to 1 or less the mean image, and their labels."""
+    images = digits.pixels[rows] / 255
+    return jnp.asarray(images - digits.mean if centred else images), jnp.asarray(digits.labels[rows])
+
+
+def second_draw(sizes: Sequence[int], log_scale: float) -> Params:
+    """Initial weights of the runs that drew a velocity first, and scaled it by 0."""
+    stream = np.random.RandomState(0)
+    stream.randn(count(sizes))
+    return layers(stream.randn(count(sizes)) * np.exp(log_scale), sizes)
+
+
 def classifier(
     sizes: Sequence[int], last: Callable[[Array], Array] = lambda logits: logits
 ) -> Callable[[Params, tuple[Array, Array], Any], Array]:
@@ -176,6 +190,17 @@ def classifier(
         return nets.cross_entropy(last(apply(params, images)), labels)
 
     return loss
+
+
+def penalised(loss: Callable[..., Array]) -> Callable[..., Array]:
+    """The loss with ``Σ λ w²`` added, for ``(examples, λ)``; λ may be a tree that is a prefix of the weights."""
+
+    def whole(params: Params, given: tuple[Any, Any], rows: Any) -> Array:
+        examples, penalties = given
+        pairs = zip(jax.tree.leaves(jax.tree.broadcast(penalties, params)), jax.tree.leaves(params))
+        return loss(params, examples, rows) + sum(jnp.sum(strength * w**2) for strength, w in pairs)
+
+    return whole
 
 
 def norm(tree: Any) -> Array:
@@ -275,8 +300,7 @@ def scheduled() -> Callable[..., Any]:
 
 def splits(digits: Digits) -> list[tuple[Array, Array]]:
     """Rows to train, validate and test on, 10,000 each."""
-    parts = [slice(k, k + 10_000) for k in range(0, 30_000, 10_000)]
-    return [(jnp.asarray(digits.centred[part]), jnp.asarray(digits.labels[part])) for part in parts]
+    return [examples_of(digits, slice(k, k + 10_000)) for k in range(0, 30_000, 10_000)]
 
 
 def schedule(setting: Setting) -> Arrays:
@@ -327,10 +351,7 @@ def chaos(setting: Setting) -> Arrays:
     """Final loss and its derivative in the log of the step size, at many step sizes."""
     sizes, steps = (784, 200, 50, 10), 50
     loss = classifier(sizes)
-    stream = np.random.RandomState(0)
-    stream.randn(count(sizes))  # the velocity, which they scaled by 0
-    start = layers(stream.randn(count(sizes)) * np.exp(-2.0), sizes)
-    examples = jnp.asarray(setting.digits.images[:1000]), jnp.asarray(setting.digits.labels[:1000])
+    start, examples = second_draw(sizes, -2.0), examples_of(setting.digits, slice(1000), centred=False)
 
     def outer(log_alpha: Array, start: Params, examples: Any, rows: Array) -> Array:
         trained = hg.train(
@@ -365,7 +386,7 @@ def init_distribution(setting: Setting) -> Arrays:
     stream = np.random.RandomState(2)
     stream.randn(count(sizes))  # the velocity
     uniform = stream.rand(count(sizes))
-    examples = jnp.asarray(setting.digits.images[:1000]), jnp.asarray(setting.digits.labels[:1000])
+    examples = examples_of(setting.digits, slice(1000), centred=False)
 
     def outer(bins: Array, uniform: Array, examples: Any, rows: Array) -> Any:
         weights = jnp.interp(uniform, jnp.linspace(0, 1, len(bins)), bins)
@@ -435,6 +456,59 @@ def train_short(setting: Setting) -> Arrays:
 
     draws = seeded(0, 1).randn(count(SIZES)), splits(setting.digits), random_rows(1, STEPS)
     return {name: np.asarray(x) for name, x in jax.jit(whole)(*draws).items()}
+
+
+# ---- distill_logistic_30_images
+
+
+def distill(setting: Setting) -> Arrays:
+    """Learn 30 training images, three of each digit, and the L2 penalty under which to train on them."""
+    sizes, steps, everything = (784, 10), 20, slice(None)
+    loss, apply = classifier(sizes), nets.mlp(sizes)[1]
+    regularised, labels = penalised(loss), jnp.arange(30) % 10
+    rows = (10 * (np.arange(steps) % 3))[:, None] + np.arange(10)[None]
+    valid, tests = examples_of(setting.digits, slice(10_000)), examples_of(setting.tests, everything)
+
+    def outer(learned: tuple[Array, Array], start: Params, valid: Any, tests: Any) -> Any:
+        log_penalty, images = learned
+        given = (images, labels), jnp.exp(log_penalty)
+        trained = hg.train(
+            regularised,
+            start,
+            {"learning_rate": 1.0, "momentum": 0.9},
+            given,
+            rows,
+            steps=steps,
+            optimizer=maclaurin_2015(),
+            watch=lambda snapshot: regularised(snapshot.params, given, everything),
+        )
+        objective = loss(trained.params, valid, everything) + 0.001 * jnp.sum(images**2)
+        return objective, {
+            "learning_curve": jnp.append(trained.watched, regularised(trained.params, given, everything)),
+            "valid_loss": objective,
+            "test_loss": loss(trained.params, tests, everything),
+            "test_err": nets.error_rate(apply(trained.params, tests[0]), tests[1]),
+            "fake_scale": jnp.std(images) / jnp.std(valid[0]),
+            "L2": jnp.exp(log_penalty),
+        }
+
+    evaluate = jax.jit(jax.value_and_grad(outer, has_aux=True))
+    start = second_draw(sizes, -14.0)
+    log_penalty, images = np.log(0.01), np.random.RandomState(0).randn(30, 784) * 2
+    stored = []
+    for _ in tqdm(range(4 if setting.fast else 100), desc="distill", leave=False):
+        (_, measured), gradient = evaluate((log_penalty, images), start, valid, tests)
+        stored.append(measured)
+        log_penalty, images = (x - 2.0 * np.asarray(g) for x, g in zip((log_penalty, images), gradient))
+    arrays = {name: np.stack([x[name] for x in stored]) for name in stored[0]}
+    ended = {
+        "final_fake_data_rows_0_1": images[:2],
+        "final_fake_data_norm": np.linalg.norm(images),
+        "final_fake_data_row_norms": np.linalg.norm(images, axis=1),
+        "final_fake_data_row_means": images.mean(axis=1),
+    }
+    curves = {"learning_curve_first10": arrays.pop("learning_curve")[:10], "images": images}
+    return arrays | curves | ({} if setting.fast else ended)
 
 
 # ---- comparison
@@ -678,6 +752,7 @@ EXPERIMENTS = {
     "chaos_learning_rate_wiggle": Experiment(chaos, draw_chaos, (2, 1), compare=compare_chaos),
     "init_distribution_1": Experiment(init_distribution, draw_init),
     "train_short_whetlab_init": Experiment(train_short, draw_short, (2, 2)),
+    "distill_logistic_30_images": Experiment(distill, draw_short, (2, 2)),
 }
 
 
@@ -688,13 +763,14 @@ def read_reference(folder: Path, name: str) -> Arrays:
     return {key: np.asarray(x) for part in saved for key, x in part.items()}
 
 
-def read_digits(folder: str | None) -> Digits:
-    """MNIST in float64.  The bytes are restored first: a float32 divided by 255 has only seven digits."""
-    images, labels = data.mnist(folder)[:2]
-    pixels = np.rint(images.reshape(len(images), -1) * 255)
-    mean = pixels.mean(axis=0, dtype=np.float64) / 255
-    scaled = pixels[:30_000].astype(np.float64) / 255
-    return Digits(scaled, scaled - mean, labels[:30_000])
+def read_digits(folder: str | None) -> tuple[Digits, Digits]:
+    """MNIST as bytes: a float32 divided by 255 has only seven digits."""
+    mnist = data.mnist(folder)
+    train, test = (
+        np.rint(x.reshape(len(x), -1) * 255).astype(np.uint8) for x in (mnist.train_images, mnist.test_images)
+    )
+    mean = train.mean(axis=0, dtype=np.float64) / 255
+    return Digits(train, mnist.train_labels, mean), Digits(test, mnist.test_labels, mean)
 
 
 def write(folder: Path, config: dict[str, Any], results: Mapping[str, tuple[float, Arrays, Any]]) -> None:
@@ -758,13 +834,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Arrays]:
             parser.error("nothing is left to run without HYPERGRAD_DATA")
     try:
         theirs = {name: read_reference(Path(reference), name) for name in names}
-        digits = read_digits(folder) if any(EXPERIMENTS[name].needs_data for name in names) else None
+        needed = any(EXPERIMENTS[name].needs_data for name in names)
+        digits = read_digits(folder) if needed else (None, None)
     except OSError as error:
         parser.error(f"{error}; --reference or HYPERGRAD_REFERENCE must be the folder of the results")
     except data.DataError as error:
         parser.error(f"{error} (or pass --data-dir)")
 
-    setting = Setting(options.fast, options.all_points, digits)
+    setting = Setting(options.fast, options.all_points, *digits)
     results: dict[str, tuple[float, Arrays, list[Comparison]]] = {}
     for name in names:
         start = time.perf_counter()
