@@ -511,6 +511,137 @@ def distill(setting: Setting) -> Arrays:
     return arrays | curves | ({} if setting.fast else ended)
 
 
+# ---- per_weight_L2_logistic
+
+
+def per_weight(setting: Setting) -> Arrays:
+    """Learn an L2 penalty for every weight of a logistic regression: Fig. 4 of the paper."""
+    sizes, steps, everything = (784, 10), 50, slice(None)
+    loss, rows = classifier(sizes), np.arange(100 * steps).reshape(steps, 100)
+    regularised = penalised(loss)
+    bounds = (0, 10_000), (10_000, 20_000), (20_000, 21_000)
+    examples = [examples_of(setting.digits, slice(*pair)) for pair in bounds]
+
+    def outer(log_penalties: Array, start: Params, splits: Sequence[Any]) -> Any:
+        given = splits[0], layers(jnp.exp(log_penalties), sizes)
+        trained = hg.train(
+            regularised,
+            start,
+            {"learning_rate": 1.0, "momentum": 0.9},
+            given,
+            rows,
+            steps=steps,
+            optimizer=maclaurin_2015(),
+            watch=lambda snapshot: regularised(snapshot.params, given, everything),
+        )
+        valid, tests = (loss(trained.params, split, everything) for split in splits[1:])
+        penalties = given[1][0].weights
+        return valid, {
+            "learning_curve": jnp.append(trained.watched, regularised(trained.params, given, everything)),
+            "valid_loss": valid,
+            "test_loss": tests,
+            "L2": penalties,
+            "L2_norm_by_iter": norm(penalties),
+        }
+
+    evaluate = jax.jit(jax.value_and_grad(outer, has_aux=True))
+    log_penalties, start, stored = np.full(count(sizes), np.log(0.01) + 1), second_draw(sizes, -4.0), []
+    for _ in tqdm(range(2 if setting.fast else 10), desc="penalties", leave=False):
+        (_, measured), gradient = evaluate(log_penalties, start, examples)
+        stored.append(measured)
+        log_penalties = log_penalties - 100 * np.asarray(gradient)
+    arrays = {name: np.stack([x[name] for x in stored]) for name in stored[0]}
+    last = arrays.pop("L2")[-1]
+    return arrays | {("L2" if setting.fast else "L2_last"): last}
+
+
+# ---- L2_granularity_logistic
+
+
+def granularity(setting: Setting) -> Arrays:
+    """Learn log L2 penalties from 200 images: one for all weights, then by layer, then by input pixel."""
+    sizes, steps, everything = (784, 10), 200, slice(None)
+    loss = classifier(sizes)
+    order = seeded(0, "top_rs").permutation(60_000)
+    train, tests = (examples_of(setting.digits, order[part]) for part in (slice(200), slice(200, 1200)))
+
+    def outer(log_penalty: Array, start: Params, train: Any, rows: Array, judged: Any) -> Array:
+        trained = hg.train(
+            penalised(loss),
+            start,
+            {"learning_rate": 1.0, "momentum": 0.8},
+            (train, layers(jnp.exp(log_penalty), sizes)),
+            rows,
+            steps=steps,
+            optimizer=maclaurin_2015(),
+        )
+        return loss(trained.params, judged, everything)
+
+    def rows(among: int) -> np.ndarray:
+        return np.stack([seeded(0, t, "primal").randint(among, size=50) for t in range(steps)])
+
+    evaluate, differentiate = jax.jit(outer), jax.jit(jax.grad(outer))
+    stages = [(stage, h) for stage, length in enumerate((10, 5, 3)) for h in range(length)]
+    log_penalty, losses, history = np.full(count(sizes), -6.0), [], []
+    for stage, h in tqdm(stages[:3] if setting.fast else stages, desc="granularity", leave=False):
+        draws = layers(seeded(0, stage, h, "hyperloss").randn(count(sizes)), sizes)
+        start = (nets.Dense(draws[0].weights / np.sqrt(784), draws[0].biases),)
+        history.append(log_penalty[:7840:10])
+        losses.append(evaluate(log_penalty, start, train, rows(200), tests))
+        mixed = seeded(0, stage, h, "hyperloss").permutation(200)
+        fitted, valid = (tuple(x[part] for x in train) for part in (mixed[:100], mixed[100:]))
+        gradient = np.asarray(differentiate(log_penalty, start, fitted, rows(100), valid))
+        weights = gradient[:7840].reshape(784, 10)
+        pooled = weights.mean(axis=1, keepdims=True) if stage == 2 else weights.mean()
+        pooled = np.broadcast_to(pooled, (784, 10)).ravel()
+        log_penalty = log_penalty - 10_000 * np.concatenate([pooled, np.zeros(10)])
+    return {"test_loss": np.stack(losses), "reg": np.stack(history, axis=1)}
+
+
+# ---- optimize_all_sign_steps
+
+
+def sign_steps(setting: Setting) -> Arrays:
+    """Learn penalties, initial scales, rates and momenta together, by steps of 0.05 either way."""
+    sizes, steps, everything = (784, 200, 10), 50, slice(None)
+    loss = classifier(sizes)
+    examples = [examples_of(setting.digits, slice(k, k + 1000)) for k in (0, 1000, 2000)]
+
+    def outer(hyper: Array, i: Array, normal: Array, rows: Array, splits: Sequence[Any]) -> Any:
+        log_penalty, log_scale, log_alpha, logit_beta = jnp.split(hyper, [4, 8, 8 + steps])
+        weights, structure = jax.tree.flatten(layers(normal, sizes))
+        trained = hg.train(
+            penalised(loss),
+            structure.unflatten([jnp.exp(s) * w for s, w in zip(log_scale, weights)]),
+            {"learning_rate": jnp.exp(log_alpha), "momentum": jax.nn.sigmoid(logit_beta)},
+            (splits[0], structure.unflatten(list(jnp.exp(log_penalty)))),
+            rows,
+            steps=steps,
+            optimizer=maclaurin_2015(),
+            watch=lambda snapshot: jax.lax.cond(
+                (snapshot.step == 45) | ((i == 0) & (snapshot.step % 5 == 0)),
+                lambda: loss(snapshot.params, splits[0], everything),
+                lambda: jnp.nan,
+            ),
+        )
+        train, valid, tests = (loss(trained.params, split, everything) for split in splits)
+        measured = {"train_loss": train, "valid_loss": valid, "tests_loss": tests, "hyper": hyper}
+        return valid, (measured, trained.watched[::5])
+
+    evaluate = jax.jit(jax.value_and_grad(outer, has_aux=True))
+    starts = [np.full(4, -6.0), np.full(4, -3.0), np.full(steps, -1.0), np.full(steps, logit(0.9))]
+    hyper, stored, curves = np.concatenate(starts), [], []
+    for i in tqdm(range(6 if setting.fast else 200), desc="sign steps", leave=False):
+        normal = np.random.RandomState(i).randn(count(sizes))
+        rows = np.stack([np.random.RandomState(1000 * i + j).randint(1000, size=5) for j in range(steps)])
+        (_, (measured, curve)), gradient = evaluate(hyper, i, normal, rows, examples)
+        stored.append(measured)
+        curves.append(curve)
+        hyper = hyper - 0.05 * np.sign(gradient)
+    arrays = {name: np.stack([x[name] for x in stored[::5]]) for name in stored[0]}
+    return arrays | {"learning_curve_0": curves[0], "learning_curve_final": np.stack(curves)[:, -1]}
+
+
 # ---- comparison
 
 
@@ -522,13 +653,13 @@ def rounding(theirs: np.ndarray) -> np.ndarray:
 
 
 def compare(name: str, ours: np.ndarray, theirs: np.ndarray, apart: bool = False) -> Comparison:
-    """Compare number by number; ours may be the first rows only.
+    """Compare number by number; ours may be the beginning only.
 
     With `apart`, every number is measured by itself and not by the largest of its array.
     """
     theirs = np.atleast_1d(np.asarray(theirs, np.float64))
     ours = np.atleast_1d(np.asarray(ours, np.float64))
-    theirs = theirs[: len(ours)]
+    theirs = theirs[tuple(map(slice, ours.shape))]
     difference = np.abs(ours - theirs)
     scale = np.abs(theirs) if apart else np.max(np.abs(theirs))
     beyond = np.maximum(difference - rounding(theirs), 0) / scale
@@ -753,6 +884,9 @@ EXPERIMENTS = {
     "init_distribution_1": Experiment(init_distribution, draw_init),
     "train_short_whetlab_init": Experiment(train_short, draw_short, (2, 2)),
     "distill_logistic_30_images": Experiment(distill, draw_short, (2, 2)),
+    "per_weight_L2_logistic": Experiment(per_weight, draw_short, (2, 2)),
+    "L2_granularity_logistic": Experiment(granularity, draw_short, (2, 2)),
+    "optimize_all_sign_steps": Experiment(sign_steps, draw_short, (2, 2)),
 }
 
 
