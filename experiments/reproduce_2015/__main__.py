@@ -5,7 +5,7 @@ through ``hg.train(..., adjoint=hg.Reversible())`` in float64, and every array t
 with theirs, number by number, to the six digits that their files carry.
 
     export HYPERGRAD_REFERENCE=...  HYPERGRAD_DATA=...   # their results; the folder that holds mnist/
-    python -m experiments.reproduce_2015                 # ten minutes on two cores
+    python -m experiments.reproduce_2015                 # five minutes on two cores
     python -m experiments.reproduce_2015 --fast          # a minute, writes nothing
 
 ===================================  ======================================================  =====

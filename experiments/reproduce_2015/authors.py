@@ -74,9 +74,8 @@ def maclaurin_2015() -> Optimizer:
 def train(
     loss: Any, start: Any, learning_rate: Any, momentum: Any, given: Any, rows: Any, **more: Any
 ) -> hg.Trained:
-    """`hypergrad.train` by the authors' rule, one step for each of the rows, played back in reverse."""
+    """`hypergrad.train` by the authors' rule, one step for each of the rows."""
     hypers = {"learning_rate": learning_rate, "momentum": momentum}
-    more = {"adjoint": hg.Reversible(), **more}
     return hg.train(loss, start, hypers, given, rows, steps=len(rows), optimizer=maclaurin_2015(), **more)
 
 

@@ -71,7 +71,7 @@ def compute(setting: Setting) -> Arrays:
 # The authors' product with β leaves old bits of their buffer, up to 65535 units of 2**-52, in velocities.
 # That does nothing for 12 meta-iterations; then the penalty jumps about, and the noise grows to what is
 # granted here: velocities disturbed by as much at the start move our losses by up to 1.1e-4, and the class
-# of up to four of the 10,000 test images.  By the 30th meta-iteration all have come together again.
+# of up to four of the 10,000 test images; from the 30th meta-iteration on, of one.
 REGIONS = ((0, 12, None, None), (12, 29, 1e-4, 4e-4), (29, 100, 1e-4, 1e-4))
 
 
@@ -98,7 +98,7 @@ def draw(ours: Arrays, theirs: Arrays) -> Any:
     shrunk = NOISE * (1 - META_STEP * 0.002) ** len(ours["test_err"])
     panels = (
         (images, ours["images"], "Learned images"),
-        (learned, ours["images"] - shrunk, "Without the noise they began as"),
+        (learned, ours["images"] - shrunk, "The same, without the noise of the start"),
     )
     for place, values, title in panels:
         digits = [str(digit) for digit in range(10)]

@@ -133,4 +133,6 @@ def draw_average(ours: Arrays, theirs: Arrays) -> Any:
             words = (f"{hyper[0].upper()}{hyper[1:]}, {what}", "step", f"d loss / d {hyper} (nats)")
             panel(place, dict(zip(LAYERS, values.T[group::2])), saved[:, group], words, every=3)
             place.ticklabel_format(axis="y", scilimits=(-3, 4))
+    for place in (axes[0, 0], *axes[1]):
+        place.get_legend().remove()  # one has room for it
     return figure
