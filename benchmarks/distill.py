@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = f" (must {must:.1%}, good {good:.1%}, stretch {stretch:.1%})" if must else ""
         say(
             f"accuracy {outcome['accuracy']:.2%} ± {outcome['std']:.2%} on random inits{wanted}; random "
-            f"real images {outcome['random_real']:.2%}; {meta_steps} meta-steps in {outcome['seconds']:.0f} s"
+            f"real images {outcome['random_real']:.2%}; {meta_steps} meta-steps, {outcome['seconds']:.0f} s"
         )
         rows.append({"data": name, "per_class": per_class, "adjoints": each, "learned": outcome})
     say(f"\nhypergradients agree: {'yes' if agreed else 'NO'}")
