@@ -394,6 +394,12 @@ def distill(
     call = f"distill(network, images, labels, {recipe}, per_class={per_class}, learn={tuple(learn)!r})"
     _refuse(call, images, labels, recipe, per_class, learn, start, bases, window, real_batch, held_out)
     classes = int(labels.max()) + 1
+    found = _logits(network, images[:1]).shape
+    if found != (1, classes):
+        raise ValueError(
+            f"{call}: for one image the network gives logits {found}, and the labels have {classes} classes;"
+            f" pass a network that gives (1, {classes})"
+        )
     count = per_class * classes
 
     mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
@@ -404,12 +410,12 @@ def distill(
     real = jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept])
     unseen = jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:])
 
-    hard = jnp.arange(count, dtype=jnp.int32) % classes
+    hard = np.arange(count, dtype=np.int32) % classes
     if start is None:
-        fixed = _chosen(start_key, *real, per_class, classes)
+        fixed = real[0][rows_like(hard, targets[:kept], start_key)]
     else:
         fixed = jnp.asarray((np.asarray(start, images.dtype) - mean) / std)
-    learned = _start(recipe, fixed, hard, classes, learn, bases, *real)
+    learned = _start(recipe, fixed, hard, learn, bases, *real)
     adjoint = Reversible() if adjoint is None else adjoint
     if window is not None and window < recipe.steps:
         adjoint = Truncated(window, adjoint)
@@ -420,7 +426,7 @@ def distill(
         if "coefficients" in learned:
             x = jnp.tensordot(learned["coefficients"], learned["bases"], 1)
         x = learned.get("images", x)
-        y = jax.nn.softmax(learned["labels"]) if "labels" in learned else hard
+        y = jax.nn.softmax(learned["labels"]) if "labels" in learned else jnp.asarray(hard)
         return x, y, _with(recipe, {name: learned[name] for name in NUMBERS if name in learned})
 
     def objective(learned: Mapping[str, Array], key: Array, length: Array | None = None) -> Array:
@@ -525,7 +531,9 @@ def _trained(
         }
         rows = rows[place]
     whole = rows.shape[1] == len(inputs)
-    meta = inputs, labels if jnp.ndim(labels) == 2 else _one_hot(labels, apply, init, inputs), recipe.l2
+    if jnp.ndim(labels) == 1:
+        labels = jax.nn.one_hot(labels, _logits(network, inputs).shape[1], dtype=inputs.dtype)
+    meta = inputs, labels, recipe.l2
     penalised = isinstance(recipe.l2, jax.core.Tracer) or recipe.l2 != 0
 
     def loss(params: PyTree, meta: tuple[Array, Array, Array], batch: tuple[Array, Array]) -> Array:
@@ -551,27 +559,33 @@ def _trained(
     ).params
 
 
-def _one_hot(labels: Array, apply: Any, init: Any, inputs: Array) -> Array:
-    """Integer labels as probabilities over as many classes as the network has."""
-    shape = jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), inputs)
-    return jax.nn.one_hot(labels, shape.shape[1], dtype=jnp.result_type(inputs, float))
+def _logits(network: Network, inputs: Any) -> jax.ShapeDtypeStruct:
+    """Shape of what a network gives for inputs."""
+    init, apply = network
+    return jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), inputs)
 
 
-def _chosen(key: Array, inputs: Array, targets: Array, per_class: int, classes: int) -> Array:
-    """Random real examples, ``per_class`` of each class; number ``i`` is of class ``i mod C``."""
-    shuffled = jax.random.permutation(key, len(targets))
-    place = np.asarray(jnp.argsort(targets[shuffled], stable=True))
-    counts = np.bincount(np.asarray(targets), minlength=classes)
-    firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    rows = np.stack([firsts + k % np.maximum(counts, 1) for k in range(per_class)]).ravel()
-    return inputs[shuffled[place[rows]]]
+def rows_like(wanted: np.ndarray, real: np.ndarray, key: Array) -> np.ndarray:
+    """Rows of random real examples with the wanted labels; none comes twice while there are enough.
+
+    Args:
+      wanted: ``(n,)`` integers.
+      real: ``(N,)`` integers, the labels of the real examples.
+      key: PRNG key.
+    """
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
+    rows = np.empty(len(wanted), int)
+    for c in np.unique(wanted):
+        mine = np.flatnonzero(real == c)
+        count = int(np.count_nonzero(wanted == c))
+        rows[wanted == c] = generator.choice(mine, count, replace=count > len(mine))
+    return rows
 
 
 def _start(
     recipe: Recipe,
     fixed: Array,
-    hard: Array,
-    classes: int,
+    hard: np.ndarray,
     learn: Sequence[str],
     bases: int | None,
     inputs: Array,
@@ -579,15 +593,16 @@ def _start(
 ) -> dict[str, Array]:
     """Where all that is learned begins."""
     learned: dict[str, Array] = {}
+    key, classes = jax.random.key(recipe.seed), int(hard.max()) + 1
     if "images" in learn and bases is None:
         learned["images"] = fixed
     elif "images" in learn:
         assert bases is not None
-        each = -(-bases // classes)
-        learned["bases"] = _chosen(jax.random.key(recipe.seed), inputs, targets, each, classes)[:bases]
-        alike = hard[:, None] == (jnp.arange(bases) % classes)[None]
-        noise = jax.random.normal(jax.random.key(recipe.seed), alike.shape, fixed.dtype)
-        learned["coefficients"] = alike / jnp.maximum(1, alike.sum(1, keepdims=True)) + 0.1 * noise
+        theirs = np.arange(bases) % classes
+        learned["bases"] = inputs[rows_like(theirs, np.asarray(targets), key)]
+        alike = hard[:, None] == theirs
+        noise = jax.random.normal(key, alike.shape, fixed.dtype)
+        learned["coefficients"] = alike / np.maximum(1, alike.sum(1, keepdims=True)) + 0.1 * noise
     if "labels" in learn:
         confident = jnp.log(0.9 * (classes - 1) / 0.1)  # the true class has nine tenths
         learned["labels"] = confident * jax.nn.one_hot(hard, classes, dtype=fixed.dtype)

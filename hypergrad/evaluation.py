@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad.distill import Distilled, Network, Recipe
+from hypergrad.distill import Distilled, Network, Recipe, rows_like
 
 FULL_BATCH = 256
 FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # those of SGD on all the data that are tried
@@ -198,7 +198,7 @@ def evaluate(
     test_inputs, test_labels = first.normalised(test[0]), jnp.asarray(test[1])
     keys = jax.random.split(key, seeds * len(sets))
 
-    rows = [_rows_like(labels, train[1], jax.random.fold_in(k, 1)) for k in keys]
+    rows = [rows_like(labels.argmax(1), np.asarray(train[1]), jax.random.fold_in(k, 1)) for k in keys]
     means = np.stack(
         [np.asarray(train[0])[np.asarray(train[1]) == c].mean(0) for c in range(labels.shape[1])]
     )
@@ -269,17 +269,6 @@ def _inits(recipe: Recipe) -> str:
 def _probabilities(labels: Any, real: Any) -> np.ndarray:
     labels = np.asarray(labels)
     return labels if labels.ndim == 2 else np.eye(int(np.max(real)) + 1, dtype=np.float32)[labels]
-
-
-def _rows_like(labels: np.ndarray, real: Any, key: Array) -> np.ndarray:
-    """For every label a random real example of its class."""
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    rows, wanted = np.empty(len(labels), int), labels.argmax(1)
-    for c in np.unique(wanted):
-        mine = np.flatnonzero(np.asarray(real) == c)
-        count = int(np.count_nonzero(wanted == c))
-        rows[wanted == c] = generator.choice(mine, count, replace=count > len(mine))
-    return rows
 
 
 def _refuse(

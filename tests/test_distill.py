@@ -295,6 +295,11 @@ def test_bad_settings_are_refused(settings, message):
         made(**settings)
 
 
+def test_a_network_with_other_classes_is_refused():
+    with pytest.raises(ValueError, match=r"gives logits \(1, 4\), and the labels have 3 classes"):
+        made(network=nets.mlp((16, 4)))
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
