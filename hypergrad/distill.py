@@ -397,8 +397,8 @@ def distill(
     found = _logits(network, images[:1]).shape
     if found != (1, classes):
         raise ValueError(
-            f"{call}: for one image the network gives logits {found}, and the labels have {classes} classes;"
-            f" pass a network that gives (1, {classes})"
+            f"{call}: for one image the network gives logits {found}, and the labels have {classes} "
+            f"classes; pass a network that gives (1, {classes})"
         )
     count = per_class * classes
 
