@@ -13,3 +13,13 @@ def x64() -> Iterator[None]:
     """Run the test in 64-bit mode, and leave the mode as it was."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Compile with little effort what is lowered and compiled by hand, as `meta.optimize` does."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    with pytest.MonkeyPatch.context() as patch:
+        thorough = jax.stages.Lowered.compile
+        patch.setattr(jax.stages.Lowered, "compile", lambda self: thorough(self, options))
+        yield
