@@ -178,9 +178,8 @@ def evaluate(
     >>> train = digits.train_images, digits.train_labels
     >>> logistic = hg.nets.mlp((64, 10))
     >>> made = hg.distill(logistic, *train, hg.Recipe(steps=5), meta_steps=100, progress=False)
-    >>> table = evaluate(
-    ...     made, {"logistic": logistic}, train, (digits.test_images, digits.test_labels), seeds=3
-    ... )
+    >>> test = digits.test_images, digits.test_labels
+    >>> table = evaluate(made, {"logistic": logistic}, train, test, seeds=3, recipes={}, full_seeds=0)
     >>> table.score("distilled", "own").mean > table.score("random real", "own").mean
     True
     """
