@@ -76,7 +76,9 @@ LINEAR: dict[str, Any] = {
 }
 GATES = {
     "logistic regression, 10 images": Gate(replace(MNIST, **LINEAR), 0.923, std=0.0015),
-    "the same, Fashion-MNIST": Gate(replace(MNIST, data="fashion-mnist", **LINEAR), 0.84),
+    "logistic regression, Fashion-MNIST, 10 images": Gate(
+        replace(MNIST, data="fashion-mnist", **LINEAR), 0.84
+    ),
     "MLP, fixed init, 10 images": Gate(replace(MNIST, inits=1, meta_steps=2000), 0.94),
     "MLP, random inits, 10 images": Gate(
         replace(MNIST, meta_steps=2000), 0.85, above_random=0.35, stretch=0.90
