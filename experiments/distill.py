@@ -155,15 +155,17 @@ def evaluate(
 
 
 def main(
-    config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
+    config: Config,
+    directory: str | None = None,
+    checkpoint: str | None = None,
+    output: str | None = None,
+    full: bool = True,
 ) -> dict[str, Any]:
     """Distill, evaluate and print; where there is an output, write figure, record and the set itself."""
     loaded = load(config.data, directory)
     distilled = learn(config, loaded, checkpoint)
-    models = ["logistic", "mlp"]
-    if config.model not in models:
-        models = [config.model, *models]
-    table = evaluate(config, loaded, distilled, models)
+    models = list(dict.fromkeys([config.model, "logistic", "mlp"])) if full else [config.model]
+    table = evaluate(config, loaded, distilled, models, full)
     print(f"{config.data}: {len(distilled.images)} images, learned with the model {config.model}")
     print(table)
     if output is not None:
@@ -265,22 +267,24 @@ def gates(directory: str | None = None, output: str | None = None, fast: bool = 
 
 
 def draw(path: Path, loaded: data.Dataset, distilled: hg.Distilled, record: Mapping[str, Any]) -> None:
-    """The learned images, what the network sees of them, and how they were learned."""
-    made, axes = plots.figure(2, 2)
+    """The learned images as the network sees them, and how they were learned."""
+    made, axes = plots.figure(2, 3, width=3.6, height=2.6)
+    for place in axes[0]:
+        place.remove()
+    top = made.add_subplot(axes[0, 0].get_gridspec()[0, :])
     names = [str(c) for c in range(loaded.classes)]
-    some = distilled.images[: 4 * loaded.classes]
-    normalised = np.asarray(distilled.inputs)[: len(some)]
-    plots.images(axes[0, 0], normalised, columns=loaded.classes, names=names, label="pixel - mean")
-    axes[0, 0].set(title="Learned images, one class a column")
-    plots.lines(axes[0, 1], {"learned": distilled.recipe.rates()})
-    axes[0, 1].set(title="Learned rates of the inner training", xlabel="step", ylabel="learning rate")
-    plots.lines(axes[1, 0], {"loss on real images": distilled.history["loss"]})
+    some = np.asarray(distilled.inputs)[: 2 * loaded.classes]
+    plots.images(top, some, columns=loaded.classes, names=names, label="pixel - mean")
+    top.set(title="Learned images, one class a column", xlabel="label")
+    plots.lines(axes[1, 0], {"loss on real images": distilled.history["loss"]}, linewidth=0.7)
     axes[1, 0].set(title="Learning the images", xlabel="meta-step", ylabel="loss after training, nats")
     axes[1, 0].set_yscale("log")
     where, errors = np.asarray(distilled.history["validation_error"]).T
     axes[1, 1].plot(where, 100 * errors, "k.-")
     axes[1, 1].set(title="Choosing among them", xlabel="meta-step", ylabel="error on held-out images, %")
     axes[1, 1].grid(alpha=0.25)
+    plots.lines(axes[1, 2], {"learned with the images": distilled.recipe.rates()})
+    axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learning rate")
     plots.save(made, path, record)
 
 
@@ -340,7 +344,7 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     if given.fast:
         config = replace(config, meta_steps=5, seeds=2)
-    return main(config, given.data_dir, given.checkpoint, output)
+    return main(config, given.data_dir, given.checkpoint, output, full=not given.fast)
 
 
 if __name__ == "__main__":
