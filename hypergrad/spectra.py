@@ -100,9 +100,10 @@ def trace(
 ) -> Trace:
     """The trace of a matrix from products with random signs, ``tr A ≈ 1/m Σ_s g_sᵀ A g_s``.
 
-    With a rank, the trace on the range of ``A S``, ``S`` being so many random vectors, is computed exactly
-    and only the rest is estimated: ``tr QᵀAQ + tr (I - QQᵀ) A (I - QQᵀ)`` (Hutch++).  That pays where few
-    eigenvalues are large, as in networks.  All in all it takes ``samples + 2 rank`` products.
+    With a rank, the products with so many random vectors span a space, with the basis ``Q``, on which the
+    trace is computed exactly; only the rest is estimated: ``tr Q A Qᵀ + tr (I - QᵀQ) A (I - QᵀQ)``
+    (Hutch++).  That pays where few eigenvalues are large, as in networks.  All in all it takes ``samples +
+    2 rank`` products.
 
     Args:
       matvec: a linear function from trees like `like` to such trees.
@@ -305,7 +306,7 @@ def density(found: Spectrum, points: Array, width: float | Array) -> Array:
       ``ρ``, ``(p,)``, the mean over the starts; its integral over all ``t`` is 1.
 
     Raises:
-      ValueError: for points that are not ``(p,)``.
+      ValueError: for points that are not ``(p,)``, and a width that is not above 0.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -316,6 +317,8 @@ def density(found: Spectrum, points: Array, width: float | Array) -> Array:
     points = jnp.asarray(points)
     if points.ndim != 1:
         raise ValueError(f"density(found, points, width): points must be (p,), not {list(points.shape)}")
+    if not isinstance(width, jax.core.Tracer) and not np.all(np.asarray(width) > 0):
+        raise ValueError(f"density(found, points, width={width}): width must be above 0")
     from_value = points[:, None, None] - found.values[None]
     bells = jnp.exp(-0.5 * (from_value / width) ** 2) / (math.sqrt(2 * math.pi) * width)
     return jnp.mean(jnp.sum(found.weights[None] * bells, axis=2), axis=1)

@@ -9,8 +9,10 @@ from benchmarks import curvature as bench
 
 @pytest.fixture(scope="module", autouse=True)
 def as_users_run_it():
+    precision = jax.config.jax_default_matmul_precision
     with jax.numpy_rank_promotion("allow"):
         yield
+    jax.config.update("jax_default_matmul_precision", precision)  # which `main` sets
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,7 @@ def test_networks_grow_until_they_do_not_fit(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(bench, "measure", measure)
     arguments = ["--networks", "mlp", "--budget-gib", str(300 / bench.GIB), "--output", str(tmp_path)]
-    with jax.default_matmul_precision(None):
-        assert bench.main(arguments) == 0
+    assert bench.main(arguments) == 0
     assert widths == [64, 128, 256, 512]
     assert "products agree: yes" in capsys.readouterr().out
     (path,) = tmp_path.glob("curvature-*.json")

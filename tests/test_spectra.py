@@ -242,6 +242,10 @@ REFUSED = {
         lambda key: curvature.density(curvature.Spectrum(V[None], V[None]), V[None], 1.0),
         r"density\(found, points, width\): points must be \(p,\), not \[1, 3\]",
     ),
+    "width": (
+        lambda key: curvature.density(curvature.Spectrum(V[None], V[None]), V, 0.0),
+        r"density\(found, points, width=0.0\): width must be above 0",
+    ),
 }
 
 
