@@ -159,10 +159,11 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
         if optimizer.transform is not None:
             gradients = list(optimizer.transform(hypers, gradients))
         variables = {name: jax.tree.leaves(tree) for name, tree in state.variables.items()}
-        moved = []
-        for i, (h, leaf, g) in enumerate(zip(hypers, leaves, gradients)):
-            start = {PARAMS: leaf} | {name: x[i] for name, x in variables.items()}
-            moved.append(program.step(optimizer.moves(h, state.step), start, g))
+        start = [
+            {PARAMS: leaf} | {name: x[i] for name, x in variables.items()} for i, leaf in enumerate(leaves)
+        ]
+        moves = [optimizer.moves(h, state.step) for h in hypers]
+        moved = program.step(moves, start, [{"gradient": g} for g in gradients])
         updates = structure.unflatten([new[PARAMS] - old for new, old in zip(moved, leaves)])
         kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
         return updates, ProgramState(optax.safe_increment(state.step), kept)
