@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, curvature, data, files, meta, nets, problems, schedules
+from hypergrad import constraints, curvature, data, files, layers, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.optimizers import (
@@ -16,6 +16,7 @@ from hypergrad.optimizers import (
     clip_by_global_norm,
     from_optax,
     heavy_ball,
+    kfac,
     lamb,
     lars,
     momentum,
@@ -68,8 +69,10 @@ __all__ = [
     "files",
     "from_optax",
     "heavy_ball",
+    "kfac",
     "lamb",
     "lars",
+    "layers",
     "meta",
     "momentum",
     "nadam",

@@ -95,7 +95,7 @@ def mlp(
         hidden = jnp.asarray(inputs).reshape(inputs.shape[0], widths[0])
         seen = [hidden]
         for k, (weights, biases) in enumerate(params):
-            hidden = _probed(seen[-1] @ weights + biases[None], probes, k)
+            hidden = _probed(seen[-1] @ weights + biases[None], None if probes is None else probes[k])
             seen.append(activation(hidden))
         return hidden if probes is None else (hidden, tuple(seen[: len(params)]))
 
@@ -176,11 +176,11 @@ def convnet(
         hidden = jnp.asarray(inputs).reshape(inputs.shape[0], *shape)
         seen = []
         for k, (weights, scale, offset) in enumerate(params[:-1]):
-            probe = Conv(0.0, 0.0, 0.0) if probes is None else probes[k]
             patches = _patches(hidden)
-            normal = _normalise(_convolve(patches, weights) + probe.weights)
+            of_weights, of_scale, of_offset = (None, None, None) if probes is None else probes[k]
+            normal = _normalise(_probed(_convolve(patches, weights), of_weights))
             hidden = normal * scale[None, None, None] + offset[None, None, None]
-            hidden = _pool(jax.nn.relu(hidden + (probe.scale + probe.offset)))
+            hidden = _pool(jax.nn.relu(_probed(_probed(hidden, of_scale), of_offset)))
             seen.append(Conv(patches, normal, jnp.ones_like(normal)))
         if probes is None:
             return head_apply(params[-1:], hidden)
@@ -190,9 +190,9 @@ def convnet(
     return init, apply
 
 
-def _probed(computed: jax.Array, probes: Sequence[Any] | None, k: int) -> jax.Array:
-    """With the probe of layer k added, if there are probes."""
-    return computed if probes is None else computed + probes[k]
+def _probed(computed: jax.Array, probe: jax.Array | None) -> jax.Array:
+    """With the probe added, if there is one."""
+    return computed if probe is None else computed + probe
 
 
 def _patches(images: jax.Array) -> jax.Array:

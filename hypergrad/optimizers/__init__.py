@@ -11,6 +11,7 @@ from hypergrad.optimizers.adaptive import (
 )
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
+from hypergrad.optimizers.kfac import kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.shampoo import shampoo
@@ -28,6 +29,7 @@ __all__ = [
     "clip_by_global_norm",
     "from_optax",
     "heavy_ball",
+    "kfac",
     "lamb",
     "lars",
     "momentum",
