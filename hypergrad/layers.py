@@ -160,9 +160,7 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
       ValueError: where what the network returns does not fit its parameters.
     """
     layers, structure = _layers(params)
-    # What will be the shapes of the probes is not known before the inputs are; numbers fit everywhere.
-    numbers = structure.unflatten([jnp.zeros((), jax.tree.leaves(x)[0].dtype) for x in layers])
-    returned = jax.eval_shape(network, params, meta, batch, numbers)
+    returned = jax.eval_shape(network, params, meta, batch, no_probes(params))
     outputs, inputs = _checked(call, returned, structure)
     probes = []
     for path, x, layer in zip(_paths(params), inputs, layers):
@@ -189,6 +187,12 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
         return [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in found]
 
     return Tapped(z, inputs, slopes)
+
+
+def no_probes(params: PyTree) -> PyTree:
+    """Zeros in the place of probes; numbers, which fit where the shapes of the probes are not known."""
+    layers, structure = _layers(params)
+    return structure.unflatten([jnp.zeros((), jax.tree.leaves(x)[0].dtype) for x in layers])
 
 
 def _checked(call: str, returned: Any, structure: Any) -> tuple[Any, list[Any]]:

@@ -188,6 +188,22 @@ class Optimizer:
         return self.radix if variable == PARAMS else self.variables[variable].radix
 
 
+class Here(NamedTuple):
+    """What an optimizer of all parameters at once may evaluate anew in a step.
+
+    Attributes:
+      loss: from parameters to the inner loss, on the batch of the step.
+      value: the loss at the parameters before the step.
+      meta: as the loss has it.
+      batch: as the loss has it.
+    """
+
+    loss: Callable[[PyTree], Array]
+    value: Array
+    meta: PyTree
+    batch: PyTree
+
+
 @dataclass(frozen=True)
 class Whole:
     """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
@@ -195,14 +211,15 @@ class Whole:
     Attributes:
       name: as the user would call it.
       init: from the parameters to the optimizer's state, any pytree.
-      update: ``(h, gradient, state, params) -> (params, state)``, with ``h`` a dictionary of scalars.
+      update: ``(h, gradient, state, params, here) -> (params, state)``, with ``h`` a dictionary of scalars
+        and a `Here`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
-    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reversible: bool = field(default=False, init=False)

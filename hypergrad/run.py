@@ -28,7 +28,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Leaf, Optimizer, Seen, Whole
+from hypergrad.program import PARAMS, Here, Leaf, Optimizer, Seen, Whole
 
 PyTree = Any
 
@@ -171,6 +171,7 @@ class Run:
       steps: ``T``.
       captured: how many of ``constants.loss`` are closed over, first by the loss; the others are ``meta``.
       x64: whether the user's code runs in JAX's 64-bit mode.
+      arguments: tree structure of ``(meta, batch)``, for an optimizer of all parameters at once.
       observe: what else the optimizer evaluates, hoisted, or None; of the same arguments as the loss.
     """
 
@@ -183,6 +184,7 @@ class Run:
     steps: int
     captured: int
     x64: bool
+    arguments: Any = None
     observe: Hoisted | None = None
 
     def moves(
@@ -288,7 +290,7 @@ class Run:
         evaluate = self.gradient if gradient_of is None else gradient_of
         loss, seen = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
         if isinstance(self.optimizer, Whole):
-            new = self._whole(leaves, seen, constants, inputs)
+            new = self._whole(leaves, loss, gradients(seen), constants, inputs)
         else:
             new = self.stepped(leaves, seen, constants.hypers, inputs.hypers, inputs.step)
         snapshot = self.snapshot(leaves, loss, seen, inputs.step)
@@ -308,14 +310,24 @@ class Run:
         )
 
     def _whole(
-        self, leaves: Sequence[Leaf], seen: Sequence[Seen], constants: Constants, inputs: Inputs
+        self,
+        leaves: Sequence[Leaf],
+        loss: Array,
+        gradient: list[Array],
+        constants: Constants,
+        inputs: Inputs,
     ) -> list[Leaf]:
         assert isinstance(self.optimizer, Whole)
-        unflatten = self.structure.unflatten
+        unflatten, arguments = self.structure.unflatten, self.arguments
         params, state = unflatten(self.params_of(leaves)), self.state_of(leaves)["state"]
         hypers = {**constants.hypers[0], **inputs.hypers[0]}
+        here = Here(
+            lambda params: self.loss_at(jax.tree.leaves(params), constants.loss, inputs.batch),
+            loss,
+            *arguments.unflatten([*constants.loss[self.captured :], *inputs.batch]),
+        )
         with jax.enable_x64(self.x64):
-            new, state = self.optimizer.update(hypers, unflatten(gradients(seen)), state, params)
+            new, state = self.optimizer.update(hypers, unflatten(gradient), state, params, here)
         moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
         return jax.tree.map(lambda x, old: x.astype(old.dtype), [*moved, kept(state)], list(leaves))
 

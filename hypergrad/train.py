@@ -141,6 +141,7 @@ def train(
         steps=steps,
         captured=len(captured),
         x64=jnp.result_type(float) == jnp.float64,
+        arguments=jax.tree.structure(shapes[1:]),
         observe=observe,
     )
     watch_consts: list[Array] = []

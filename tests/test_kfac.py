@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import assert_agrees_with_finite_differences, quick_jit, relative_error, unrounded
 
 import hypergrad as hg
 from hypergrad import curvature, layers, nets
-from hypergrad.optimizers.kfac import damped, precondition
+from hypergrad.optimizers.kfac import damped, inverses, precondition
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -140,7 +141,7 @@ def test_preconditioning_is_a_dense_solve() -> None:
     pi = 2 * np.sqrt((np.trace(A) / 4) / (np.trace(G) / 3))
     dense = np.kron(A + pi * 0.1 * np.eye(4), G + 0.1 / pi * np.eye(3))
     expected = np.linalg.solve(dense, np.ravel(gradient)).reshape(4, 3)
-    found = precondition(*damped(A, G, jnp.array(0.01), jnp.array(2.0)), gradient)
+    found = precondition(*inverses(*damped(A, G, jnp.array(0.01), jnp.array(2.0))), gradient)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     dead = damped(jnp.zeros((4, 4)), G, jnp.array(0.01), jnp.array(2.0))
     np.testing.assert_allclose(dead[0], 0.2 * np.eye(4))
@@ -203,3 +204,121 @@ def test_hypergradients() -> None:
     assert max(errors.values()) < 1e-9, errors
     value = quick_jit(lambda e: objective(e, hg.Stored(), unrounded))
     assert_agrees_with_finite_differences(value, everything, expected)
+
+
+# ---- the adaptive one
+
+
+@pytest.mark.usefixtures("x64")
+def test_adaptive_is_newtons_method_for_least_squares() -> None:
+    """The block of a linear layer is the Hessian of the squared error: one step gets to the minimum."""
+    x, y = normal(9, 3), normal(9, 2, seed=1)
+
+    def loss(w: Any, meta: Any, step: Any) -> Any:
+        return jnp.mean(jnp.sum((x @ w["w"] + w["b"][None] - y) ** 2, axis=1)) / 2
+
+    def network(w: Any, meta: Any, step: Any, probe: Any) -> Any:
+        return x @ w["w"] + w["b"][None] + probe, x
+
+    optimizer = hg.adaptive_kfac(network, curvature.normal(), fisher=layers.exact())
+    start = {"w": normal(3, 2, seed=2), "b": normal(2, seed=3)}
+    options = {"optimizer": optimizer, "adjoint": hg.Stored(), "steps": 3}
+    trained = hg.train(loss, start, {"damping": 1e-12, "min_damping": 0.0}, **options)
+    ones = np.concatenate([x, np.ones((9, 1))], axis=1)
+    best = np.linalg.lstsq(ones, y, rcond=None)[0]
+    np.testing.assert_allclose(trained.params["w"], best[:3], rtol=1e-5)
+    np.testing.assert_allclose(trained.losses[1:], loss({"w": best[:3], "b": best[3]}, None, 0), rtol=1e-9)
+    with pytest.raises(hg.ReversalError, match=r"adaptive_kfac\(refresh=5, adapt=5\) is no program"):
+        hg.train(loss, start, {}, **{**options, "adjoint": hg.Reversible()})
+
+
+@pytest.mark.usefixtures("x64")
+def test_adaptive_hypergradients() -> None:
+    """Against finite differences, through the quadratic model, the damping rule and the periods."""
+    init, apply = nets.mlp((3, 2))
+    everything = {
+        "params": init(jax.random.key(0), 0.5),
+        "x": normal(12, 3),
+        "hypers": {
+            "damping": jnp.linspace(0.1, 0.2, STEPS),
+            "omega": jnp.array(0.9),
+            "l2": jnp.array(0.01),
+            "gamma": jnp.array(0.7),
+            "decay": jnp.array(0.9),
+            "pi": jnp.array(1.3),
+        },
+    }
+
+    def objective(everything: Any) -> Any:
+        def optimizer(network: Any) -> Any:
+            return hg.adaptive_kfac(network, curvature.categorical(), refresh=4, adapt=2)
+
+        trained = run(optimizer, adjoint=hg.Stored(), apply=apply, **everything)
+        return jnp.sum(trained.params[0].weights ** 2) + trained.state["state"].scale
+
+    gradient = quick_jit(jax.grad(objective))(everything)
+    assert all(bool(jnp.all(x != 0)) for x in jax.tree.leaves(gradient["hypers"]))
+    assert_agrees_with_finite_differences(quick_jit(objective), everything, gradient)
+
+
+# ---- in optax
+
+
+def test_is_an_optax_transformation() -> None:
+    """Under the user's own `jit`, the same as `train`."""
+    init, apply = nets.mlp((3, 2))
+    x, y = normal(6, 3).astype(jnp.float32), normal(6, 2, seed=1).astype(jnp.float32)
+
+    def loss(w: Any, meta: Any, rows: Any) -> Any:
+        return jnp.mean(jnp.sum((apply(w, x[rows]) - y[rows]) ** 2, axis=1)) / 2
+
+    def network(w: Any, meta: Any, rows: Any, probes: Any) -> Any:
+        return apply(w, x[rows], probes)
+
+    rows = jnp.array([[0, 1, 2, 3], [2, 3, 4, 5], [0, 2, 4, 5]])
+    for optimizer, hypers in (
+        (hg.kfac(network, curvature.normal()), {"learning_rate": jnp.array([0.1, 0.2, 0.3])}),
+        (hg.adaptive_kfac(network, curvature.normal()), {"damping": 1.0}),
+    ):
+        start = init(jax.random.key(0))
+        options = {"steps": 3, "optimizer": optimizer, "adjoint": hg.Stored()}
+        expected = hg.train(loss, start, hypers, None, rows, **options).params
+        transformation = hg.as_optax(optimizer, hypers)
+
+        @quick_jit
+        def step(w: Any, state: Any, rows: Any, transformation: Any = transformation) -> Any:
+            value_fn = lambda w: loss(w, None, rows)  # noqa: E731
+            given = {"batch": rows, "value_fn": value_fn}
+            updates, state = transformation.update(jax.grad(value_fn)(w), state, w, **given)
+            return optax.apply_updates(w, updates), state
+
+        w, state = start, transformation.init(start)
+        for each in rows:
+            w, state = step(w, state, each)
+        assert max(relative_error(w, expected).values()) < 1e-4
+    with pytest.raises(ValueError, match=r"as_optax\(adaptive_kfac\(.*value_fn=loss"):
+        transformation.update(w, state, w, batch=rows[0])
+
+
+# ---- what is refused
+
+
+def test_messages() -> None:
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+
+    def train(network: Any, **hypers: Any) -> Any:
+        optimizer = hg.kfac(network, curvature.normal())
+        loss = lambda w, meta, step: jnp.sum(w["w"] ** 2)  # noqa: E731
+        return hg.train(loss, params, {"learning_rate": 0.1, **hypers}, steps=2, optimizer=optimizer)
+
+    z = jnp.ones((5, 2))
+    with pytest.raises(ValueError, match=r"kfac\(\): .* must return outputs and the inputs"):
+        train(lambda w, meta, step, probe: z + probe)
+    with pytest.raises(ValueError, match=r"kfac\(\): .* as a tree like the layers .* returned .*'w'"):
+        train(lambda w, meta, step, probe: (z + probe, {"w": jnp.ones((5, 3))}))
+    with pytest.raises(ValueError, match=r"layer params, of shape \[3, 2\], .* \[5, ..., 3\], .* \[5, 4\]"):
+        train(lambda w, meta, step, probe: (z + probe, jnp.ones((5, 4))))
+    with pytest.raises(ValueError, match=r"damping has shape \[4, 2\] within a layer"):
+        train(lambda w, meta, step, probe: (z + probe, jnp.ones((5, 3))), damping=jnp.ones((2, 4, 2)))
+    with pytest.raises(ValueError, match=r"adaptive_kfac\(refresh=0, adapt=5\): periods"):
+        hg.adaptive_kfac(lambda *_: None, curvature.normal(), refresh=0)

@@ -11,7 +11,7 @@ from hypergrad.optimizers.adaptive import (
 )
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
-from hypergrad.optimizers.kfac import kfac
+from hypergrad.optimizers.kfac import adaptive_kfac, kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.shampoo import shampoo
@@ -23,6 +23,7 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adaptive_kfac",
     "amsgrad",
     "as_optax",
     "clip",
