@@ -484,7 +484,9 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
     results = program.isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
-    smallest = min(range(len(results)), key=lambda k: (results[k].dtype.kind != "f", results[k].size))
+    # An array of no elements, such as the factor of a gain, would keep nothing alive.
+    sizes = [(x.dtype.kind != "f", x.size == 0, x.size) for x in results]
+    smallest = sizes.index(min(sizes))
     results[smallest] = keep_alive(live, results, results[smallest])
     outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
     return jax.tree.unflatten(structure, outputs)
