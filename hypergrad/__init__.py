@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, curvature, data, files, meta, nets, problems, schedules
+from hypergrad import constraints, curvature, data, files, layers, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
@@ -13,12 +13,14 @@ from hypergrad.optimizers import (
     adam,
     adamax,
     adamw,
+    adaptive_kfac,
     amsgrad,
     as_optax,
     clip,
     clip_by_global_norm,
     from_optax,
     heavy_ball,
+    kfac,
     lamb,
     lars,
     momentum,
@@ -65,6 +67,7 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adaptive_kfac",
     "amsgrad",
     "as_optax",
     "check_hypergradient",
@@ -78,8 +81,10 @@ __all__ = [
     "files",
     "from_optax",
     "heavy_ball",
+    "kfac",
     "lamb",
     "lars",
+    "layers",
     "load_distilled",
     "meta",
     "momentum",

@@ -1,4 +1,8 @@
-"""Fully connected and convolutional nets as pure functions, and the two losses that go with them."""
+"""Fully connected and convolutional nets as pure functions, and the two losses that go with them.
+
+Given a third argument, ``apply(params, inputs, probes)`` is a network as `hypergrad.layers` wants them: it
+adds the probes to what its layers compute, and returns what goes into the layers beside its outputs.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +39,7 @@ class Conv(NamedTuple):
 
 def mlp(
     sizes: Sequence[int], activation: Callable[[jax.Array], jax.Array] = jnp.tanh
-) -> tuple[Callable[..., tuple[Dense, ...]], Callable[..., jax.Array]]:
+) -> tuple[Callable[..., tuple[Dense, ...]], Callable[..., Any]]:
     """A multilayer perceptron, as a pair of pure functions (init, apply).
 
     h_0 = inputs,  h_l = activation(h_{l-1} W_l + b_l),  logits = h_{L-1} W_L + b_L
@@ -50,6 +54,8 @@ def mlp(
             may be traced, weights and biases are normal * scale.
         `apply(params, inputs)` gives logits (n, sizes[-1]) for inputs (n, ...) whose axes after
             the first multiply to sizes[0]; it raises ValueError where they do not.
+            `apply(params, inputs, probes)` adds the L probes to h_{l-1} W_l + b_l, and gives the
+            logits and a tuple of all h_{l-1}.
     Raises ValueError where sizes holds fewer than two widths or one that is not a positive
     integer.
 
@@ -77,7 +83,9 @@ def mlp(
         keys = jax.random.split(key, len(widths) - 1)
         return tuple(layer(*args) for args in zip(keys, widths[:-1], widths[1:]))
 
-    def apply(params: tuple[Dense, ...], inputs: jax.Array | np.ndarray) -> jax.Array:
+    def apply(
+        params: tuple[Dense, ...], inputs: jax.Array | np.ndarray, probes: Sequence[Any] | None = None
+    ) -> Any:
         if inputs.ndim == 0 or math.prod(inputs.shape[1:]) != widths[0]:
             raise ValueError(
                 f"apply(params, inputs) with inputs of shape {inputs.shape}: mlp(sizes={widths}) "
@@ -85,16 +93,18 @@ def mlp(
                 "with more axes after the first; inputs[None] makes a batch of one example."
             )
         hidden = jnp.asarray(inputs).reshape(inputs.shape[0], widths[0])
-        for weights, biases in params[:-1]:
-            hidden = activation(hidden @ weights + biases[None])
-        return hidden @ params[-1].weights + params[-1].biases[None]
+        seen = [hidden]
+        for k, (weights, biases) in enumerate(params):
+            hidden = _probed(seen[-1] @ weights + biases[None], None if probes is None else probes[k])
+            seen.append(activation(hidden))
+        return hidden if probes is None else (hidden, tuple(seen[: len(params)]))
 
     return init, apply
 
 
 def convnet(
     shape: tuple[int, int, int], classes: int, *, width: int = 128, depth: int = 3
-) -> tuple[Callable[..., tuple[Conv | Dense, ...]], Callable[..., jax.Array]]:
+) -> tuple[Callable[..., tuple[Conv | Dense, ...]], Callable[..., Any]]:
     """The ConvNet-D of dataset distillation, as a pair of pure functions (init, apply).
 
     h <- pool(relu(a (W * h - μ) / sqrt(σ² + ε) + b)),  D times;  logits = h W + b
@@ -114,7 +124,10 @@ def convnet(
             biases zero.
         `apply(params, inputs)` gives logits (n, classes) for inputs (n, height, width, channels),
             (n, height * width * channels) or, with one channel, (n, height, width); it raises
-            ValueError for others.
+            ValueError for others. `apply(params, inputs, probes)` with probes like the layers of
+            the parameters, a tuple of D Conv and one more, adds them to W * h (`weights`) and to
+            what scale and offset give, and gives the logits and a tuple like the probes of what
+            goes in: the 3x3 patches of h, what is multiplied by the scale, and ones.
     Raises ValueError where a size is not a positive integer or the depth is too great.
 
     >>> init, apply = convnet((8, 8, 1), 10, width=4, depth=2)
@@ -151,7 +164,9 @@ def convnet(
         widths = (channels, *[width] * (depth - 1))
         return *map(block, keys, widths), *head_init(head)
 
-    def apply(params: tuple[Any, ...], inputs: jax.Array | np.ndarray) -> jax.Array:
+    def apply(
+        params: tuple[Any, ...], inputs: jax.Array | np.ndarray, probes: Sequence[Any] | None = None
+    ) -> Any:
         fitting = [tuple(shape), (math.prod(shape),), tuple(shape[:2])][: 3 if channels == 1 else 2]
         if inputs.shape[1:] not in fitting:
             raise ValueError(
@@ -159,23 +174,40 @@ def convnet(
                 f"shape {' or '.join(map(str, fitting))}. inputs[None] makes a batch of one image."
             )
         hidden = jnp.asarray(inputs).reshape(inputs.shape[0], *shape)
-        for weights, scale, offset in params[:-1]:
-            hidden = _normalise(_convolve(hidden, weights))
-            hidden = jax.nn.relu(hidden * scale[None, None, None] + offset[None, None, None])
-            hidden = _pool(hidden)
-        return head_apply(params[-1:], hidden)
+        seen = []
+        for k, (weights, scale, offset) in enumerate(params[:-1]):
+            patches = _patches(hidden)
+            of_weights, of_scale, of_offset = (None, None, None) if probes is None else probes[k]
+            normal = _normalise(_probed(_convolve(patches, weights), of_weights))
+            hidden = normal * scale[None, None, None] + offset[None, None, None]
+            hidden = _pool(jax.nn.relu(_probed(_probed(hidden, of_scale), of_offset)))
+            seen.append(Conv(patches, normal, jnp.ones_like(normal)))
+        if probes is None:
+            return head_apply(params[-1:], hidden)
+        logits, last = head_apply(params[-1:], hidden, probes[-1:])
+        return logits, (*seen, *last)
 
     return init, apply
 
 
-def _convolve(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """3x3 convolution with zero padding, (n, h, w, n_in) and (3, 3, n_in, n_out) -> (n, h, w, n_out)."""
-    # One matrix product with the nine shifted images side by side. XLA has fast convolutions for CPUs,
-    # but does not use them inside a loop, where training runs: there this is 5 to 10 times faster.
+def _probed(computed: jax.Array, probe: jax.Array | None) -> jax.Array:
+    """With the probe added, if there is one."""
+    return computed if probe is None else computed + probe
+
+
+def _patches(images: jax.Array) -> jax.Array:
+    """The 3x3 neighbourhoods with zero padding, (n, h, w, n_in) -> (n, h, w, 9 n_in), channels last."""
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return jnp.tensordot(jnp.concatenate(shifted, axis=3), weights.reshape(-1, weights.shape[3]), axes=1)
+    return jnp.concatenate(shifted, axis=3)
+
+
+def _convolve(patches: jax.Array, weights: jax.Array) -> jax.Array:
+    """Convolution from the patches, (n, h, w, 9 n_in) and (3, 3, n_in, n_out) -> (n, h, w, n_out)."""
+    # One matrix product with the nine shifted images side by side. XLA has fast convolutions for CPUs,
+    # but does not use them inside a loop, where training runs: there this is 5 to 10 times faster.
+    return jnp.tensordot(patches, weights.reshape(-1, weights.shape[3]), axes=1)
 
 
 def _normalise(images: jax.Array) -> jax.Array:

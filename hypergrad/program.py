@@ -1,6 +1,7 @@
 """An optimizer is a short program of moves; everything else is derived from it.
 
-One step of training evaluates the gradient at the parameters and then makes the moves in order.
+One step of training evaluates the gradient at the parameters, and what else the optimizer observes there,
+and then makes the moves in order.
 
 =====================================  ==========================================  ====================
 move                                   meaning                                     undone by
@@ -8,12 +9,14 @@ move                                   meaning                                  
 ``Scale(x, factor)``                   ``x <- factor x``, factor in (0, 1]         `exact.unscale`
 ``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
 ``Remember(name, value)``              ``name = value(everything)``, a scalar      reading it again
+``Total(name, value)``                 the same, summed over all leaves            reading it again
 ``Assign(x, value)``                   ``x <- value(everything)``                  nothing
 =====================================  ==========================================  ====================
 
 Moves are written for *one* leaf of the parameters, as the paper writes them; the library maps them over
-the tree.  From the one list come `step` (floats; what JAX differentiates), `exact_step` (integers) and
-`exact_unstep` (its inverse, the list backwards).
+the tree.  A leaf is an array of the user's, or a block put together from several (see `Blocks`).  From the
+one list come `step` (floats; what JAX differentiates) and the step on integers and its inverse, the list
+backwards (`Exact`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +41,7 @@ class ReversalError(ArithmeticError):
 
 
 class View:
-    """What a move may read, by attribute: the leaf of every variable, and the gradient.
+    """What a move may read, by attribute: the leaf of every variable, the gradient, what is observed.
 
     Reading what the move may not depend on is refused: that is what makes a `Shift` invertible.
     """
@@ -70,8 +73,8 @@ class Scale(NamedTuple):
 class Shift(NamedTuple):
     """``variable <- variable + amount(view)``, where the view lacks the variable itself.
 
-    The gradient is taken at the parameters before the step, so a shift of the parameters, or anything
-    after one, cannot read it.
+    The gradient and what else is observed are taken at the parameters before the step, so a shift of the
+    parameters, or anything after one, cannot read them.
     """
 
     variable: str
@@ -89,6 +92,13 @@ class Remember(NamedTuple):
     value: Callable[[Any], Array]
 
 
+class Total(NamedTuple):
+    """``name = Σ value(view)``, the sum over all leaves: a `Remember` that is the same for all."""
+
+    name: str
+    value: Callable[[Any], Array]
+
+
 class Assign(NamedTuple):
     """``variable <- value(view)``, of anything at all; such a program cannot be reversed."""
 
@@ -96,7 +106,7 @@ class Assign(NamedTuple):
     value: Callable[[Any], Array]
 
 
-Move = Scale | Shift | Remember | Assign
+Move = Scale | Shift | Remember | Total | Assign
 
 
 class Variable(NamedTuple):
@@ -109,6 +119,18 @@ class Variable(NamedTuple):
 
     init: Callable[[Array], Array] = jnp.zeros_like
     radix: int = RADIX
+
+
+class Blocks(NamedTuple):
+    """How the user's parameters are put together to the arrays that moves act on.
+
+    Attributes:
+      merge: from parameters to a tree of arrays; bit for bit undone by `split`, and linear like it.
+      split: from such a tree, and a tree of the shapes of the parameters, to parameters.
+    """
+
+    merge: Callable[[PyTree], PyTree]
+    split: Callable[[PyTree, PyTree], PyTree]
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,12 @@ class Optimizer:
       radix: of the parameters.
       transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
         list of gradients to a list like it; None leaves it as it is.
+      blocks: on what the moves act, if not on the leaves of the parameters; "leaf" then means "block", and
+        hyperparameters and variables are trees of blocks.
+      observe: ``(params, meta, batch, step) -> {name: tree of arrays}``, what moves may read of the
+        parameters before the step besides the gradient, as ``s.<name>``; like the gradient it is found
+        again on the way back, and differentiated.  The trees are like the blocks, the arguments as the loss
+        has them.
 
     >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
     >>> Optimizer(
@@ -146,6 +174,8 @@ class Optimizer:
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     radix: int = RADIX
     transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
+    blocks: Blocks | None = None
+    observe: Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, PyTree]] | None = None
 
     @property
     def reversible(self) -> bool:
@@ -158,6 +188,22 @@ class Optimizer:
         return self.radix if variable == PARAMS else self.variables[variable].radix
 
 
+class Here(NamedTuple):
+    """What an optimizer of all parameters at once may evaluate anew in a step.
+
+    Attributes:
+      loss: from parameters to the inner loss, on the batch of the step.
+      value: the loss at the parameters before the step.
+      meta: as the loss has it.
+      batch: as the loss has it.
+    """
+
+    loss: Callable[[PyTree], Array]
+    value: Array
+    meta: PyTree
+    batch: PyTree
+
+
 @dataclass(frozen=True)
 class Whole:
     """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
@@ -165,14 +211,15 @@ class Whole:
     Attributes:
       name: as the user would call it.
       init: from the parameters to the optimizer's state, any pytree.
-      update: ``(h, gradient, state, params) -> (params, state)``, with ``h`` a dictionary of scalars.
+      update: ``(h, gradient, state, params, here) -> (params, state)``, with ``h`` a dictionary of scalars
+        and a `Here`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
-    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     reversible: bool = field(default=False, init=False)
@@ -209,6 +256,7 @@ class ExactLeaf(NamedTuple):
 
 
 Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
+Seen = dict[str, Array]  # of one leaf: the gradient and what is observed, at the parameters before the step
 Record = dict[str, Array]  # the scalars of one leaf that were remembered in one step
 
 
@@ -216,28 +264,28 @@ def _first_params_move(moves: Sequence[Move]) -> int:
     return next((k for k, move in enumerate(moves) if _moved(move) == PARAMS), len(moves))
 
 
-def _view(
-    move: Move, k: int, moves: Sequence[Move], leaf: Leaf, gradient: Array | None, record: Record
-) -> View:
+def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> View:
     """What move ``k`` may read of a leaf."""
-    if isinstance(move, Assign | Remember):
-        return View({**leaf, **record, "gradient": gradient}, {})
+    if isinstance(move, Assign | Remember | Total):
+        return View({**leaf, **record, **seen}, {})
+    evaluated = ["gradient", *seen]
     if isinstance(move, Scale):
         reason = f"the factor of Scale({move.variable!r}, ...) can read only what Remember(...) has kept"
-        return View(record, dict.fromkeys([*leaf, "gradient"], reason))
+        return View(record, dict.fromkeys([*leaf, *evaluated], reason))
     readable: dict[str, Any] = {name: x for name, x in leaf.items() if name != move.variable} | record
     refused = {
         move.variable: f"Shift({move.variable!r}, ...) reads {move.variable!r} itself and so could not "
         "be undone; use Scale for a multiple of it, or Assign (not reversible)"
     }
     if k < _first_params_move(moves):
-        readable["gradient"] = gradient
+        readable |= seen
     else:
-        refused["gradient"] = (
-            f"Shift({move.variable!r}, ...) reads the gradient after or while the parameters move; "
+        refused |= {
+            name: f"Shift({move.variable!r}, ...) reads the {name} after or while the parameters move; "
             "it is taken at the parameters before the step and could not be found again on the way "
             "back; put the move before those of the parameters, or use Assign (not reversible)"
-        )
+            for name in evaluated
+        }
     return View(readable, refused)
 
 
@@ -246,27 +294,61 @@ def straight_through(value: Array, derivative: Array) -> Array:
     return derivative + jax.lax.stop_gradient(value - derivative)
 
 
-def step(moves: Sequence[Move], leaf: Leaf, gradient: Array) -> Leaf:
-    """One step in floats, with the same quantised factors as the exact one: what JAX differentiates."""
-    start, leaf = leaf, dict(leaf)
-    record: Record = {}
-    for k, move in enumerate(moves):
-        view = _view(move, k, moves, leaf, gradient, record)
-        if isinstance(move, Remember):
-            record[move.name] = jnp.asarray(move.value(view), start[PARAMS].dtype)
+def step(program: Sequence[Sequence[Move]], leaves: Sequence[Leaf], seen: Sequence[Seen]) -> list[Leaf]:
+    """One step in floats, with the same quantised factors as the exact one: what JAX differentiates.
+
+    Args:
+      program: the moves of every leaf.
+      leaves: float state.
+      seen: gradient and what is observed, of every leaf.
+    """
+    new = [dict(leaf) for leaf in leaves]
+    records: list[Record] = [{} for _ in leaves]
+    dtypes = [leaf[PARAMS].dtype for leaf in leaves]
+    for k, move in enumerate(program[0]):
+        if isinstance(move, Remember | Total):
+            records = _remembered(k, program, new, seen, records, dtypes)
             continue
-        x = leaf[move.variable]
-        if isinstance(move, Scale):
-            exactly = factor_of(move, view)
-            factor = jax.lax.stop_gradient(jnp.asarray(exactly, x.dtype))
-            quantised = exact.quantised(factor, move.numerator(factor))
-            moved = straight_through(quantised * x, exactly * x)
-        elif isinstance(move, Shift):
-            moved = x + move.amount(view)
-        else:
-            moved = jnp.asarray(move.value(view))
-        leaf[move.variable] = moved.astype(start[move.variable].dtype)
-    return leaf
+        for moves, leaf, start, see, record in zip(program, new, leaves, seen, records):
+            leaf[_moved(move)] = _moved_to(k, moves, leaf, see, record).astype(start[_moved(move)].dtype)
+    return new
+
+
+def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> Array:
+    """What move ``k`` makes of its variable, in floats."""
+    move, view = moves[k], _view(moves[k], k, moves, leaf, seen, record)
+    if isinstance(move, Scale):
+        x, exactly = leaf[move.variable], factor_of(move, view)
+        factor = jax.lax.stop_gradient(jnp.asarray(exactly, x.dtype))
+        quantised = exact.quantised(factor, move.numerator(factor))
+        return straight_through(quantised * x, exactly * x)
+    if isinstance(move, Shift):
+        return leaf[move.variable] + move.amount(view)
+    assert isinstance(move, Assign)
+    return jnp.asarray(move.value(view))
+
+
+def _remembered(
+    k: int,
+    program: Sequence[Sequence[Move]],
+    leaves: Sequence[Leaf],
+    seen: Sequence[Seen],
+    records: Sequence[Record],
+    dtypes: Sequence[Any],
+) -> list[Record]:
+    """The records with what move ``k`` remembers added."""
+    values, names = [], []
+    for moves, *parts in zip(program, leaves, seen, records):
+        move = moves[k]
+        assert isinstance(move, Remember | Total)
+        values.append(jnp.asarray(move.value(_view(move, k, moves, *parts))))
+        names.append(move.name)
+    if isinstance(program[0][k], Total):
+        values = [sum(values, start=jnp.zeros((), values[0].dtype))] * len(values)
+    return [
+        {**record, name: value.astype(dtype)}
+        for record, name, value, dtype in zip(records, names, values, dtypes)
+    ]
 
 
 def factor_of(move: Scale, view: View) -> Any:
@@ -379,7 +461,7 @@ class Exact(NamedTuple):
                 assert isinstance(move, Scale)
                 with jax.enable_x64(self.x64):
                     result.append(
-                        jnp.asarray(factor_of(move, _view(move, k, moves, leaf.high, None, record)))
+                        jnp.asarray(factor_of(move, _view(move, k, moves, leaf.high, {}, record)))
                     )
             return result
 
@@ -395,7 +477,7 @@ class Exact(NamedTuple):
         k: int,
         at: PyTree,
         leaves: Sequence[ExactLeaf],
-        gradient: Sequence[Array | None],
+        seen: Sequence[Seen],
         records: Sequence[Record],
         live: Array,
     ) -> list[Array]:
@@ -403,44 +485,25 @@ class Exact(NamedTuple):
         variable = _moved(self.program(*at)[0][k])
         others = [ExactLeaf({v: x for v, x in leaf.high.items() if v != variable}, []) for leaf in leaves]
 
-        def evaluate(at: PyTree, others: list[ExactLeaf], gradient: Any, records: Any) -> list[Array]:
+        def evaluate(at: PyTree, others: list[ExactLeaf], seen: Any, records: Any) -> list[Array]:
             floats, result = self.floats(others), []
-            parts = zip(self.program(*at), floats, gradient, records, leaves)
-            for moves, leaf, g, record, full in parts:
+            parts = zip(self.program(*at), floats, seen, records, leaves)
+            for moves, leaf, see, record, full in parts:
                 move = moves[k]
                 assert isinstance(move, Shift)
                 with jax.enable_x64(self.x64):
-                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, g, record)))
+                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, see, record)))
                 result.append(jnp.broadcast_to(amount, full.high[variable].shape))
             return result
 
-        return _same_bits(live, evaluate, at, others, list(gradient), list(records))
-
-    def remembered(
-        self,
-        k: int,
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        gradient: Sequence[Array],
-        records: Sequence[Record],
-    ) -> list[Record]:
-        """The records with what move ``k`` remembers added."""
-        new = []
-        parts = zip(self.program(*at), self.floats(leaves), gradient, records, self.dtypes)
-        for moves, leaf, g, record, dtype in parts:
-            move = moves[k]
-            assert isinstance(move, Remember)
-            with jax.enable_x64(self.x64):
-                value = jnp.asarray(move.value(_view(move, k, moves, leaf, g, record)), dtype)
-            new.append({**record, move.name: value})
-        return new
+        return _same_bits(live, evaluate, at, others, list(seen), list(records))
 
     def step(
         self,
         at: PyTree,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
-        gradient: Sequence[Array],
+        seen: Sequence[Seen],
         live: Array,
     ) -> tuple[list[ExactLeaf], list[list[Array]], list[Record], Array]:
         """One step on integers; also what went wrong in it, as an index into `troubles`, or 0."""
@@ -455,10 +518,12 @@ class Exact(NamedTuple):
             code = self.troubles().index(trouble)
             return jnp.where((wrong == 0) & ~valid, jnp.int32(code), wrong)
 
-        for k, move in enumerate(self.program(*at)[0]):
+        moves = self.program(*at)
+        for k, move in enumerate(moves[0]):
             now = [ExactLeaf(*part) for part in zip(highs, buffers)]
-            if isinstance(move, Remember):
-                records = self.remembered(k, at, now, gradient, records)
+            if isinstance(move, Remember | Total):
+                with jax.enable_x64(self.x64):
+                    records = _remembered(k, moves, self.floats(now), seen, records, self.dtypes)
                 finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(r[move.name])) for r in records]))
                 wrong = look(finite, ("loss", ""))
             elif isinstance(move, Scale):
@@ -472,7 +537,7 @@ class Exact(NamedTuple):
                 scales += 1
             else:
                 v = move.variable
-                for high, amount in zip(highs, self.amounts(k, at, now, gradient, records, live)):
+                for high, amount in zip(highs, self.amounts(k, at, now, seen, records, live)):
                     high[v] = exact.shift(high[v], amount, self.radix[v])
                     wrong = look(exact.fits(high[v]), ("range", v))
         return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, records, wrong
@@ -482,19 +547,19 @@ class Exact(NamedTuple):
         at: PyTree,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
-        gradient: Sequence[Array] | None,
+        seen: Sequence[Seen] | None,
         records: Sequence[Record],
         live: Array,
     ) -> list[ExactLeaf]:
-        """Undo a step, in two parts: the parameters are needed to find the gradient again.
+        """Undo a step, in two parts: the parameters are needed to find again what the moves have seen.
 
-        Without a gradient, undoes the moves from the first one of the parameters on; with it, the moves
+        Without that, undoes the moves from the first one of the parameters on; with it, the moves
         before that.
         """
         moves = self.program(*at)[0]
         cut = _first_params_move(moves)
-        start, end = (cut, len(moves)) if gradient is None else (0, cut)
-        given = [None] * len(leaves) if gradient is None else gradient
+        start, end = (cut, len(moves)) if seen is None else (0, cut)
+        given: Sequence[Seen] = [{} for _ in leaves] if seen is None else seen
         highs = [dict(leaf.high) for leaf in leaves]
         buffers = [list(leaf.buffers) for leaf in leaves]
         scales = sum(isinstance(move, Scale) for move in moves[:end])
@@ -517,8 +582,8 @@ class Exact(NamedTuple):
 
 
 def _moved(move: Move) -> str:
-    """The variable that a move changes; a `Remember` changes none."""
-    return "" if isinstance(move, Remember) else move.variable
+    """The variable that a move changes; a `Remember` or `Total` changes none."""
+    return "" if isinstance(move, Remember | Total) else move.variable
 
 
 def _same_bits(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:

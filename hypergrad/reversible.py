@@ -18,7 +18,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from hypergrad import exact
-from hypergrad.program import PARAMS, Exact, ExactLeaf, Leaf, Optimizer, ReversalError
+from hypergrad.program import PARAMS, Exact, ExactLeaf, Leaf, Optimizer, ReversalError, Seen
 from hypergrad.run import (
     Constants,
     Inputs,
@@ -216,16 +216,16 @@ def _play(
         live = x.step >= 0
         params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
         if lengths is None:
-            loss, gradient = run.gradient(params, constants.loss, x.batch)
+            loss, evaluated = run.gradient(params, constants.loss, x.batch)
         else:
             at = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
-            loss, gradient, _ = at.primal
-        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+            loss, evaluated, _ = at.primal
+        seen = run.seen(constants.hypers, x.hypers, evaluated, live)
         at_step = (constants.hypers, x.hypers, x.step)
         new, tapes, records, wrong = integers.step(at_step, leaves, tapes, seen, live)
         wrong = jnp.where(jnp.isfinite(loss), wrong, jnp.int32(integers.troubles().index(("loss", ""))))
         failed = jnp.where((failed[0] < 0) & (wrong > 0), jnp.stack([x.step, wrong]), failed)
-        snapshot = run.snapshot(integers.floats(leaves), loss, gradient, x.step)
+        snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
         return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
 
     (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), span.steps())
@@ -278,8 +278,8 @@ def _replay(
         leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
         params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
         linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
-        gradient = linearised.primal[1]
-        seen = run.seen(constants.hypers, x.hypers, gradient, live)
+        evaluated = linearised.primal[1]
+        seen = run.seen(constants.hypers, x.hypers, evaluated, live)
         leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
         floats = integers.floats(leaves)
 
@@ -287,11 +287,11 @@ def _replay(
         hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
         spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
 
-        def twin(floats: list[Leaf], gradient: list[Array], spread: list[Array]) -> list[Leaf]:
+        def twin(floats: list[Leaf], evaluated: list[Seen], spread: list[Array]) -> list[Leaf]:
             fixed, scheduled = merge(spread)
-            return run.stepped(floats, gradient, fixed, scheduled, x.step)
+            return run.stepped(floats, evaluated, fixed, scheduled, x.step)
 
-        bars, direction, spread = jax.vjp(twin, floats, gradient, spread)[1](bars)
+        bars, direction, spread = jax.vjp(twin, floats, evaluated, spread)[1](bars)
         products = linearised.transposed(loss_bar, direction)
         for leaf, product in zip(bars, products.params):
             leaf[PARAMS] += product

@@ -10,7 +10,8 @@ symbol    name                  meaning
 ``w``     params                parameters before the step
 ``θ``     wanted                what else of the loss is differentiated: meta, closures, batches
 ``g``     gradient              ``∂L/∂w``
-``u``     direction             cotangent of ``g``
+``S``     observed              what else the optimizer evaluates, a function of ``w`` and ``θ`` too
+``u``     direction             cotangents of ``g`` and ``S``: ``u_g`` and ``u_S``
 ``l``     loss_cotangent        cotangent of the loss along the run
 ========  ====================  ==============================================================
 """
@@ -27,7 +28,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
+from hypergrad.program import PARAMS, Here, Leaf, Optimizer, Seen, Whole
 
 PyTree = Any
 
@@ -36,7 +37,7 @@ class Constants(NamedTuple):
     """What is the same at every step.
 
     Attributes:
-      loss: flat list of arrays: the user's ``meta`` and what the loss closes over.
+      loss: flat list of arrays: what the loss closes over, what `observe` does, and the user's ``meta``.
       hypers: for every leaf of the parameters, the constant hyperparameters by name.
       watch: flat list of arrays that ``watch`` closes over.
     """
@@ -50,7 +51,7 @@ class Inputs(NamedTuple):
     """What differs from step to step; every array has the steps as its leading axis.
 
     Attributes:
-      batch: flat list of arrays: the user's ``batches``.
+      batch: flat list of arrays: the user's ``batches``; then the step, for an optimizer that observes.
       hypers: for every leaf of the parameters, the scheduled hyperparameters by name.
       step: ``(T,)`` int32, ``0 ... T-1``.
     """
@@ -163,13 +164,15 @@ class Run:
     Attributes:
       call: the user's call, for messages.
       optimizer: a program of moves, or a function of all parameters at once.
-      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``.
+      loss: the inner loss, hoisted; of what it closes over and ``[*params, *meta, *batch]``.
       watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
       structure: tree structure of the parameters.
       state: tree structure of the optimizer's state, where that is one for all parameters.
       steps: ``T``.
-      captured: how many of ``constants.loss`` are closed over; the others are ``meta``.
+      captured: how many of ``constants.loss`` are closed over, first by the loss; the others are ``meta``.
       x64: whether the user's code runs in JAX's 64-bit mode.
+      arguments: tree structure of ``(meta, batch)``, for an optimizer of all parameters at once.
+      observe: what else the optimizer evaluates, hoisted, or None; of the same arguments as the loss.
     """
 
     call: str
@@ -181,6 +184,8 @@ class Run:
     steps: int
     captured: int
     x64: bool
+    arguments: Any = None
+    observe: Hoisted | None = None
 
     def moves(
         self,
@@ -204,33 +209,45 @@ class Run:
         self,
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
-        gradient: Sequence[Array],
-    ) -> list[Array]:
-        """The gradient as the moves see it."""
+        seen: Sequence[Seen],
+    ) -> list[Seen]:
+        """What the moves see: the gradient transformed."""
         assert isinstance(self.optimizer, Optimizer)
         if self.optimizer.transform is None:
-            return list(gradient)
+            return list(seen)
         with jax.enable_x64(self.x64):
             hypers = [SimpleNamespace(**fixed, **each) for fixed, each in zip(constants, inputs)]
-            return list(self.optimizer.transform(hypers, gradient))
+            gradient = self.optimizer.transform(hypers, gradients(seen))
+        return [{**each, "gradient": g} for each, g in zip(seen, gradient)]
 
     def seen(
         self,
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
-        gradient: Sequence[Array],
+        seen: Sequence[Seen],
         live: Array,
-    ) -> list[Array]:
+    ) -> list[Seen]:
         """The same, in a way that gives the same bits in both directions (see `program.isolated`)."""
         assert isinstance(self.optimizer, Optimizer)
         if self.optimizer.transform is None:
-            return list(gradient)
-        return program.isolated(live, self.transformed, constants, inputs, list(gradient))
+            return list(seen)
+        return program.isolated(live, self.transformed, constants, inputs, list(seen))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
         """The inner loss of flat parameters."""
-        captured, meta = loss_constants[: self.captured], loss_constants[self.captured :]
-        return self.loss(captured, [*params, *meta, *batch])
+        count, meta = len(self.loss.jaxpr.constvars), loss_constants[self.captured :]
+        return self.loss(loss_constants[:count], [*params, *meta, *batch])
+
+    def observed_at(
+        self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]
+    ) -> list[Seen]:
+        """What else the optimizer evaluates at flat parameters, by leaf."""
+        if self.observe is None:
+            return [{} for _ in params]
+        first, meta = len(self.loss.jaxpr.constvars), loss_constants[self.captured :]
+        observed = self.observe(loss_constants[first : self.captured], [*params, *meta, *batch])
+        trees = {name: jax.tree.leaves(tree) for name, tree in observed.items()}
+        return [{name: tree[i] for name, tree in trees.items()} for i in range(len(params))]
 
     def watched(self, snapshot: Snapshot, constants: Constants) -> PyTree:
         """What the user watches, without derivatives."""
@@ -239,13 +256,11 @@ class Run:
         flat = jax.tree.leaves(jax.lax.stop_gradient(snapshot))
         return self.watch(jax.lax.stop_gradient(constants.watch), flat)
 
-    def snapshot(
-        self, leaves: Sequence[Leaf], loss: Array, gradient: Sequence[Array], t: Array
-    ) -> Snapshot:
+    def snapshot(self, leaves: Sequence[Leaf], loss: Array, seen: Sequence[Seen], t: Array) -> Snapshot:
         """What `watch` is shown."""
         unflatten = self.structure.unflatten
         params = unflatten(self.params_of(leaves))
-        return Snapshot(t, params, self.state_of(leaves), loss, unflatten(list(gradient)))
+        return Snapshot(t, params, self.state_of(leaves), loss, unflatten(gradients(seen)))
 
     def params_of(self, leaves: Sequence[Leaf]) -> list[Array]:
         """The parameters among the float state, flat."""
@@ -266,59 +281,73 @@ class Run:
         leaves: Sequence[Leaf],
         constants: Constants,
         inputs: Inputs,
-        gradient_of: Callable[..., tuple[Array, list[Array]]] | None = None,
+        gradient_of: Callable[..., tuple[Array, list[Seen]]] | None = None,
     ) -> tuple[list[Leaf], Outputs]:
         """One step in floats, for adjoints that leave differentiation to JAX.
 
         With `gradient`, the default, only reverse mode can; with `plain_gradient` both modes.
         """
         evaluate = self.gradient if gradient_of is None else gradient_of
-        loss, gradient = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
-        new = self.stepped(leaves, gradient, constants.hypers, inputs.hypers, inputs.step)
-        snapshot = self.snapshot(leaves, loss, gradient, inputs.step)
+        loss, seen = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
+        if isinstance(self.optimizer, Whole):
+            new = self._whole(leaves, loss, gradients(seen), constants, inputs)
+        else:
+            new = self.stepped(leaves, seen, constants.hypers, inputs.hypers, inputs.step)
+        snapshot = self.snapshot(leaves, loss, seen, inputs.step)
         return new, Outputs(loss, self.watched(snapshot, constants))
 
     def stepped(
         self,
         leaves: Sequence[Leaf],
-        gradient: Sequence[Array],
+        seen: Sequence[Seen],
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
         t: Array,
     ) -> list[Leaf]:
-        """The optimizer's part of one step in floats."""
-        if isinstance(self.optimizer, Whole):
-            return self._whole(leaves, gradient, {**constants[0], **inputs[0]})
-        seen = self.transformed(constants, inputs, gradient)
-        moves = self.moves(constants, inputs, t)
-        return [program.step(*part) for part in zip(moves, leaves, seen)]
+        """The moves of one step in floats."""
+        return program.step(
+            self.moves(constants, inputs, t), leaves, self.transformed(constants, inputs, seen)
+        )
 
     def _whole(
-        self, leaves: Sequence[Leaf], gradient: Sequence[Array], hypers: dict[str, Array]
+        self,
+        leaves: Sequence[Leaf],
+        loss: Array,
+        gradient: list[Array],
+        constants: Constants,
+        inputs: Inputs,
     ) -> list[Leaf]:
         assert isinstance(self.optimizer, Whole)
-        unflatten = self.structure.unflatten
+        unflatten, arguments = self.structure.unflatten, self.arguments
         params, state = unflatten(self.params_of(leaves)), self.state_of(leaves)["state"]
+        hypers = {**constants.hypers[0], **inputs.hypers[0]}
+        here = Here(
+            lambda params: self.loss_at(jax.tree.leaves(params), constants.loss, inputs.batch),
+            loss,
+            *arguments.unflatten([*constants.loss[self.captured :], *inputs.batch]),
+        )
         with jax.enable_x64(self.x64):
-            new, state = self.optimizer.update(hypers, unflatten(list(gradient)), state, params)
+            new, state = self.optimizer.update(hypers, unflatten(gradient), state, params, here)
         moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
         return jax.tree.map(lambda x, old: x.astype(old.dtype), [*moved, kept(state)], list(leaves))
 
     def plain_gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
-    ) -> tuple[Array, list[Array]]:
-        """Loss and gradient, with JAX's own derivatives."""
-        return jax.value_and_grad(lambda w: self.loss_at(w, loss_constants, batch))(params)
+    ) -> tuple[Array, list[Seen]]:
+        """Loss, and gradient and what is observed by leaf, with JAX's own derivatives."""
+        loss, gradient = jax.value_and_grad(lambda w: self.loss_at(w, loss_constants, batch))(params)
+        observed = self.observed_at(params, loss_constants, batch)
+        return loss, [{"gradient": g, **each} for g, each in zip(gradient, observed)]
 
     def gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
-    ) -> tuple[Array, list[Array]]:
-        """Loss and gradient, whose own derivative is forward over reverse, not reverse over reverse."""
+    ) -> tuple[Array, list[Seen]]:
+        """The same; the derivative of the gradient is forward over reverse, not reverse over reverse."""
 
         @jax.custom_vjp
-        def value_and_gradient(
+        def evaluate(
             params: list[Array], theta: tuple[list[Array], list[Array]]
-        ) -> tuple[Array, list[Array]]:
+        ) -> tuple[Array, list[Seen]]:
             return self.plain_gradient(params, *theta)
 
         def forward(params: Any, theta: Any) -> Any:
@@ -334,8 +363,13 @@ class Run:
             products = Linearised(primal, residuals, jaxpr.value).transposed(*instantiate(cotangent))
             return products.params, scatter(thaw(flags), products.wanted)
 
-        value_and_gradient.defvjp(forward, backward, symbolic_zeros=True)
-        return value_and_gradient(params, (loss_constants, batch))
+        evaluate.defvjp(forward, backward, symbolic_zeros=True)
+        return evaluate(params, (loss_constants, batch))
+
+
+def gradients(seen: Sequence[Seen]) -> list[Array]:
+    """The gradient, by leaf."""
+    return [each["gradient"] for each in seen]
 
 
 class Products(NamedTuple):
@@ -346,38 +380,39 @@ class Products(NamedTuple):
 
 
 class Linearised(NamedTuple):
-    """Loss and gradient at a point, with all that is needed for second derivatives there.
+    """Loss, gradient and what is observed at a point, with what is needed for their derivatives there.
 
     Attributes:
-      primal: ``(loss, ∂L/∂w, ∂L/∂θ)``.
+      primal: ``(loss, seen, ∂L/∂θ)``, where ``seen`` is ``∂L/∂w`` and ``S``, by leaf.
       residuals: what the linear map needs besides its argument.
-      jaxpr: the linear map from a direction ``u`` to ``(dL u, ∂²L/∂w∂w u, ∂²L/∂θ∂w u)``.
+      jaxpr: the linear map from a direction ``(u_g, u_S)`` by leaf to
+        ``(∂²L/∂w∂w u_g + u_S ∂S/∂w,  ∂²L/∂θ∂w u_g + u_S ∂S/∂θ)``.
     """
 
-    primal: tuple[Array, list[Array], list[Array]]
+    primal: tuple[Array, list[Seen], list[Array]]
     residuals: list[Array]
     jaxpr: Any
 
-    def transposed(self, loss_cotangent: Array, direction: Sequence[Array]) -> Products:
-        """``(l ∂L/∂w + ∂²L/∂w∂w u,  l ∂L/∂θ + ∂²L/∂θ∂w u)``.
+    def transposed(self, loss_cotangent: Array, direction: Sequence[Seen]) -> Products:
+        """``(l ∂L/∂w + ∂²L/∂w∂w u_g + u_S ∂S/∂w,  l ∂L/∂θ + ∂²L/∂θ∂w u_g + u_S ∂S/∂θ)``.
 
         Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
-        directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u``: forward over reverse.
+        directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.
         """
         closed = jax.extend.core.ClosedJaxpr(self.jaxpr, self.residuals)
-        _, *products = jax.extend.core.jaxpr_as_fun(closed)(*direction)
-        _, first_w, first_theta = self.primal
+        products = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(list(direction)))
+        _, seen, first_theta = self.primal
         total = [
             (loss_cotangent * first).astype(first.dtype) + second
-            for first, second in zip([*first_w, *first_theta], products)
+            for first, second in zip([*gradients(seen), *first_theta], products)
         ]
-        return Products(total[: len(first_w)], total[len(first_w) :])
+        return Products(total[: len(seen)], total[len(seen) :])
 
 
 def linearise(
     run: Run, params: list[Array], theta: PyTree, flags: PyTree, live: Array | None = None
 ) -> Linearised:
-    """Evaluate loss and gradient once, keeping what second derivatives need.
+    """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
 
     Args:
       run: the run.
@@ -399,10 +434,22 @@ def linearise(
             value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(params, wanted)
             return value, *gradients
 
-        primal, linear = jax.linearize(both, params)
-        closed = jax.make_jaxpr(linear)(params)
+        (value, gradient, first_theta), linear = jax.linearize(both, params)
+        observed, pull_back = jax.vjp(
+            lambda params, wanted: run.observed_at(params, *merge(wanted)), params, wanted
+        )
+        seen = [{"gradient": g, **each} for g, each in zip(gradient, observed)]
+
+        def products(direction: list[Seen]) -> list[Array]:
+            _, *second = linear(gradients(direction))
+            if run.observe is None:
+                return jax.tree.leaves(second)
+            bars = [{name: u[name] for name in each} for u, each in zip(direction, observed)]
+            return jax.tree.map(jnp.add, jax.tree.leaves(second), jax.tree.leaves(pull_back(bars)))
+
+        closed = jax.make_jaxpr(products)(seen)
         linear_map.append(closed.jaxpr)
-        return primal, list(closed.consts)
+        return (value, seen, first_theta), list(closed.consts)
 
     if live is None:
         primal, residuals = evaluate(params, theta)
@@ -437,7 +484,9 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
     results = program.isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
-    smallest = min(range(len(results)), key=lambda k: (results[k].dtype.kind != "f", results[k].size))
+    # An array of no elements, such as the factor of a gain, would keep nothing alive.
+    sizes = [(x.dtype.kind != "f", x.size == 0, x.size) for x in results]
+    smallest = sizes.index(min(sizes))
     results[smallest] = keep_alive(live, results, results[smallest])
     outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
     return jax.tree.unflatten(structure, outputs)

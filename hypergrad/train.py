@@ -14,7 +14,7 @@ from hypergrad.adjoints import Adjoint
 from hypergrad.optimizers.momentum import momentum
 from hypergrad.program import PARAMS, Leaf, Optimizer, Whole, with_defaults
 from hypergrad.reversible import Reversible
-from hypergrad.run import Constants, Inputs, PyTree, Run, Snapshot, hoist, kept
+from hypergrad.run import Constants, Hoisted, Inputs, PyTree, Run, Snapshot, hoist, kept
 
 
 class Trained(NamedTuple):
@@ -96,6 +96,12 @@ def train(
         raise ValueError(f"{call}: steps must be a whole number of at least 1")
     steps = int(steps)
     leaves, structure, names = _params(call, params)
+    given, split = params, lambda merged: merged
+    if isinstance(optimizer, Optimizer) and optimizer.blocks is not None:
+        # The run is one of blocks; the user's functions are shown what they gave.
+        like, blocks = jax.tree.map(_shape, given), optimizer.blocks
+        params, split = blocks.merge(given), lambda merged: blocks.split(merged, like)
+        leaves, structure, names = _params(call, params)
     if isinstance(hypers, Mapping):
         hypers = schedules.values(dict(hypers), steps)
     fixed, scheduled = _hypers(call, optimizer, hypers, params, leaves, names, steps)
@@ -107,13 +113,24 @@ def train(
         batches = np.arange(steps, dtype=np.int32)
     batches = _batches(call, batches, steps)
 
+    observes = isinstance(optimizer, Optimizer) and optimizer.observe is not None
+    if observes:
+        batches = (batches, np.arange(steps, dtype=np.int32))
+
+    def loss_of(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
+        return loss(split(merged), meta, batch[0] if observes else batch)
+
     # The user's functions are traced here, once, on shapes alone; only their jaxprs are used below.
     shapes = jax.tree.map(_shape, (params, meta, jax.tree.map(lambda x: x[0], batches)))
-    hoisted, captured, result = hoist(loss, *shapes)
+    hoisted, captured, result = hoist(loss_of, *shapes)
     if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
         raise ValueError(f"{call}: the loss must return one scalar, and returned {_describe(result)}")
     if not jnp.issubdtype(result.dtype, jnp.floating):
         raise TypeError(f"{call}: the loss must return a float, and returned {_describe(result)}")
+    observe = None
+    if observes:
+        observe, more = _hoist_observe(optimizer, split, *shapes)
+        captured = [*captured, *more]
     run = Run(
         call=call,
         optimizer=optimizer,
@@ -124,6 +141,8 @@ def train(
         steps=steps,
         captured=len(captured),
         x64=jnp.result_type(float) == jnp.float64,
+        arguments=jax.tree.structure(shapes[1:]),
+        observe=observe,
     )
     watch_consts: list[Array] = []
     if watch is not None:
@@ -131,16 +150,32 @@ def train(
         scalar: Any = result
         variables = run.state_of(jax.tree.map(_shape, start))
         snapshot = Snapshot(number, shapes[0], variables, scalar, shapes[0])
-        seen, watch_consts, _ = hoist(watch, snapshot)
+
+        def show(snapshot: Snapshot) -> PyTree:
+            shown = {"params": split(snapshot.params), "gradient": split(snapshot.gradient)}
+            return watch(snapshot._replace(**shown))
+
+        seen, watch_consts, _ = hoist(show, snapshot)
         run = replace(run, watch=seen)
     meta_leaves = [jnp.asarray(x) for x in jax.tree.leaves(meta)]
     constants = Constants([*captured, *meta_leaves], fixed, watch_consts)
     batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
     inputs = Inputs(batch_leaves, scheduled, jnp.arange(steps, dtype=jnp.int32))
     end, outputs = adjoint(run, start, constants, inputs)
-    return Trained(
-        structure.unflatten(run.params_of(end)), run.state_of(end), outputs.loss, outputs.watched
-    )
+    trained = split(structure.unflatten(run.params_of(end)))
+    return Trained(trained, run.state_of(end), outputs.loss, outputs.watched)
+
+
+def _hoist_observe(
+    optimizer: Any, split: Callable[[PyTree], PyTree], params: PyTree, meta: PyTree, batch: PyTree
+) -> tuple[Hoisted, list[Array]]:
+    """What the optimizer observes, hoisted as the loss is, and what it closes over."""
+
+    def observe(merged: PyTree, meta: PyTree, batch: PyTree) -> PyTree:
+        return dict(optimizer.observe(split(merged), meta, *batch))
+
+    hoisted, captured, _ = hoist(observe, params, meta, batch)
+    return hoisted, captured
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ from hypergrad.optimizers.adaptive import (
 )
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
+from hypergrad.optimizers.kfac import adaptive_kfac, kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.shampoo import shampoo
@@ -22,12 +23,14 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "adaptive_kfac",
     "amsgrad",
     "as_optax",
     "clip",
     "clip_by_global_norm",
     "from_optax",
     "heavy_ball",
+    "kfac",
     "lamb",
     "lars",
     "momentum",

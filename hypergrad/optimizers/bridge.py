@@ -11,7 +11,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Optimizer, Whole, with_defaults
+from hypergrad.program import PARAMS, Here, Optimizer, Whole, with_defaults
 from hypergrad.run import part
 
 PyTree = Any
@@ -61,7 +61,7 @@ def from_optax(
         return built({k: jnp.asarray(x, jnp.result_type(float)) for k, x in some.items()}).init(params)
 
     def update(
-        h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree
+        h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree, here: Here
     ) -> tuple[PyTree, PyTree]:
         def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
             updates, state = built(h).update(gradient, state, params)
@@ -106,7 +106,9 @@ class ProgramState(NamedTuple):
     variables: dict[str, PyTree]
 
 
-def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> optax.GradientTransformation:
+def as_optax(
+    optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer of `hypergrad.train`, with its learned hyperparameters, as an optax transformation.
 
     Args:
@@ -115,10 +117,14 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
         or ``(T, ...)`` schedules; the last value of a schedule is held after its end.
 
     Returns:
-      An `optax.GradientTransformation` whose ``update`` needs ``params``.
+      An optax transformation, for use inside the user's own ``jit``, whose ``update(gradient, state,
+      params)`` needs ``params``.  An optimizer that looks at the network (`hypergrad.kfac`) also needs what
+      its network takes, ``update(..., meta=, batch=)``; and one that tries out steps
+      (`hypergrad.adaptive_kfac`) ``value_fn=``, the loss as a function of the parameters.
 
     Raises:
-      ValueError: for hyperparameters that the optimizer does not have, or that are missing.
+      ValueError: for hyperparameters that the optimizer does not have, or that are missing; from ``update``
+        where something it needs is.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp, optax
@@ -128,43 +134,102 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
     >>> updates, state = transformation.update(2 * w, state, w)
     >>> updates
     Array([-0.10000002, -0.10000002], dtype=float32)
+
+    K-FAC, whose network is given the batch at every update:
+
+    >>> import jax
+    >>> from hypergrad import curvature, layers
+    >>> def network(w, meta, x, probes):
+    ...     return x @ w + probes, x
+    >>> loss = lambda w, x: 0.5 * jnp.mean(jnp.sum((x @ w - 1) ** 2, axis=1))
+    >>> optimizer = hg.kfac(network, curvature.normal(), fisher=layers.exact())
+    >>> transformation = hg.as_optax(optimizer, {"learning_rate": 0.2, "momentum": 0.5})
+    >>> @jax.jit
+    ... def step(w, state, x):
+    ...     gradient = jax.grad(loss)(w, x)
+    ...     updates, state = transformation.update(gradient, state, w, batch=x)
+    ...     return optax.apply_updates(w, updates), state
+    >>> w, x = jnp.zeros((2, 2)), jnp.eye(2)
+    >>> state = transformation.init(w)
+    >>> for _ in range(20):
+    ...     w, state = step(w, state, x)
+    >>> bool(loss(w, x) < 0.1)
+    True
     """
     values = with_defaults(f"as_optax({optimizer.name}, hypers)", optimizer, hypers)
+
+    blocks = optimizer.blocks if isinstance(optimizer, Optimizer) else None
+
+    def merge(params: PyTree) -> PyTree:
+        return params if blocks is None else blocks.merge(params)
 
     def init(params: PyTree) -> ProgramState:
         step = jnp.zeros((), jnp.int32)
         if isinstance(optimizer, Whole):
             return ProgramState(step, {"state": optimizer.init(params)})
         names = optimizer.variables.items()
-        return ProgramState(step, {name: jax.tree.map(kept.init, params) for name, kept in names})
+        return ProgramState(step, {name: jax.tree.map(kept.init, merge(params)) for name, kept in names})
 
-    def update(gradient: PyTree, state: ProgramState, params: PyTree = None) -> tuple[PyTree, ProgramState]:
+    def update(
+        gradient: PyTree,
+        state: ProgramState,
+        params: PyTree = None,
+        *,
+        meta: PyTree = None,
+        batch: PyTree = None,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, ProgramState]:
+        call = f"as_optax({optimizer.name}, hypers)"
         if params is None:
-            raise ValueError(f"as_optax({optimizer.name}, hypers): call update(gradient, state, params)")
-        leaves = jax.tree.leaves(params)
-        structure: Any = jax.tree.structure(params)
+            raise ValueError(f"{call}: call update(gradient, state, params)")
+        merged = merge(params)
+        leaves = jax.tree.leaves(merged)
+        structure: Any = jax.tree.structure(merged)
 
         def at_step(value: PyTree) -> list[Array]:
-            spread = map(jnp.asarray, jax.tree.leaves(jax.tree.broadcast(value, params)))
+            spread = map(jnp.asarray, jax.tree.leaves(jax.tree.broadcast(value, merged)))
             return [x if x.ndim == 0 else x[jnp.minimum(state.step, x.shape[0] - 1)] for x in spread]
 
         now = {name: at_step(value) for name, value in values.items()}
         if isinstance(optimizer, Whole):
             first = {name: x[0] for name, x in now.items()}  # the same for all parameters
-            new, inner = optimizer.update(first, gradient, state.variables["state"], params)
+            here = _here(call, params, meta, batch, value_fn)
+            new, inner = optimizer.update(first, gradient, state.variables["state"], params, here)
             updates = jax.tree.map(jnp.subtract, new, params)
             return updates, ProgramState(optax.safe_increment(state.step), {"state": inner})
         hypers = [SimpleNamespace(**{k: x[i] for k, x in now.items()}) for i in range(len(leaves))]
-        gradients = jax.tree.leaves(gradient)
+        gradients = jax.tree.leaves(merge(gradient))
         if optimizer.transform is not None:
             gradients = list(optimizer.transform(hypers, gradients))
+        observed: Mapping[str, PyTree] = {}
+        if optimizer.observe is not None:
+            observed = optimizer.observe(params, meta, batch, state.step)
+        trees = {name: jax.tree.leaves(tree) for name, tree in observed.items()} | {"gradient": gradients}
         variables = {name: jax.tree.leaves(tree) for name, tree in state.variables.items()}
-        moved = []
-        for i, (h, leaf, g) in enumerate(zip(hypers, leaves, gradients)):
-            start = {PARAMS: leaf} | {name: x[i] for name, x in variables.items()}
-            moved.append(program.step(optimizer.moves(h, state.step), start, g))
+        start = [
+            {PARAMS: leaf} | {name: x[i] for name, x in variables.items()} for i, leaf in enumerate(leaves)
+        ]
+        seen = [{name: x[i] for name, x in trees.items()} for i in range(len(leaves))]
+        moves = [optimizer.moves(h, state.step) for h in hypers]
+        moved = program.step(moves, start, seen)
         updates = structure.unflatten([new[PARAMS] - old for new, old in zip(moved, leaves)])
+        if blocks is not None:
+            updates = blocks.split(updates, params)
         kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
         return updates, ProgramState(optax.safe_increment(state.step), kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _here(
+    call: str, params: PyTree, meta: PyTree, batch: PyTree, value_fn: Callable[[PyTree], Array] | None
+) -> Here:
+    """What an update was given besides the gradient."""
+
+    def missing(params: PyTree) -> Array:
+        raise ValueError(f"{call}: the optimizer tries out steps; call update(..., value_fn=loss)")
+
+    if value_fn is None:
+        return Here(missing, jnp.zeros(()), meta, batch)
+    return Here(value_fn, value_fn(params), meta, batch)

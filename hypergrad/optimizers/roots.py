@@ -7,6 +7,7 @@ symbol  shape                meaning
 ``Q``   (n, n)               its orthonormal eigenvectors, in columns
 ``r``   (n,)                 ``λ_i^(1/p)``
 ``F``   (n, n)               divided differences of ``λ -> λ^(-1/p)``
+``L``   (n, n)               Cholesky factor, ``L Lᵀ = A``, lower triangular
 ======  ===================  =================================================
 """
 
@@ -80,6 +81,48 @@ def _inverse_root_jvp(p: int, primals: tuple[Array], tangents: tuple[Array]) -> 
     F = -1 / (r * s * sum(r**k * s ** (p - 1 - k) for k in range(p)))
     change = dot(dot(Q.T, (tangents[0] + tangents[0].T) / 2), Q)
     return dot(Q / s, Q.T), dot(dot(Q, F * change), Q.T)
+
+
+@jax.custom_jvp
+def inverse(matrix: Array) -> Array:
+    """``A⁻¹ = L⁻ᵀ L⁻¹`` of a symmetric positive definite matrix, with ``d(A⁻¹) = -A⁻¹ dA A⁻¹``.
+
+    ``L⁻¹`` is put together from the inverses of blocks on the diagonal, twice as large each time::
+
+        (P 0; Q R)⁻¹ = (P⁻¹ 0; -R⁻¹ Q P⁻¹ R⁻¹)
+
+    by products of matrices only: on a busy CPU, LAPACK's threads have been a hundred times slower.
+
+    Args:
+      matrix: ``A``, (n, n); its lower and upper triangle are averaged.
+
+    Source: Higham, "Accuracy and stability of numerical algorithms", 2002, section 14.2.
+
+    >>> import jax.numpy as jnp
+    >>> inverse(jnp.diag(jnp.array([4.0, 16.0])))
+    Array([[0.25  , 0.    ],
+           [0.    , 0.0625]], dtype=float32)
+    """
+    n = len(matrix)
+    L = jnp.linalg.cholesky(matrix)
+    size = 1 << (n - 1).bit_length()
+    L = jnp.eye(size, dtype=L.dtype).at[:n, :n].set(L)
+    inverses = (1 / jnp.diagonal(L))[:, None, None]
+    while len(inverses) > 1:
+        P, R = inverses[0::2], inverses[1::2]
+        blocks, half = P.shape[:2]
+        k = jnp.arange(blocks)
+        Q = L.reshape(blocks, 2 * half, blocks, 2 * half)[k, half:, k, :half]
+        lower = jnp.concatenate([-dot(dot(R, Q), P), R], axis=2)
+        inverses = jnp.concatenate([jnp.concatenate([P, jnp.zeros_like(Q)], axis=2), lower], axis=1)
+    whole = inverses[0, :n, :n]
+    return dot(whole.T, whole)
+
+
+@inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    B = inverse(primals[0])
+    return B, -dot(dot(B, tangents[0]), B)
 
 
 def _eigen_root(matrix: Array, p: int) -> tuple[Array, Array]:
