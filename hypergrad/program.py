@@ -158,6 +158,18 @@ class Optimizer:
         return self.radix if variable == PARAMS else self.variables[variable].radix
 
 
+class Examples(NamedTuple):
+    """The minibatch of a step, for an optimizer that looks at single examples.
+
+    Attributes:
+      loss: ``loss(params, batch) -> scalar`` for a batch of one: every array with a leading axis of 1.
+      batch: ``n >= 2`` examples, the leading axis of every array.  Minimised is the mean of their losses.
+    """
+
+    loss: Callable[[PyTree, PyTree], Array]
+    batch: PyTree
+
+
 @dataclass(frozen=True)
 class Whole:
     """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
@@ -168,13 +180,15 @@ class Whole:
       update: ``(h, gradient, state, params) -> (params, state)``, with ``h`` a dictionary of scalars.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+      per_example: whether `update` is given `Examples` in the gradient's place.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
-    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    update: Callable[[Mapping[str, Array], Any, PyTree, PyTree], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    per_example: bool = False
     reversible: bool = field(default=False, init=False)
 
 

@@ -27,7 +27,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Leaf, Optimizer, Whole
+from hypergrad.program import PARAMS, Examples, Leaf, Optimizer, Whole
 
 PyTree = Any
 
@@ -163,7 +163,8 @@ class Run:
     Attributes:
       call: the user's call, for messages.
       optimizer: a program of moves, or a function of all parameters at once.
-      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``.
+      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``, or a batch of one example
+        where the optimizer looks at single ones.
       watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
       structure: tree structure of the parameters.
       state: tree structure of the optimizer's state, where that is one for all parameters.
@@ -227,10 +228,26 @@ class Run:
             return list(gradient)
         return program.isolated(live, self.transformed, constants, inputs, list(gradient))
 
+    @property
+    def per_example(self) -> bool:
+        """Whether the optimizer looks at single examples; the loss is then the mean of theirs."""
+        return isinstance(self.optimizer, Whole) and self.optimizer.per_example
+
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
         """The inner loss of flat parameters."""
+        loss = self.examples(loss_constants, batch).loss
+        if not self.per_example:
+            return loss(params, batch)
+        return jnp.mean(jax.vmap(lambda example: loss(params, [x[None] for x in example]))(batch))
+
+    def examples(self, loss_constants: list[Array], batch: list[Array]) -> Examples:
+        """The minibatch as `Whole.update` sees it."""
         captured, meta = loss_constants[: self.captured], loss_constants[self.captured :]
-        return self.loss(captured, [*params, *meta, *batch])
+
+        def loss(params: PyTree, batch: list[Array]) -> Array:
+            return self.loss(captured, [*jax.tree.leaves(params), *meta, *batch])
+
+        return Examples(loss, batch)
 
     def watched(self, snapshot: Snapshot, constants: Constants) -> PyTree:
         """What the user watches, without derivatives."""
@@ -272,35 +289,38 @@ class Run:
 
         With `gradient`, the default, only reverse mode can; with `plain_gradient` both modes.
         """
-        evaluate = self.gradient if gradient_of is None else gradient_of
-        loss, gradient = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
-        new = self.stepped(leaves, gradient, constants.hypers, inputs.hypers, inputs.step)
+        if gradient_of is None:
+            # Of single examples only `watch` may ask for the gradient here; where nobody does, JAX leaves it out,
+            # but not if it had a rule of its own for its derivative.
+            gradient_of = self.plain_gradient if self.per_example else self.gradient
+        loss, gradient = gradient_of(self.params_of(leaves), constants.loss, inputs.batch)
+        given = self.examples(constants.loss, inputs.batch) if self.per_example else gradient
+        new = self.stepped(leaves, given, constants.hypers, inputs.hypers, inputs.step)
         snapshot = self.snapshot(leaves, loss, gradient, inputs.step)
         return new, Outputs(loss, self.watched(snapshot, constants))
 
     def stepped(
         self,
         leaves: Sequence[Leaf],
-        gradient: Sequence[Array],
+        gradient: Any,
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
         t: Array,
     ) -> list[Leaf]:
-        """The optimizer's part of one step in floats."""
+        """The optimizer's part of one step in floats, from the flat gradient or from `examples`."""
         if isinstance(self.optimizer, Whole):
             return self._whole(leaves, gradient, {**constants[0], **inputs[0]})
         seen = self.transformed(constants, inputs, gradient)
         moves = self.moves(constants, inputs, t)
         return [program.step(*part) for part in zip(moves, leaves, seen)]
 
-    def _whole(
-        self, leaves: Sequence[Leaf], gradient: Sequence[Array], hypers: dict[str, Array]
-    ) -> list[Leaf]:
+    def _whole(self, leaves: Sequence[Leaf], gradient: Any, hypers: dict[str, Array]) -> list[Leaf]:
         assert isinstance(self.optimizer, Whole)
         unflatten = self.structure.unflatten
+        given = gradient if self.per_example else unflatten(list(gradient))
         params, state = unflatten(self.params_of(leaves)), self.state_of(leaves)["state"]
         with jax.enable_x64(self.x64):
-            new, state = self.optimizer.update(hypers, unflatten(list(gradient)), state, params)
+            new, state = self.optimizer.update(hypers, given, state, params)
         moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
         return jax.tree.map(lambda x, old: x.astype(old.dtype), [*moved, kept(state)], list(leaves))
 
