@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, data, files, meta, nets, problems, schedules
+from hypergrad import constraints, curvature, data, files, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.optimizers import (
@@ -63,6 +63,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "constraints",
+    "curvature",
     "data",
     "files",
     "from_optax",
