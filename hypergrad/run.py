@@ -163,8 +163,8 @@ class Run:
     Attributes:
       call: the user's call, for messages.
       optimizer: a program of moves, or a function of all parameters at once.
-      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``, or a batch of one example
-        where the optimizer looks at single ones.
+      loss: the inner loss, hoisted; of ``constants.loss`` and ``[*params, *batch]``, the batch being of one
+        where the optimizer looks at single examples.
       watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
       structure: tree structure of the parameters.
       state: tree structure of the optimizer's state, where that is one for all parameters.
@@ -290,8 +290,8 @@ class Run:
         With `gradient`, the default, only reverse mode can; with `plain_gradient` both modes.
         """
         if gradient_of is None:
-            # Of single examples only `watch` may ask for the gradient here; where nobody does, JAX leaves it out,
-            # but not if it had a rule of its own for its derivative.
+            # An optimizer that looks at single examples leaves this gradient to `watch`.  Where nobody
+            # watches JAX drops it, which it would not if its derivative had a rule of its own.
             gradient_of = self.plain_gradient if self.per_example else self.gradient
         loss, gradient = gradient_of(self.params_of(leaves), constants.loss, inputs.batch)
         given = self.examples(constants.loss, inputs.batch) if self.per_example else gradient

@@ -54,8 +54,8 @@ def train(
     differentiated, and what the loss closes over too; only what is costs anything.
 
     Args:
-      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  An optimizer that looks at single
-        examples gives it batches of one, and minimises the mean.
+      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  An optimizer that looks
+        at single examples gives it batches of one, and minimises the mean.
       params: start, a pytree of float32 or float64 arrays.
       hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
         number for all, or one per layer, or one per leaf) of numbers, of schedules (optax's or those of
@@ -325,11 +325,11 @@ def _batches(call: str, batches: PyTree, steps: int) -> PyTree:
 
 def _check_examples(call: str, optimizer: Whole, batch: PyTree) -> None:
     """A batch can be taken apart into two or more examples."""
-    shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree.leaves_with_path(batch)}
-    counts = {shape[0] if shape else 0 for shape in shapes.values()}
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
     if len(counts) != 1 or min(counts) < 2:
         raise ValueError(
-            f"{call}: {optimizer.name} looks at single examples, so that batches must be arrays (T, n, ...) with "
-            f"the same n >= 2 examples at every step, such as rows of the data; behind the step axis they have the "
-            f"shapes {[list(shape) for shape in shapes.values()]}"
+            f"{call}: {optimizer.name} looks at single examples, so that batches must be arrays (T, n, ...) "
+            "with the same n >= 2 examples at every step, such as rows of the data; behind the step axis "
+            f"they have the shapes {[list(shape) for shape in shapes]}"
         )

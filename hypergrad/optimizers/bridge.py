@@ -118,8 +118,8 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
       An `optax.GradientTransformation` whose ``update`` needs ``params``.
 
     Raises:
-      ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an optimizer
-        that looks at single examples.
+      ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an
+        optimizer that looks at single examples.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp, optax
@@ -133,8 +133,8 @@ def as_optax(optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]) -> opta
     values = with_defaults(f"as_optax({optimizer.name}, hypers)", optimizer, hypers)
     if isinstance(optimizer, Whole) and optimizer.per_example:
         raise ValueError(
-            f"as_optax({optimizer.name}, hypers): {optimizer.name} looks at single examples, and optax gives it "
-            "only their mean gradient; use it with hypergrad.train"
+            f"as_optax({optimizer.name}, hypers): {optimizer.name} looks at single examples, and optax has "
+            "only their mean gradient for it; use it with hypergrad.train"
         )
 
     def init(params: PyTree) -> ProgramState:
