@@ -113,8 +113,8 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
     ``d = -m / (√(m² + P) + ε)``.
 
     The loss is given batches of one example and must not depend on the others, as it would through batch
-    normalisation; the mean is minimised.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``.  A
-    `Diagnosis` of the step before is ``snapshot.state["state"].diagnosis`` for `hypergrad.train`'s ``watch``.
+    normalisation; the mean is minimised.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``.  To the
+    ``watch`` of `hypergrad.train`, ``snapshot.state["state"].diagnosis`` is a `Diagnosis` of the step before.
 
     Hyperparameters, each a number or a ``(T,)`` schedule:
       ``learning_rate`` (η): must be given without a rule; 1 by default with one.
@@ -129,7 +129,7 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
       ``loss_inflation`` (κ): factor on the variance 2 s of the losses in the rule (default 1).  From 0 to
         infinity it takes `probability_of_improvement` from no step to that of `quadratic`.
     Not reversible: differentiate with ``Checkpointed()`` or ``Stored()``.  From a start where all examples
-    have the same loss, as zero weights often are, `probability_of_improvement` never moves, since ``s = 0``.
+    have the same loss, as at zero weights, `probability_of_improvement` never moves, since ``s = 0``.
 
     Args:
       rule: for the step: `hypergrad.optimizers.probability_of_improvement`, which the paper uses,
@@ -137,8 +137,8 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
       preconditioned: whether coordinates are divided by the size of their gradients (the paper's AdaMEKA).
       chunk: of how many examples the gradients are in memory at once; by default all.
 
-    Source: Chen et al. (2020), equations 5 to 9 and 11, with ``max_step`` instead of the third-order term of
-    the appendix.
+    Source: Chen et al. (2020), equations 5 to 9 and 11, with ``max_step`` in place of the appendix's
+    third-order term.
 
     >>> import hypergrad as hg
     >>> import jax, jax.numpy as jnp

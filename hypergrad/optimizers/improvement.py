@@ -99,8 +99,9 @@ def probability_of_improvement(improvement: Improvement, max_step: Array) -> Arr
 
     ``(a q / 4) α⁴ + (b p / 2) α³ + c b α - c a = 0``.  By Descartes' rule of signs it has exactly one
     positive root wherever ``a, c, q > 0``, for ``b`` of either sign.  Limits: ``p, q -> 0`` gives
-    ``a / b``; ``c -> 0`` gives 0, or ``-2 b p / (a q)`` where ``b < 0``; with ``q = 0`` and ``b <= 0`` there
-    is no root, and the farther the better.  Differentiated as an implicit function, not through the search.
+    ``a / b``; ``c -> 0`` gives 0, or ``-2 b p / (a q)`` where ``b < 0``; with ``q = 0`` and ``b <= 0``
+    there is no root, and the farther the better.  Differentiated as an implicit function, not through the
+    search.
 
     Args:
       improvement: along a direction; where ``a <= 0``, the step is 0.
