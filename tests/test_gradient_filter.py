@@ -14,8 +14,9 @@ from experiments.gradient_filter import FAST, METHODS, Config, Judged, Learning
 
 
 def judged(mean: float, **hypers: float) -> Judged:
-    noise = np.random.default_rng(0).normal(size=16)
-    return Judged(hypers, mean + noise + 0.01 * np.cos(100 * mean * np.arange(16)))
+    runs = np.random.default_rng(0).normal(size=(1, 16))
+    learners = 0.01 * np.cos(100 * mean * np.arange(4))[:, None]
+    return Judged({k: np.array([x]) for k, x in hypers.items()}, mean + runs + learners, np.ones((4, 16)))
 
 
 def check_quadratic(name: str, steps: int = 5000) -> experiment.Series:
@@ -52,14 +53,16 @@ def test_answer_tells_better_from_no_different() -> None:
     knobs = Learning(
         {0.1: judged(2.0, max_step=0.1), 0.2: judged(1.0, max_step=0.2)},
         {1: judged(3.0), 80: judged(1.0)},
-        judged(0.5),
-        judged(1.001),
+        {"gradient descent": judged(0.5), "filter": judged(1.001)},
     )
-    short, hand, descent, constant = experiment.answer(config, knobs)
+    short, hand, descent, constant, so, then = experiment.answer(config, knobs)
     assert "learned over 80 steps: better than learned over 1 (-2.0" in short
-    assert "no different from the best cap by hand (0.2) (+0.000 ± 0.000" in hand
+    assert "as good as the best cap by hand (0.2) (+0.0000 ± 0.0000" in hand
     assert "worse than gradient descent" in descent
-    assert "no different from the filter" in constant or "better than the filter" in constant
+    assert "as good as filter at a constant rate" in constant
+    assert "there is a short-horizon bias, at [1] steps" in so and "are as good as constant ones" in then
+    learners = knobs.learned[80].log_losses.mean(1)
+    assert knobs.learned[80].error == pytest.approx(np.std(learners, ddof=1) / 2)
 
 
 @pytest.mark.slow
