@@ -530,14 +530,12 @@ def third_part(config: Config, problem: Digits) -> list[Switched]:
     print(
         "3. Digits, steps by probability of improvement from some step on, before that 0.1: training loss"
     )
-    print(
-        "   and test error at the end; the filter's own series, as medians over 30 steps after the switch"
-    )
+    print("   and test error at the end; the filter's own series, as means over 100 steps after the switch")
     print("       cap  switch      loss  error, %  curvature  variance      gain")
     found = switched(config, problem)
     for runs in found:
-        begin = min(runs.switch, config.network_steps - 31) + 1
-        series = [float(np.median(x[:, begin : begin + 30])) for x in runs.diagnosis[:3]]
+        begin = min(runs.switch, config.network_steps - 101) + 1
+        series = [float(np.mean(x[:, begin : begin + 100])) for x in runs.diagnosis[:3]]
         numbers = [np.mean(runs.losses), 100 * np.mean(runs.errors), *series]
         cap = "none" if runs.cap == FAR else f"{runs.cap:g}"
         print(f"  {cap:>8} {runs.switch:>7} " + " ".join(f"{x:>9.3g}" for x in numbers), flush=True)
@@ -553,7 +551,7 @@ def fourth_part(config: Config, problem: Noisy) -> tuple[Learning, dict[str, Jud
         **{f"{name}, constant rate learned": judged for name, judged in knobs.controls.items()},
     }
     print(
-        f"4. Noisy digits: log loss after {config.steps} steps, in {config.judged} runs for each learner; the mean"
+        f"4. Noisy digits: log loss after {config.steps} steps, {config.judged} runs for each learner; mean"
     )
     print("   size of the steps; and, where they were learned, geometric means of the knobs")
     for name, judged in rows.items():
