@@ -188,6 +188,18 @@ class Optimizer:
         return self.radix if variable == PARAMS else self.variables[variable].radix
 
 
+class Examples(NamedTuple):
+    """The minibatch of a step, for an optimizer that looks at single examples.
+
+    Attributes:
+      loss: ``loss(params, batch) -> scalar`` for a batch of one: every array with a leading axis of 1.
+      batch: ``n >= 2`` examples, the leading axis of every array.  Minimised is the mean of their losses.
+    """
+
+    loss: Callable[[PyTree, PyTree], Array]
+    batch: PyTree
+
+
 class Here(NamedTuple):
     """What an optimizer of all parameters at once may evaluate anew in a step.
 
@@ -215,13 +227,15 @@ class Whole:
         and a `Here`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+      per_example: whether `update` is given `Examples` in the gradient's place.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
-    update: Callable[[Mapping[str, Array], PyTree, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
+    update: Callable[[Mapping[str, Array], Any, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    per_example: bool = False
     reversible: bool = field(default=False, init=False)
 
 

@@ -28,7 +28,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import program
-from hypergrad.program import PARAMS, Here, Leaf, Optimizer, Seen, Whole
+from hypergrad.program import PARAMS, Examples, Here, Leaf, Optimizer, Seen, Whole
 
 PyTree = Any
 
@@ -164,7 +164,8 @@ class Run:
     Attributes:
       call: the user's call, for messages.
       optimizer: a program of moves, or a function of all parameters at once.
-      loss: the inner loss, hoisted; of what it closes over and ``[*params, *meta, *batch]``.
+      loss: the inner loss, hoisted; of what it closes over and ``[*params, *meta, *batch]``, the batch
+        being of one where the optimizer looks at single examples.
       watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
       structure: tree structure of the parameters.
       state: tree structure of the optimizer's state, where that is one for all parameters.
@@ -233,10 +234,26 @@ class Run:
             return list(seen)
         return program.isolated(live, self.transformed, constants, inputs, list(seen))
 
+    @property
+    def per_example(self) -> bool:
+        """Whether the optimizer looks at single examples; the loss is then the mean of theirs."""
+        return isinstance(self.optimizer, Whole) and self.optimizer.per_example
+
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
         """The inner loss of flat parameters."""
+        loss = self.examples(loss_constants, batch).loss
+        if not self.per_example:
+            return loss(params, batch)
+        return jnp.mean(jax.vmap(lambda example: loss(params, [x[None] for x in example]))(batch))
+
+    def examples(self, loss_constants: list[Array], batch: list[Array]) -> Examples:
+        """The minibatch as an optimizer that looks at single examples sees it."""
         count, meta = len(self.loss.jaxpr.constvars), loss_constants[self.captured :]
-        return self.loss(loss_constants[:count], [*params, *meta, *batch])
+
+        def loss(params: PyTree, batch: list[Array]) -> Array:
+            return self.loss(loss_constants[:count], [*jax.tree.leaves(params), *meta, *batch])
+
+        return Examples(loss, batch)
 
     def observed_at(
         self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]
@@ -287,8 +304,11 @@ class Run:
 
         With `gradient`, the default, only reverse mode can; with `plain_gradient` both modes.
         """
-        evaluate = self.gradient if gradient_of is None else gradient_of
-        loss, seen = evaluate(self.params_of(leaves), constants.loss, inputs.batch)
+        if gradient_of is None:
+            # An optimizer that looks at single examples leaves this gradient to `watch`.  Where nobody
+            # watches JAX drops it, which it would not if its derivative had a rule of its own.
+            gradient_of = self.plain_gradient if self.per_example else self.gradient
+        loss, seen = gradient_of(self.params_of(leaves), constants.loss, inputs.batch)
         if isinstance(self.optimizer, Whole):
             new = self._whole(leaves, loss, gradients(seen), constants, inputs)
         else:
@@ -319,6 +339,7 @@ class Run:
     ) -> list[Leaf]:
         assert isinstance(self.optimizer, Whole)
         unflatten, arguments = self.structure.unflatten, self.arguments
+        given = self.examples(constants.loss, inputs.batch) if self.per_example else unflatten(gradient)
         params, state = unflatten(self.params_of(leaves)), self.state_of(leaves)["state"]
         hypers = {**constants.hypers[0], **inputs.hypers[0]}
         here = Here(
@@ -327,7 +348,7 @@ class Run:
             *arguments.unflatten([*constants.loss[self.captured :], *inputs.batch]),
         )
         with jax.enable_x64(self.x64):
-            new, state = self.optimizer.update(hypers, unflatten(gradient), state, params, here)
+            new, state = self.optimizer.update(hypers, given, state, params, here)
         moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
         return jax.tree.map(lambda x, old: x.astype(old.dtype), [*moved, kept(state)], list(leaves))
 

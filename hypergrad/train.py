@@ -54,7 +54,8 @@ def train(
     differentiated, and what the loss closes over too; only what is costs anything.
 
     Args:
-      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.
+      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  An optimizer that looks
+        at single examples gives it batches of one, and minimises the mean.
       params: start, a pytree of float32 or float64 arrays.
       hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
         number for all, or one per layer, or one per leaf) of numbers, of schedules (optax's or those of
@@ -63,7 +64,8 @@ def train(
       meta: any pytree, passed to the loss: regularisation, data, labels, scales.
       batches: a pytree of arrays with leading axis ``T``; slice ``t`` is given to the loss at step
         ``t``.  Row indices keep the data out of it: see `hypergrad.data.minibatches`.  None gives the
-        loss the step number, int32.
+        loss the step number, int32.  For an optimizer that looks at single examples, the axis behind the
+        step is the example.
       steps: ``T >= 1``.
       optimizer: a program of moves, by default `hypergrad.momentum`, or one made by `hypergrad.from_optax`.
       adjoint: how to differentiate, by default `hypergrad.Reversible`.
@@ -112,16 +114,19 @@ def train(
     if batches is None:
         batches = np.arange(steps, dtype=np.int32)
     batches = _batches(call, batches, steps)
-
     observes = isinstance(optimizer, Optimizer) and optimizer.observe is not None
     if observes:
         batches = (batches, np.arange(steps, dtype=np.int32))
+    batch = jax.tree.map(lambda x: x[0], batches)
+    if isinstance(optimizer, Whole) and optimizer.per_example:
+        _check_examples(call, optimizer, batch)
+        batch = jax.tree.map(lambda x: x[:1], batch)
 
     def loss_of(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
         return loss(split(merged), meta, batch[0] if observes else batch)
 
     # The user's functions are traced here, once, on shapes alone; only their jaxprs are used below.
-    shapes = jax.tree.map(_shape, (params, meta, jax.tree.map(lambda x: x[0], batches)))
+    shapes = jax.tree.map(_shape, (params, meta, batch))
     hoisted, captured, result = hoist(loss_of, *shapes)
     if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
         raise ValueError(f"{call}: the loss must return one scalar, and returned {_describe(result)}")
@@ -350,3 +355,15 @@ def _batches(call: str, batches: PyTree, steps: int) -> PyTree:
                 f"axis is the step and must have length steps={steps}"
             )
     return batches
+
+
+def _check_examples(call: str, optimizer: Whole, batch: PyTree) -> None:
+    """A batch can be taken apart into two or more examples."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
+    if len(counts) != 1 or min(counts) < 2:
+        raise ValueError(
+            f"{call}: {optimizer.name} looks at single examples, so batches must be arrays (T, n, ...) "
+            "with the same n >= 2 examples at every step, such as rows of the data; behind the step axis they "
+            f"have the shapes {[list(shape) for shape in shapes]}"
+        )

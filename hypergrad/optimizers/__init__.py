@@ -11,6 +11,8 @@ from hypergrad.optimizers.adaptive import (
 )
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
+from hypergrad.optimizers.filtered import filtered
+from hypergrad.optimizers.improvement import expected_improvement, probability_of_improvement, quadratic
 from hypergrad.optimizers.kfac import adaptive_kfac, kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
@@ -28,6 +30,8 @@ __all__ = [
     "as_optax",
     "clip",
     "clip_by_global_norm",
+    "expected_improvement",
+    "filtered",
     "from_optax",
     "heavy_ball",
     "kfac",
@@ -36,6 +40,8 @@ __all__ = [
     "momentum",
     "nadam",
     "nesterov",
+    "probability_of_improvement",
+    "quadratic",
     "radam",
     "rmsprop",
     "rmsprop_momentum",

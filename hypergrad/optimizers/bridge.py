@@ -123,8 +123,8 @@ def as_optax(
       (`hypergrad.adaptive_kfac`) ``value_fn=``, the loss as a function of the parameters.
 
     Raises:
-      ValueError: for hyperparameters that the optimizer does not have, or that are missing; from ``update``
-        where something it needs is.
+      ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an
+        optimizer that looks at single examples; from ``update`` where something it needs is missing.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp, optax
@@ -157,6 +157,11 @@ def as_optax(
     True
     """
     values = with_defaults(f"as_optax({optimizer.name}, hypers)", optimizer, hypers)
+    if isinstance(optimizer, Whole) and optimizer.per_example:
+        raise ValueError(
+            f"as_optax({optimizer.name}, hypers): {optimizer.name} looks at single examples, and optax has "
+            "only their mean gradient for it; use it with hypergrad.train"
+        )
 
     blocks = optimizer.blocks if isinstance(optimizer, Optimizer) else None
 
