@@ -485,9 +485,10 @@ def answer(config: Config, found: Learning) -> list[str]:
             + "; learning over whole runs cures it."
         )
     if "filter" in constant:
+        sizes = long.steps.mean(), found.controls["filter"].steps.mean()
         lines.append(
-            f"  Cured, the steps by probability of improvement are {constant['filter']} constant ones, with a "
-            f"mean size of {long.steps.mean():.2f} against {found.controls['filter'].steps.mean():.2f}."
+            f"  Cured, the steps by probability of improvement are {constant['filter']} constant ones: "
+            f"their mean size is {sizes[0]:.2f}, the constant one {sizes[1]:.2f}."
         )
     return lines
 
