@@ -36,6 +36,7 @@ from hypergrad.program import Whole
 PyTree = Any
 SIZES = (64, 32, 10)
 FAR = 1e6  # a cap that is none
+GUESSING = math.log(math.log(10))  # log loss of giving every digit the same probability
 UNSEEN = 10_000  # keys from here on judge what was learned
 
 
@@ -279,7 +280,7 @@ class Judged(NamedTuple):
     """Knobs of one or more learners, and whole runs with them on keys that nothing was learned on."""
 
     hypers: dict[str, np.ndarray]  # (learners,)
-    log_losses: np.ndarray  # (learners, judged), after training
+    log_losses: np.ndarray  # (learners, judged), after training; no worse than guessing
     steps: np.ndarray  # (learners, judged), mean size of the step, ``η α``
 
     @property
@@ -382,7 +383,7 @@ def learning(config: Config, problem: Noisy) -> Learning:
                 {name: x[k] for name, x in values.items()} for k in range(len(values["learning_rate"]))
             ]
             log_losses, steps = zip(*(many(each, keys) for each in learners))
-            return Judged(values, np.asarray(log_losses, np.float64), np.asarray(steps))
+            return Judged(values, np.fmin(np.asarray(log_losses, np.float64), GUESSING), np.asarray(steps))
 
         return judged
 
@@ -445,40 +446,49 @@ def learning(config: Config, problem: Noisy) -> Learning:
 # ---- all of it
 
 
-def compared(a: Judged, b: Judged) -> tuple[float, float]:
-    """Mean difference of the log losses on the same keys, and its standard error over learners."""
+def compared(a: Judged, b: Judged) -> tuple[float, float, str]:
+    """Mean difference of the log losses on the same keys, its standard error over learners, and in words.
+
+    Different is what is 3 standard errors apart.  Since one learner whose runs diverge can hide everything
+    in the mean, it is also what every learner of the one does better than every learner of the other.
+    """
     difference = np.mean(a.log_losses - b.log_losses, axis=1)
-    return float(difference.mean()), standard_error(difference)
+    mean, error = float(difference.mean()), standard_error(difference)
+    mine, theirs = a.log_losses.mean(axis=1), b.log_losses.mean(axis=1)
+    apart = len(theirs) > 1 and (mine.max() < theirs.min() or mine.min() > theirs.max())
+    if abs(mean) <= 3 * error and not apart:
+        return mean, error, "as good as"
+    return mean, error, "better than" if mean < 0 else "worse than"
 
 
 def answer(config: Config, found: Learning) -> list[str]:
-    """What part 4 says, in words; different is what is 3 standard errors apart."""
+    """What part 4 says, in words."""
     long = found.learned[config.steps]
     hand = min(found.by_hand.values(), key=lambda judged: judged.mean)
     lines = []
 
     def verdict(name: str, other: Judged) -> str:
-        mean, error = compared(long, other)
-        word = "as good as" if abs(mean) <= 3 * error else "better than" if mean < 0 else "worse than"
-        lines.append(
-            f"  learned over {config.steps} steps: {word} {name} ({mean:+.4f} ± {error:.4f} in log loss)"
-        )
+        mean, error, word = compared(long, other)
+        lines.append(f"  learned over {config.steps} steps: {word} {name} ({mean:+.4f} ± {error:.4f})")
         return word
 
-    short = [verdict(f"learned over {h}", found.learned[h]) for h in config.horizons]
+    short = {h: verdict(f"learned over {h}", found.learned[h]) for h in config.horizons}
     verdict(f"the best cap by hand ({hand.hypers['max_step'][0]:g})", hand)
     constant = {
-        name: verdict(f"{name} at a constant rate, learned", other)
-        for name, other in found.controls.items()
+        name: verdict(f"{name} at a constant rate, learned", one) for name, one in found.controls.items()
     }
-    biased = [h for h, word in zip(config.horizons, short) if word == "better than"]
-    if biased:
+    if biased := [h for h, word in short.items() if word == "better than"]:
+        longer = all(found.learned[h].steps.mean() > long.steps.mean() for h in biased)
         lines.append(
-            f"  So there is a short-horizon bias, at {biased} steps, and learning over whole runs cures it."
+            f"  So there is a short-horizon bias, at horizons of {', '.join(map(str, biased))} steps"
+            + (", to steps that are too long" if longer else "")
+            + "; learning over whole runs cures it."
         )
     if "filter" in constant:
+        sizes = long.steps.mean(), found.controls["filter"].steps.mean()
         lines.append(
-            f"  Then the steps by probability of improvement are {constant['filter']} constant ones."
+            f"  Cured, the steps by probability of improvement are {constant['filter']} constant ones: "
+            f"their mean size is {sizes[0]:.2f}, the constant one {sizes[1]:.2f}."
         )
     return lines
 
@@ -553,7 +563,7 @@ def fourth_part(config: Config, problem: Noisy) -> tuple[Learning, dict[str, Jud
     print(
         f"4. Noisy digits: log loss after {config.steps} steps, {config.judged} runs for each learner; mean"
     )
-    print("   size of the steps; and, where they were learned, geometric means of the knobs")
+    print("   size of the steps; where they were learned, geometric means of the knobs; last, differences")
     for name, judged in rows.items():
         knob = {k: float(np.exp(np.mean(np.log(x)))) for k, x in judged.hypers.items()}
         shown = ", ".join(f"{k} {x:.3g}" for k, x in knob.items()) if "learned" in name else ""
@@ -580,10 +590,10 @@ def main(config: Config, output: str | None = None) -> dict[str, Any]:
             "digits": [
                 {
                     "rate": rate,
-                    "descent": runs.descent.mean(0).tolist(),
-                    "filter": runs.filtered.mean(0).tolist(),
+                    "descent": each.descent[:, -1].tolist(),
+                    "filter": each.filtered[:, -1].tolist(),
                 }
-                for rate, runs in zip(config.rates, at_rates)
+                for rate, each in zip(config.rates, at_rates)
             ],
             "switched": [
                 {"cap": f.cap, "switch": f.switch, "losses": f.losses.tolist(), "errors": f.errors.tolist()}
@@ -646,17 +656,14 @@ def draw(
             part.semilogy(middle, np.median(series, axis=1), linestyle=dashes, color=grey, label=label)
         part.axvline(config.switches[-1], color="0.8", linewidth=1)
         part.set(xlabel="training step")
-    curvature.set(
-        title="Digits, adaptive steps from the line on", ylabel="curvature along the step, δᵀBδ / δᵀδ"
-    )
+    curvature.set(title="Digits, adaptive steps from the line on", ylim=(3e-4, 3.0))
+    curvature.set(ylabel="curvature along the step, δᵀBδ / δᵀδ")
     variance.set(title="The same", ylabel="gradient variance, one example")
-    by = {
-        h: (j.mean, j.log_losses.std(ddof=1) / math.sqrt(config.judged)) for h, j in knobs.learned.items()
-    }
-    means, spread = zip(*by.values())
-    horizons.errorbar(
-        list(by), means, spread, fmt="o-", color="0", capsize=3, label="learned over the horizon"
-    )
+    for h, judged in knobs.learned.items():
+        every = judged.log_losses.mean(axis=1)
+        horizons.plot(np.full(len(every), h), every, "o", color="0", fillstyle="none", markersize=5)
+    means = [judged.mean for judged in knobs.learned.values()]
+    horizons.plot(list(knobs.learned), means, "-", color="0", label="knobs learned over the horizon, mean")
     best = min(knobs.by_hand.values(), key=lambda judged: judged.mean)
     others = {
         "best cap by hand": best,
@@ -664,6 +671,7 @@ def draw(
     }
     for (name, judged), dashes in zip(others.items(), plots.LINES[1:]):
         horizons.axhline(judged.mean, linestyle=dashes, color="0.4", label=name)
+    horizons.axhline(GUESSING, linestyle=plots.LINES[4], color="0.7", label="guessing")
     horizons.set(title=f"Noisy digits after {config.steps} steps", xscale="log", ylabel="log loss")
     horizons.set(xlabel="horizon over which the knobs were learned, steps")
     for part in axes.flat:

@@ -363,7 +363,7 @@ def _check_examples(call: str, optimizer: Whole, batch: PyTree) -> None:
     counts = {shape[0] if shape else 0 for shape in shapes}
     if len(counts) != 1 or min(counts) < 2:
         raise ValueError(
-            f"{call}: {optimizer.name} looks at single examples, so batches must be arrays (T, n, ...) "
+            f"{call}: {optimizer.name} looks at single examples, so batches must be arrays (T, n, ...), "
             "with the same n >= 2 examples at every step, such as rows of the data; behind the step axis "
             f"they have the shapes {[list(shape) for shape in shapes]}"
         )

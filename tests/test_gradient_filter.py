@@ -61,7 +61,10 @@ def test_answer_tells_better_from_no_different() -> None:
     assert "as good as the best cap by hand (0.2) (+0.0000 ± 0.0000" in hand
     assert "worse than gradient descent" in descent
     assert "as good as filter at a constant rate" in constant
-    assert "there is a short-horizon bias, at [1] steps" in so and "are as good as constant ones" in then
+    assert (
+        "there is a short-horizon bias, at horizons of 1 steps" in so
+        and "are as good as constant ones" in then
+    )
     learners = knobs.learned[80].log_losses.mean(1)
     assert knobs.learned[80].error == pytest.approx(np.std(learners, ddof=1) / 2)
 

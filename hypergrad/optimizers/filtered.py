@@ -113,9 +113,8 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
     ``d = -m / (√(m² + P) + ε)``.
 
     The loss is given batches of one example and must not depend on the others, as it would through batch
-    normalisation; the mean is minimised.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``.  To the
-    ``watch`` of `hypergrad.train`, ``snapshot.state["state"].diagnosis`` is a `Diagnosis` of the step
-    before.
+    normalisation; the mean is minimised.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``.
+    ``snapshot.state["state"].diagnosis`` shows a `Diagnosis` of the step before to ``watch``.
 
     Hyperparameters, each a number or a ``(T,)`` schedule:
       ``learning_rate`` (η): must be given without a rule; 1 by default with one.
