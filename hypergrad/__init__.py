@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, curvature, data, files, meta, nets, problems, schedules
+from hypergrad import constraints, curvature, data, files, implicit, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
@@ -78,6 +78,7 @@ __all__ = [
     "files",
     "from_optax",
     "heavy_ball",
+    "implicit",
     "lamb",
     "lars",
     "load_distilled",
