@@ -255,8 +255,8 @@ def _decorator(
             params = jax.lax.stop_gradient(params)
             inputs = [*captured, *jax.tree.leaves(args)]
             size = norm(condition(params, jax.lax.stop_gradient(inputs)))
-            params = _refuse_point(call, params, size, tolerance)
-            return _implicit(condition, params, inputs)
+            params, valid = _refuse_point(call, (params, jnp.ones(())), size, tolerance)
+            return _implicit(condition, params, inputs, valid)
 
         return solved
 
@@ -333,7 +333,9 @@ def _like(call: str, params: PyTree, init: PyTree) -> PyTree:
     return jax.tree.map(lambda x, w: jnp.asarray(x, w.dtype), params, init)
 
 
-def _refuse_point(call: str, params: PyTree, size: Array, tolerance: Any) -> PyTree:
+def _refuse_point(call: str, result: PyTree, size: Array, tolerance: Any) -> PyTree:
+    """What was computed at a point, unless its condition is not met there."""
+
     def explain(size: float, tolerance: float) -> str | None:
         if size <= tolerance:
             return None
@@ -342,7 +344,7 @@ def _refuse_point(call: str, params: PyTree, size: Array, tolerance: Any) -> PyT
             f"the tolerance of {tolerance:.3g}. Solve more accurately, or accept it with a larger tolerance"
         )
 
-    return refuse_if(explain, params, size, jnp.asarray(tolerance), error=ConvergenceError)
+    return refuse_if(explain, result, size, jnp.asarray(tolerance), error=ConvergenceError)
 
 
 # ---- exact zeros
@@ -422,14 +424,17 @@ def _used(function: Callable[..., PyTree], leaves: Sequence[Any], params: PyTree
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _implicit(condition: _Condition, params: PyTree, inputs: list[Array]) -> PyTree:
-    """The solution, as a function of the inputs of its condition."""
+def _implicit(condition: _Condition, params: PyTree, inputs: list[Array], valid: Array) -> PyTree:
+    """The solution, as a function of the inputs of its condition; NaN for ``valid`` makes derivatives NaN.
+
+    They may not depend on the parameters, and without this a compiler would leave out the check of those.
+    """
     return params
 
 
 def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
-    params, inputs = primals
-    params = _implicit(condition, params, inputs)  # for derivatives of this derivative
+    params, inputs, valid = primals
+    params = _implicit(condition, params, inputs, valid)  # for derivatives of this derivative
     flags = [not isinstance(dot, SymbolicZero) for dot in tangents[1]]
     moving, merge = split(flags, inputs)
     dots = [dot for dot, flag in zip(tangents[1], flags) if flag]
@@ -437,7 +442,7 @@ def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[P
     matvec = jax.linearize(lambda w: condition(w, inputs), params)[1]
     solve = partial(solve_or_refuse, condition.call, condition.linear)
     minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.symmetric)
-    return params, jax.tree.map(jnp.negative, minus)
+    return params, jax.tree.map(lambda x: -valid.astype(x.dtype) * x, minus)
 
 
 _implicit.defjvp(_implicit_jvp, symbolic_zeros=True)
@@ -518,8 +523,8 @@ def hypergradient(
     if not all(used):
         _warn_of_zeros(call, [name for name, u in zip(_names({"hypers": hypers}), used) if not u])
     residual, matvec = jax.linearize(lambda w: jax.grad(objective)(w, hypers), params)
-    params = _refuse_point(call, params, norm(residual), tolerance)
-    value, (to_params, direct) = jax.value_and_grad(outer, argnums=(0, 1))(params, hypers)
+    result = jax.value_and_grad(outer, argnums=(0, 1))(params, hypers)
+    value, (to_params, direct) = _refuse_point(call, result, norm(residual), tolerance)
     u = solve_or_refuse(call, linear, matvec, to_params, start)
     # Along u first, backwards second: one gradient, whatever the number of hyperparameters.
     along = lambda h: jax.jvp(lambda w: objective(w, h), (params,), (u,))[1]  # noqa: E731

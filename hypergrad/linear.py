@@ -60,7 +60,8 @@ class Solved(NamedTuple):
 class LinearSolver(Protocol):
     """A solver of ``A x = b``: one function from a matvec, ``b`` and a start to `Solved`.
 
-    ``b`` is scaled so that its largest entry is 1 in size, or is 0, and the start with it.
+    ``b`` is scaled so that its largest entry is 1 in size, or is 0, and the start with it.  A start that is
+    worse than 0 is replaced by 0.
     """
 
     @property
@@ -162,33 +163,34 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Neumann:
-    """The Neumann series, ``x = α Σ_{k<K} (I - α A)^k b``, stopped early where the residual allows it.
+    """The Neumann series, ``x = α Σ_{k<K} (I - α A)^k b``.
 
-    Converges where all eigenvalues of ``α A`` are closer to 1 than 1.  With ``K`` terms it is what
-    differentiating the last ``K`` steps of gradient descent at the solution gives.
+    Converges where all eigenvalues of ``α A`` are closer to 1 than 1.  It is what differentiating the last
+    ``K`` steps of gradient descent with the rate ``α`` gives, at the solution.
 
     Args:
       step: ``α``; for a Hessian below ``2 / its largest eigenvalue``.
-      terms: ``K``, at most, each one product with ``A``.
-      tolerance: as for `ConjugateGradients`; for a truncated series on purpose, something like 0.5.
+      terms: ``K``, each one product with ``A``.
+      tolerance: the largest residual that is accepted, as for `ConjugateGradients`; to cut the series short
+        on purpose, something like 0.5.
 
     Source: Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
     differentiation", AISTATS 2020, section 3.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import implicit
-    >>> matvec = lambda v: jnp.array([1.0, 2.0]) * v
-    >>> x = implicit.linear_solve(matvec, jnp.array([1.0, 2.0]), linear=implicit.Neumann(step=0.5))
+    >>> matvec, neumann = lambda v: jnp.array([1.0, 2.0]) * v, implicit.Neumann(step=0.5, terms=20)
+    >>> x = implicit.linear_solve(matvec, jnp.array([1.0, 2.0]), linear=neumann)
     >>> bool(jnp.allclose(x, 1, atol=1e-3))
     True
     """
 
     step: float
-    terms: int = 1000
+    terms: int
     tolerance: float | Array | None = None
 
     advice: ClassVar[str] = (
-        "allow more terms; if it grows with them, step is above 2 / (largest eigenvalue), or there are "
+        "take more terms; if it grows with them, step is above 2 / (largest eigenvalue), or there are "
         "eigenvalues that are not positive"
     )
 
@@ -197,19 +199,11 @@ class Neumann:
 
     def __call__(self, matvec: Matvec, b: PyTree, start: PyTree) -> Solved:
         """See `LinearSolver`."""
-        limit = _tolerance(self, b) * norm(b)
 
-        def going(carry: tuple[PyTree, PyTree, Array]) -> Array:
-            _, rest, k = carry
-            return (norm(rest) > limit) & (k < self.terms)
+        def add(_: Any, x: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, b, y: x + self.step * (b - y), x, b, matvec(x))
 
-        def add(carry: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
-            x, rest, k = carry
-            x = jax.tree.map(lambda x, r: x + self.step * r, x, rest)
-            return x, sub(b, matvec(x)), k + 1
-
-        x, rest, _ = jax.lax.while_loop(going, add, (start, sub(b, matvec(start)), jnp.int32(0)))
-        return Solved(x, norm(rest) / _or_one(norm(b)))
+        return _measured(matvec, b, jax.lax.fori_loop(0, self.terms, add, start))
 
 
 @dataclass(frozen=True)
@@ -387,17 +381,21 @@ def solve_or_refuse(
 ) -> PyTree:
     """`linear_solve` behind its checks, for the call that messages quote."""
     # The largest entry of b is scaled to 1: the squares of small numbers are 0 in float32.
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(b) if x.size]))
-    scale = _or_one(largest)
-    start = jax.tree.map(jnp.zeros_like, b) if start is None else start
-    start = jax.tree.map(lambda x: jnp.where(largest == 0, 0, x / scale).astype(x.dtype), start)
-    x, residual = linear(matvec, jax.tree.map(lambda x: (x / scale).astype(x.dtype), b), start)
+    scale = _or_one(jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(b) if x.size])))
+    b, zero = jax.tree.map(lambda x: (x / scale).astype(x.dtype), b), jax.tree.map(jnp.zeros_like, b)
+    if start is None:
+        start = zero
+    else:
+        start = jax.tree.map(lambda x: (x / scale).astype(x.dtype), start)
+        better = norm(sub(b, matvec(start))) <= norm(b)  # than 0
+        start = jax.tree.map(lambda x, zero: jnp.where(better, x, zero), start, zero)
+    x, residual = linear(matvec, b, start)
 
     def explain(residual: float, tolerance: float) -> str | None:
         if residual <= tolerance:  # and so not NaN
             return None
         return (
-            f"{call}: {named(linear)} left a relative residual of {residual:.2g}, above its tolerance of "
+            f"{call}: {type(linear).__name__} left a relative residual of {residual:.2g}, above its tolerance of "
             f"{tolerance:.2g}: {linear.advice}; or accept it with a larger tolerance"
         )
 
