@@ -395,8 +395,8 @@ def solve_or_refuse(
         if residual <= tolerance:  # and so not NaN
             return None
         return (
-            f"{call}: {type(linear).__name__} left a relative residual of {residual:.2g}, above its tolerance of "
-            f"{tolerance:.2g}: {linear.advice}; or accept it with a larger tolerance"
+            f"{call}: {type(linear).__name__} left a relative residual of {residual:.2g}, above its "
+            f"tolerance of {tolerance:.2g}: {linear.advice}; or accept it with a larger tolerance"
         )
 
     x = jax.tree.map(lambda x: (scale * x).astype(x.dtype), x)
