@@ -2,9 +2,9 @@
 
 Logistic regression on labels of which a part was replaced by other ones: ``w`` minimises
 ``f(w, s) = 1/n Σ_i weight(s_i) loss_i(w) + penalty/2 |w|²``, ``weight(s) = 2 sigmoid(s)``, 1 at the start.
-At the minimum one linear system gives the derivative of the loss on a few clean examples in all weights.  A
-positive one says that the example does harm.  Then the weights are learned, by HOAG.  The training loss of an
-example, which needs no clean ones, is what hypergradients are compared with.
+At the minimum one linear system gives the derivative of the loss on a few clean examples in all weights.
+A positive one says that the example does harm.  Then the weights are learned, by HOAG.  Hypergradients are
+compared with the training loss of an example, which needs no clean ones.
 
     python -m experiments.data_weights                  # MNIST: 60,000 weights
     python -m experiments.data_weights --data digits    # 1,437, in seconds
@@ -214,7 +214,6 @@ def draw(path: Path, config: Config, found: Found) -> None:
         axes[0, 0].hist(gradient[chosen], edges, density=True, histtype="step", label=name, **style)
     axes[0, 0].set(title="Hypergradients, all weights 1", ylabel="density",
                    xlabel="n × d(validation loss)/d(weight), nats")  # fmt: skip
-    axes[0, 0].set_yscale("log")
     axes[0, 0].legend(fontsize="small")
     for k, (name, score) in enumerate(found.scores.items()):
         false, true, _ = metrics.roc_curve(found.wrong, score)
@@ -226,6 +225,7 @@ def draw(path: Path, config: Config, found: Found) -> None:
     axes[0, 1].legend(fontsize="small", loc="lower right")
     plots.lines(axes[0, 2], {"on clean examples": found.outer_loss})
     axes[0, 2].set(title="Learning the weights", xlabel="outer step", ylabel="validation loss, nats")
+    axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
     results = {name: value for name, value in found._asdict().items() if name in ("area", "test_error")}
     plots.save(
         figure, path, {"config": asdict(config)} | results | {"outer_loss": found.outer_loss.tolist()}

@@ -124,7 +124,8 @@ class ConjugateGradients:
 class NormalEquations:
     """Conjugate gradients for ``(A Aᵀ + ρ I) y = b``, ``x = Aᵀ y``, for any square ``A`` (Craig's method).
 
-    Without damping the residual is that of ``A x = b``.  With it, ``x`` minimises ``|A x - b|² + ρ |x|²``.
+    Without damping the residual is that of ``A x = b``.  With it, ``x`` minimises
+    ``|A x - b|² + ρ |x - start|²``.
 
     Args:
       iterations: at most, each a product with ``A`` and one with ``Aᵀ``.
