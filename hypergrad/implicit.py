@@ -53,7 +53,7 @@ from hypergrad.linear import (
 )
 from hypergrad.reversible import refuse_if
 from hypergrad.run import Hoisted, hoist, split
-from hypergrad.spectra import PyTree, describe, floats, shapes_of
+from hypergrad.spectra import PyTree, describe, floats, shapes_of, trace_once
 
 __all__ = [
     "GMRES",
@@ -185,7 +185,7 @@ def host(solve: Callable[..., PyTree]) -> Callable[..., PyTree]:
     def wrapped(init: PyTree, *args: PyTree, **settings: Any) -> PyTree:
         structure: Any
         leaves, structure = jax.tree.flatten((args, settings))
-        flags = [isinstance(x, jax.Array | np.ndarray | float) for x in leaves]
+        flags = [isinstance(x, jax.Array) for x in leaves]
         arrays, merge = split(flags, leaves)
         shapes = _shapes(init)
 
@@ -206,24 +206,28 @@ class _Condition:
 
     Attributes:
       call: the user's call, for messages.
-      optimality: ``F`` of what it closes over and of the parameters and arguments, flat.
+      function: ``F``, or ``f``; of what it closes over, and of the parameters and arguments, flat.
+      minimises: whether it is ``f``.
       captured: how many arrays it closes over, the first of the inputs ``θ``; the others are arguments.
       names: of the inputs, for messages.
-      symmetric: whether ``A`` is.
       linear: the solver.
     """
 
     call: str
-    optimality: Hoisted
+    function: Hoisted
+    minimises: bool
     captured: int
     names: tuple[str, ...]
-    symmetric: bool
     linear: LinearSolver
 
     def __call__(self, params: PyTree, inputs: Sequence[Array]) -> PyTree:
         """``F(w, θ)``."""
-        arguments = [*jax.tree.leaves(params), *inputs[self.captured :]]
-        return self.optimality(inputs[: self.captured], arguments)
+        captured, args = inputs[: self.captured], inputs[self.captured :]
+
+        def at(params: PyTree) -> PyTree:
+            return self.function(captured, [*jax.tree.leaves(params), *args])
+
+        return jax.grad(at)(params) if self.minimises else at(params)
 
 
 def _decorator(
@@ -273,24 +277,22 @@ def _condition(
     minimises: bool,
 ) -> tuple[_Condition, list[Array]]:
     """The condition for an objective or an optimality, and what that closes over."""
-    shapes = _shapes((params, *args))
-    result = jax.eval_shape(function, *shapes)
-    if minimises:
-        scalar = isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()
-        if not scalar or not jnp.issubdtype(result.dtype, jnp.floating):
-            raise ValueError(
-                f"{call}: {role} must return one scalar float, and returned {describe(result)}"
-            )
-        function = jax.grad(function)
-    elif shapes_of(result) != shapes_of(params):
+    hoisted, captured, result = hoist(function, *_shapes((params, *args)))
+    if minimises and not _is_scalar(result):
+        raise ValueError(f"{call}: {role} must return one scalar float, and returned {describe(result)}")
+    if not minimises and shapes_of(result) != shapes_of(params):
         raise ValueError(
             f"{call}: {role} must return a tree like init, {describe(params)}, and returned "
             f"{describe(result)}"
         )
-    hoisted, captured, _ = hoist(function, *shapes)
-    closed_over = [f"an array of shape {list(x.shape)} that {role} closes over" for x in captured]
-    names = closed_over + _names(dict(zip(_parameters(function, len(args)), args)))
-    return _Condition(call, hoisted, len(captured), tuple(names), minimises, linear), captured
+    names = [f"an array of shape {list(x.shape)} that {role} closes over" for x in captured]
+    names += _names(dict(zip(_parameters(function, len(args)), args)))
+    return _Condition(call, hoisted, minimises, len(captured), tuple(names), linear), captured
+
+
+def _is_scalar(result: Any) -> bool:
+    is_array = isinstance(result, jax.ShapeDtypeStruct)
+    return is_array and result.shape == () and jnp.issubdtype(result.dtype, jnp.floating)
 
 
 def _parameters(function: Callable[..., Any], count: int) -> list[str]:
@@ -441,7 +443,7 @@ def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[P
     change = jax.jvp(lambda moving: condition(params, merge(moving)), (moving,), (dots,))[1]
     matvec = jax.linearize(lambda w: condition(w, inputs), params)[1]
     solve = partial(solve_or_refuse, condition.call, condition.linear)
-    minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.symmetric)
+    minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.minimises)
     return params, jax.tree.map(lambda x: -valid.astype(x.dtype) * x, minus)
 
 
@@ -506,9 +508,10 @@ def hypergradient(
     linear = ConjugateGradients() if linear is None else linear
     call = f"hypergradient(objective, outer, params, hypers, linear={named(linear)})"
     params, hypers = floats(call, "params", params), floats(call, "hypers", hypers)
-    for role, function in {"objective": objective, "outer": outer}.items():
-        shape = jax.eval_shape(function, params, hypers)
-        if not isinstance(shape, jax.ShapeDtypeStruct) or shape.shape or shape.dtype.kind != "f":
+    objective, inner_shape = trace_once(objective, params, hypers)
+    outer, outer_shape = trace_once(outer, params, hypers)
+    for role, shape in {"objective": inner_shape, "outer": outer_shape}.items():
+        if not _is_scalar(shape):
             raise ValueError(f"{call}: {role} must return one scalar float, and returned {describe(shape)}")
     if start is not None and shapes_of(start) != shapes_of(params):
         raise ValueError(f"{call}: start must be like params, {describe(params)}, not {describe(start)}")
