@@ -387,19 +387,19 @@ def test_nystrom_alone_is_the_damped_inverse_of_a_matrix_of_low_rank(x64: None) 
 
 
 def test_one_hyperparameter_per_example_costs_one_gradient() -> None:
-    """A hundred thousand weights, and no matrix with as many rows."""
-    n = 100_000
+    """Two million weights, and no matrix with as many rows."""
+    n = 2_000_000
     x = jnp.linspace(-1, 1, n)
 
     def objective(w: Array, weights: Array) -> Array:
-        return jnp.sum(weights * (w - x) ** 2)
+        return jnp.mean(weights * (w - x) ** 2)
 
-    @implicit.minimizer(objective, tolerance=1.0)
+    @implicit.minimizer(objective)
     def weighted_mean(init: Array, weights: Array) -> Array:
         return jnp.sum(weights * x) / jnp.sum(weights)
 
     found = jax.jit(jax.grad(weighted_mean, argnums=1))(jnp.zeros(()), jnp.ones(n))
-    np.testing.assert_allclose(found, x / n, atol=1e-9)
+    np.testing.assert_allclose(n * found, x, atol=1e-4)
 
 
 # ---- what is refused
