@@ -1,6 +1,6 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, curvature, data, files, layers, meta, nets, problems, schedules
+from hypergrad import constraints, curvature, data, files, implicit, layers, meta, nets, problems, schedules
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
@@ -83,6 +83,7 @@ __all__ = [
     "filtered",
     "from_optax",
     "heavy_ball",
+    "implicit",
     "kfac",
     "lamb",
     "lars",

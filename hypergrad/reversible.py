@@ -110,8 +110,13 @@ def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)
 
 
-def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Array) -> PyTree:
-    """Pass the result on, unless the numbers are a reason not to: then raise a `ReversalError`.
+def refuse_if(
+    explain: Callable[..., str | None],
+    result: PyTree,
+    *numbers: Array,
+    error: type[Exception] = ReversalError,
+) -> PyTree:
+    """Pass the result on, unless the numbers are a reason not to: then raise an error.
 
     Raises at once where the numbers are known, else from the running program, by a callback on which the
     result depends.
@@ -120,6 +125,7 @@ def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Arra
       explain: from the numbers, as Python scalars, to a message, or None if all is well.
       result: a pytree of arrays.
       numbers: scalars.
+      error: its class.
     """
 
     def check(*numbers: Any) -> np.ndarray:
@@ -127,7 +133,7 @@ def refuse_if(explain: Callable[..., str | None], result: PyTree, *numbers: Arra
         for row in zip(*(column.ravel().tolist() for column in columns)):
             message = explain(*row)
             if message is not None:
-                raise ReversalError(message)
+                raise error(message)
         return np.zeros(columns[0].shape, bool)
 
     if not numbers:

@@ -1,0 +1,28 @@
+"""The experiment with one weight per training example."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import data_weights as experiment
+
+
+def test_wrong_labels_are_wrong_and_the_others_as_they_were() -> None:
+    config = experiment.Config(data="digits", wrong=0.25)
+    found, wrong = experiment.examples(config, None)
+    right, none = experiment.examples(experiment.Config(data="digits", wrong=0.0), None)
+    assert wrong.mean() == pytest.approx(0.25, abs=1e-3) and not none.any()
+    np.testing.assert_array_equal(found.labels != right.labels, wrong)
+    assert len(found.clean_labels) == len(found.test_labels) == 180
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_found(tmp_path: Path) -> None:
+    found = experiment.command(["--fast", "--output", str(tmp_path)])
+    assert found.area["hypergradient"] > 0.85 and found.area["training loss"] > 0.95
+    assert found.outer_loss[-1] < 0.8 * found.outer_loss[0]
+    record = json.loads((tmp_path / "data_weights_digits.json").read_text())
+    assert record["area"] == found.area
+    assert (tmp_path / "data_weights_digits.png").stat().st_size > 10_000
