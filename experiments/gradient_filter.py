@@ -686,7 +686,9 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--meta-steps", type=int, default=Config.meta_steps)
-    parser.add_argument("--fast", action="store_true", help="few and short runs, to see that it works")
+    parser.add_argument(
+        "--fast", action="store_true", help="few and short runs of some parts, to see that it works"
+    )
     parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
     given = parser.parse_args(arguments)
     config = Config(seed=given.seed, meta_steps=given.meta_steps)
@@ -699,10 +701,10 @@ FAST = Config(
     methods=("filter, α = 0.5", "filter, PI, β = 0.999"),
     quadratic_steps=600,
     network_steps=150,
-    rates=(0.3,),
+    rates=(),
     runs=2,
     switches=(50,),
-    steps=16,
+    steps=9,
     horizons=(),
     tried=(0.1, 0.2),
     controls=(),

@@ -71,12 +71,13 @@ def test_answer_tells_better_from_no_different() -> None:
 
 @pytest.mark.slow
 def test_writes_figure_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(FAST, horizons=(3,))
+    config = replace(FAST, horizons=(3,), rates=(0.3,))
     found: dict[str, Any] = experiment.main(config, str(tmp_path))
     printed = capsys.readouterr().out
     assert all(f"\n{part}. " in "\n" + printed for part in (1, 2, 3, 4))
     (constant,) = found["constant"]
     assert np.mean(constant.theirs[:, -50:]) > 5 * np.mean(constant.mine[:, -50:])
     record = json.loads((tmp_path / "gradient_filter.json").read_text())
-    assert len(record["knobs"]["learned, horizon 3"]["log losses"]) == config.judged
+    log_losses = record["knobs"]["learned, horizon 3"]["log losses"]
+    assert np.shape(log_losses) == (config.learners, config.judged)
     assert (tmp_path / "gradient_filter.png").stat().st_size > 10_000
