@@ -4,6 +4,7 @@ from hypergrad import constraints, curvature, data, files, layers, meta, nets, p
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.optimizers import (
+    Asynchrony,
     adadelta,
     adagrad,
     adagrad_momentum,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
+    "Asynchrony",
     "Checkpointed",
     "Estimate",
     "Finding",
