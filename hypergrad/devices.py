@@ -45,6 +45,9 @@ def spread(mesh: Mesh, owners: Sequence[int]) -> Evaluate:
     [Array(1., dtype=float32), Array(2., dtype=float32)]
     """
 
+    # Jobs may close over what was on the mesh before; the explicit axes of `jax.make_mesh` forbid it.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+
     def evaluate(jobs: Sequence[Job]) -> list[PyTree]:
         def of_one_device() -> list[PyTree]:
             me = jax.lax.axis_index(mesh.axis_names)

@@ -1,4 +1,4 @@
-"""Doubly factored and late K-FAC: against dense blocks, a loop that remembers everything, and differences."""
+"""Doubly factored and late K-FAC: against dense blocks, a loop that remembers all, finite differences."""
 
 import os
 import re
@@ -14,10 +14,12 @@ import pytest
 from problems import assert_agrees_with_finite_differences, quick_jit, relative_error, unrounded
 
 import hypergrad as hg
+from benchmarks import doubly_factored as benchmark
 from hypergrad import curvature, devices, layers, nets
 from hypergrad.optimizers.kfac import damped, inverse, precondition
 
 STEPS = 5
+INIT, APPLY = nets.mlp((6, 4, 2))
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -63,13 +65,14 @@ def test_is_exact_for_inputs_of_rank_one() -> None:
 @pytest.mark.usefixtures("x64")
 def test_rank_one_vectors_are_singular_and_keep_the_norm() -> None:
     matrices = normal(7, 4, 1) * normal(7, 1, 5, seed=1) + 0.03 * normal(7, 4, 5, seed=2)
-    K, Psi = layers.rank_one(matrices.at[0].set(0))
+    K, Psi = quick_jit(layers.rank_one)(matrices.at[0].set(0))
     assert not np.any(K[0]) and not np.any(Psi[0])
     for matrix, k, psi in zip(matrices[1:], K[1:], Psi[1:]):
         u, _, v = np.linalg.svd(matrix)
         best = np.linalg.norm(matrix) * np.outer(u[:, 0], v[0])
         np.testing.assert_allclose(np.outer(k, psi), best, atol=1e-6 * np.linalg.norm(matrix))
-    derivative = jax.jacobian(lambda x: layers.rank_one(x)[0])(jnp.stack([jnp.eye(3), jnp.zeros((3, 3))]))
+    equal = jnp.stack([jnp.eye(3), jnp.zeros((3, 3))])
+    derivative = quick_jit(jax.jacobian(lambda x: layers.rank_one(x)[0]))(equal)
     assert jnp.all(jnp.isfinite(derivative))  # though all singular values are the same
 
 
@@ -97,31 +100,41 @@ def test_blocks_are_taken_apart_again() -> None:
     jax.tree.map(np.testing.assert_array_equal, blocks.split(merged, params), params)
 
 
-# ---- hypergradients
+@pytest.mark.slow
+def test_benchmark() -> None:
+    """What is timed is right: the factors undo it; and the small one runs."""
+    factors, gradient = benchmark.problem((16, 9, 64))
+    found = quick_jit(benchmark.refresh)(factors, gradient)
+    with_damping = damped(factors, jnp.float32(1e-2), jnp.float32(1))
+    again = jnp.einsum("rs,cd,op,sdp->rco", *with_damping, found)
+    np.testing.assert_allclose(again, gradient, atol=1e-2)
+    assert all(value > 0 for value in benchmark.command(["--fast"]).values())
 
-INIT, APPLY = nets.mlp((6, 4, 2))
+
+# ---- hypergradients
 
 
 def problem(asynchrony: Any, schedules: Any) -> Any:
-    """An objective of a run of a doubly factored layer and a plain one, and everything it depends on."""
+    """An objective of a run of one doubly factored layer, and everything it depends on."""
+    init, apply = nets.mlp((6, 2))
     rows = jnp.asarray(np.random.default_rng(0).integers(0, 12, (STEPS, 8)))
     labels = jnp.asarray(np.random.default_rng(1).integers(0, 2, 12))
 
     def loss(w: Any, x: Any, rows: Any) -> Any:
-        return nets.cross_entropy(APPLY(w, x[rows]), labels[rows])
+        return nets.cross_entropy(apply(w, x[rows]), labels[rows])
 
     def network(w: Any, x: Any, rows: Any, probes: Any) -> Any:
-        return APPLY(w, x[rows], probes)
+        return apply(w, x[rows], probes)
 
     def objective(everything: Any, adjoint: Any, change: Any = lambda optimizer: optimizer) -> Any:
-        optimizer = change(hg.kfac(network, curvature.categorical(), doubly=(2, 2), asynchrony=asynchrony))
+        optimizer = change(hg.kfac(network, curvature.categorical(), doubly=(2,), asynchrony=asynchrony))
         given = [everything[name] for name in ("params", "hypers", "x")]
         trained = hg.train(loss, *given, rows, steps=STEPS, optimizer=optimizer, adjoint=adjoint)
         state = sum(jnp.sum(v**2) for v in jax.tree.leaves(trained.state))
         return jnp.sum(trained.params[0].weights ** 2) + 1e-3 * state + jnp.mean(trained.losses)
 
     everything = {
-        "params": INIT(jax.random.key(0), 0.5),
+        "params": init(jax.random.key(0), 0.5),
         "x": normal(12, 6),
         "hypers": {
             "learning_rate": jnp.linspace(0.2, 0.3, STEPS),
@@ -223,7 +236,14 @@ def test_without_delays_the_bits_are_those_without_asynchrony() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("refresh, statistics, inverses", [(1, 2, 0), (1, 0, 1), (3, 1, 4)])
+@pytest.mark.parametrize(
+    "refresh, statistics, inverses",
+    [
+        pytest.param(1, 2, 0, marks=pytest.mark.slow),
+        pytest.param(1, 0, 1, marks=pytest.mark.slow),
+        (3, 1, 4),
+    ],
+)
 def test_delays_are_those_of_a_loop_that_remembers(refresh: int, statistics: int, inverses: int) -> None:
     asynchrony = hg.Asynchrony(refresh, statistics, inverses)
     errors = relative_error(run(asynchrony)[0], remembering(asynchrony))
