@@ -9,8 +9,8 @@ calls of the compiled function.
     python -m benchmarks.doubly_factored --plain    # the plain one too: some 4 GiB, minutes
     python -m benchmarks.doubly_factored --fast     # a small layer, in seconds
 
-Source: Ba, Grosse, Martens, "Distributed second-order optimization using Kronecker-factored approximations",
-ICLR 2017.
+Source: Ba, Grosse, Martens, "Distributed second-order optimization using Kronecker-factored
+approximations", ICLR 2017.
 """
 
 import argparse
