@@ -314,13 +314,13 @@ def test_is_an_optax_transformation() -> None:
         return apply(w, x[rows], probes)
 
     rows = jnp.array([[0, 1, 2, 3], [2, 3, 4, 5], [0, 2, 4, 5]])
+    start = init(jax.random.key(0))
     for optimizer, hypers in (
         (hg.kfac(network, curvature.normal()), {"learning_rate": jnp.array([0.1, 0.2, 0.3])}),
         (hg.adaptive_kfac(network, curvature.normal()), {"damping": 1.0}),
     ):
-        start = init(jax.random.key(0))
         options = {"steps": 3, "optimizer": optimizer, "adjoint": hg.Stored()}
-        expected = hg.train(loss, start, hypers, None, rows, **options).params
+        expected = quick_jit(lambda o=options, h=hypers: hg.train(loss, start, h, None, rows, **o).params)()
         transformation = hg.as_optax(optimizer, hypers)
 
         @quick_jit
