@@ -7,6 +7,7 @@ from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.distill import ChaosWarning, Distilled, Recipe, distill, load_distilled
 from hypergrad.evaluation import Evaluation, evaluate
 from hypergrad.optimizers import (
+    Asynchrony,
     adadelta,
     adagrad,
     adagrad_momentum,
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
+    "Asynchrony",
     "Augmentation",
     "ChaosWarning",
     "Checkpointed",

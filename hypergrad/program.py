@@ -21,6 +21,7 @@ backwards (`Exact`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad import exact
+from hypergrad.devices import Evaluate, in_turn
 
 PyTree = Any
 PARAMS = "params"
@@ -100,10 +102,14 @@ class Total(NamedTuple):
 
 
 class Assign(NamedTuple):
-    """``variable <- value(view)``, of anything at all; such a program cannot be reversed."""
+    """``variable <- value(view)``, of anything at all; such a program cannot be reversed.
+
+    Evaluate is what evaluates the values of all leaves, on what devices (see `hypergrad.devices`).
+    """
 
     variable: str
     value: Callable[[Any], Array]
+    evaluate: Evaluate = in_turn
 
 
 Move = Scale | Shift | Remember | Total | Assign
@@ -323,8 +329,10 @@ def step(program: Sequence[Sequence[Move]], leaves: Sequence[Leaf], seen: Sequen
         if isinstance(move, Remember | Total):
             records = _remembered(k, program, new, seen, records, dtypes)
             continue
-        for moves, leaf, start, see, record in zip(program, new, leaves, seen, records):
-            leaf[_moved(move)] = _moved_to(k, moves, leaf, see, record).astype(start[_moved(move)].dtype)
+        jobs = [partial(_moved_to, k, *each) for each in zip(program, new, seen, records)]
+        evaluate = move.evaluate if isinstance(move, Assign) else in_turn
+        for leaf, start, value in zip(new, leaves, evaluate(jobs)):
+            leaf[_moved(move)] = value.astype(start[_moved(move)].dtype)
     return new
 
 

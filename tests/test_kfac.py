@@ -12,7 +12,7 @@ from problems import assert_agrees_with_finite_differences, quick_jit, relative_
 import hypergrad as hg
 from experiments import kfac_autoencoder as experiment
 from hypergrad import curvature, layers, nets
-from hypergrad.optimizers.kfac import damped, inverses, precondition
+from hypergrad.optimizers.kfac import damped, inverse, precondition
 
 
 def normal(*shape: int, seed: int = 0) -> Any:
@@ -142,9 +142,9 @@ def test_preconditioning_is_a_dense_solve() -> None:
     pi = 2 * np.sqrt((np.trace(A) / 4) / (np.trace(G) / 3))
     dense = np.kron(A + pi * 0.1 * np.eye(4), G + 0.1 / pi * np.eye(3))
     expected = np.linalg.solve(dense, np.ravel(gradient)).reshape(4, 3)
-    found = precondition(*inverses(*damped(A, G, jnp.array(0.01), jnp.array(2.0))), gradient)
+    found = precondition([inverse(x) for x in damped([A, G], jnp.array(0.01), jnp.array(2.0))], gradient)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    dead = damped(jnp.zeros((4, 4)), G, jnp.array(0.01), jnp.array(2.0))
+    dead = damped([jnp.zeros((4, 4)), G], jnp.array(0.01), jnp.array(2.0))
     np.testing.assert_allclose(dead[0], 0.2 * np.eye(4))
 
 

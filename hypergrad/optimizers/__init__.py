@@ -9,6 +9,7 @@ from hypergrad.optimizers.adaptive import (
     rmsprop_momentum,
     sm3,
 )
+from hypergrad.optimizers.asynchrony import Asynchrony
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
 from hypergrad.optimizers.filtered import filtered
@@ -19,6 +20,7 @@ from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.shampoo import shampoo
 
 __all__ = [
+    "Asynchrony",
     "adadelta",
     "adagrad",
     "adagrad_momentum",

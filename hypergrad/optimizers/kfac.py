@@ -7,6 +7,8 @@ symbol  name                 meaning
 ``∇``   gradient             gradient at ``W`` before the step
 ``A``   A                    running average of ``E ā āᵀ``, from 0 (see `hypergrad.layers`)
 ``G``   G                    running average of ``E g gᵀ``, from 0
+``B``   B                    of doubly factored weights, whose ``W`` is ``(rows, columns, n_out)``, and
+                             ``A`` of the rows: running average of ``E Ψ Ψᵀ``, from 0
 ``Â``                        ``A / (1 - ρ^n)``, in step ``n`` from 1
 ``Δ``                        preconditioned gradient
 ``V``   velocity             momentum's sum of ``Δ``
@@ -20,10 +22,12 @@ symbol  name                 meaning
 ======  ===================  ======================================================================
 
 Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
-2015.
+2015; Ba, Grosse, Martens, "Distributed second-order optimization using Kronecker-factored approximations",
+ICLR 2017.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +36,15 @@ from jax import Array
 
 from hypergrad import layers
 from hypergrad.curvature import Likelihood
-from hypergrad.layers import BLOCKS, Fisher, Network
+from hypergrad.layers import Fisher, Network
+from hypergrad.optimizers import asynchrony as late
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import unbiased
-from hypergrad.program import Here, Move, Optimizer, Scale, Shift, Total, Variable, Whole
+from hypergrad.optimizers.asynchrony import Asynchrony
+from hypergrad.program import Assign, Here, Move, Optimizer, Scale, Shift, Total, Variable, Whole
 
 PyTree = Any
+AXES = {1: ("A",), 2: ("A", "G"), 3: ("A", "B", "G")}  # a block's factors, one for each of its axes
 DOMAINS = {
     "learning_rate": (0.0, float("inf")),
     "momentum": (0.0, 1.0),
@@ -54,20 +61,26 @@ def kfac(
     *,
     fisher: Fisher | None = None,
     norm_constraint: bool = False,
+    doubly: PyTree = None,
+    asynchrony: Asynchrony | None = None,
 ) -> Optimizer:
-    """K-FAC with fixed damping, rate and momentum, block-diagonal, exactly reversible.
+    """K-FAC with fixed damping, rate and momentum, block-diagonal, exactly reversible if nothing is late.
 
     ``A <- ρ A + (1-ρ) E ā āᵀ;  G <- ρ G + (1-ρ) E g gᵀ;``
     ``Δ = (Â + π γ I)⁻¹ ∇ (Ĝ + γ/π I)⁻¹;  V <- μ V + Δ;  W <- W - α V``, for every layer.
 
     The parameters are a tree of layers, and the network says what goes into them; how, is written in
     `hypergrad.layers`, and the networks of `hypergrad.nets` do.  For gains, such as those of a
-    normalisation, ``Δ = ∇ / (D̂ + λ)``.
+    normalisation, ``Δ = ∇ / (D̂ + λ)``.  For weights of doubly factored layers, ``∇`` is multiplied along
+    its axes by the inverses of ``(c/a) Â + √p ∛λ I``, ``(c/b) B̂ + √p ∛λ I`` and ``(c/g) Ĝ + ∛λ/p I``, with
+    ``a = tr Â / dim Â`` and so on, and ``c = ∛(a b g)``; their biases count as gains.
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (μ, default 0.9), ``damping`` (λ, default 1e-2),
     ``decay`` (ρ, default 0.95) and ``pi`` (p, default 1); the last three are numbers for every layer.
-    Variables, trees of the layers: ``A``, ``G`` and ``velocity``.  Reversible: costs ``log2(1 / μ)`` bits
-    per parameter and step, and ``log2(1 / ρ)`` per element of the factors.
+    Variables, trees of the layers: ``A``, ``G`` and ``velocity``; with doubly factored layers ``B``.
+    Reversible: costs ``log2(1 / μ)`` bits per parameter and step, and ``log2(1 / ρ)`` per element of the
+    factors.  Late statistics and inverses are of parameters that on the way back are not known yet; to keep
+    them all would take as much memory as the factors, at every step, so such programs are not reversible.
 
     Args:
       network: ``network(params, meta, batch, probes) -> (outputs, inputs)``; see `hypergrad.layers`.  The
@@ -77,13 +90,17 @@ def kfac(
       fisher: `layers.sampled`, the default, `layers.exact` or `layers.empirical`.
       norm_constraint: whether steps are shortened, to ``Δ min(1, √(c / (α² Σ ⟨∇, Δ⟩)))`` with the sum
         over all layers; adds the hyperparameter ``norm_constraint`` (c, no default).
+      doubly: which layers are doubly factored: a tree like the layers in the parameters, of the rows of
+        the matrices that are the inputs, or 0.  A layer of 256 channels of 6 by 6 places, flattened in this
+        order, has 256, and factors of widths 256, 36 and ``n_out``.
+      asynchrony: how late statistics and inverses are, and on what devices; None for not at all.
 
     Raises:
       ValueError: where the network's inputs do not fit its parameters, or a hyperparameter differs within
-        a layer.
+        a layer, or inputs are no matrices of so many rows.
 
-    Source: Martens and Grosse, ICML 2015, sections 3 to 6; Ba, Grosse, Martens, "Distributed second-order
-    optimization using Kronecker-factored approximations", ICLR 2017, section 5, for the norm constraint.
+    Source: Martens and Grosse, ICML 2015, sections 3 to 6; Ba, Grosse, Martens, ICLR 2017, for the norm
+    constraint, doubly factored layers and asynchrony.
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> from hypergrad import curvature, nets
@@ -98,19 +115,49 @@ def kfac(
     >>> bool(final(0.1) < 0.3), jax.grad(final)(jnp.full(10, 0.1)).shape
     (True, (10,))
     """
-    call = "kfac()"
+    call = "kfac()" if asynchrony is None else f"kfac(asynchrony={asynchrony})"
+    asynchrony = Asynchrony() if asynchrony is None else asynchrony
     fisher = layers.sampled() if fisher is None else fisher
+    names = ("A", "G") if doubly is None else ("A", "B", "G")
+    P, τ_s, τ_i = asynchrony.refresh, asynchrony.statistics_delay, asynchrony.inverse_delay
 
     def observe(params: PyTree, meta: PyTree, batch: PyTree, step: Array) -> Mapping[str, PyTree]:
-        A, G = layers.factors(call, network, likelihood, fisher, params, meta, batch, step)
-        return {"A_now": A, "G_now": G}
+        at = (params, meta, batch, step, doubly, asynchrony.statistics)
+        found = layers.factors(call, network, likelihood, fisher, *at)
+        return {f"{name}_now": getattr(found, name) for name in names}
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
         decay, damping, pi = (_number(call, name, getattr(h, name)) for name in ("decay", "damping", "pi"))
 
+        def averaged(name: str) -> list[Move]:
+            if not τ_s:
+                shift = Shift(name, lambda s: (1 - decay) * getattr(s, f"{name}_now"))
+                return [Scale(name, decay), shift]
+            ring = f"{name}_late"
+            keep = Assign(
+                ring, lambda s: late.written(getattr(s, ring), t, lambda: getattr(s, f"{name}_now"))
+            )
+            shift = Shift(name, lambda s: (1 - decay) * late.read(getattr(s, ring), t, τ_s))
+            return [keep, Scale(name, decay), shift]
+
+        def damped_factors(s: Any) -> tuple[Array, ...]:
+            averages = [getattr(s, name) for name in AXES[s.params.ndim]]
+            return damped([unbiased(average, decay, t) for average in averages], damping, pi)
+
+        def kept(name: str) -> Move:
+            def value(s: Any) -> Array:
+                ring, axes = getattr(s, f"{name}_inverse"), AXES[s.params.ndim]
+                if name not in axes:
+                    return ring
+                return late.written(ring, t, lambda: inverse(damped_factors(s)[axes.index(name)]), P)
+
+            return Assign(f"{name}_inverse", value, asynchrony.inverses)
+
         def preconditioned(s: Any) -> Array:
-            A, G = (unbiased(average, decay, t) for average in (s.A, s.G))
-            return precondition(*inverses(*damped(A, G, damping, pi)), s.gradient)
+            if not asynchrony.keeps_inverses:
+                return precondition([inverse(factor) for factor in damped_factors(s)], s.gradient)
+            rings = [getattr(s, f"{name}_inverse") for name in AXES[s.params.ndim]]
+            return precondition([late.read(ring, t, τ_i, P) for ring in rings], s.gradient)
 
         def shortened(s: Any) -> Array:
             if not norm_constraint:
@@ -121,35 +168,37 @@ def kfac(
 
         size = Total("size", lambda s: jnp.sum(h.learning_rate**2 * s.gradient * preconditioned(s)))
         return [
-            Scale("A", decay),
-            Shift("A", lambda s: (1 - decay) * s.A_now),
-            Scale("G", decay),
-            Shift("G", lambda s: (1 - decay) * s.G_now),
+            *(move for name in names for move in averaged(name)),
+            *([kept(name) for name in names] if asynchrony.keeps_inverses else []),
             *([size] if norm_constraint else []),
             Scale("velocity", h.momentum),
             Shift("velocity", shortened),
             Shift("params", lambda s: -h.learning_rate * s.velocity),
         ]
 
-    variables = {
-        "A": Variable(init=_start_of_inputs),
-        "G": Variable(init=_start_of_slopes),
-        "velocity": Variable(),
-    }
+    variables = {name: Variable(partial(_start, name)) for name in names}
+    if τ_s:
+        variables |= {f"{name}_late": Variable(partial(_ring, name, τ_s, 1)) for name in names}
+    if asynchrony.keeps_inverses:
+        variables |= {f"{name}_inverse": Variable(partial(_ring, name, τ_i, P)) for name in names}
+    variables["velocity"] = Variable()
     hypers = {"learning_rate": None, "momentum": 0.9, "damping": 1e-2, "decay": 0.95, "pi": 1.0}
     if norm_constraint:
         hypers |= {"norm_constraint": None}
-    return Optimizer(call, moves, variables, hypers, DOMAINS, blocks=BLOCKS, observe=observe)
+    blocks = layers.blocks(call, doubly)
+    return Optimizer(call, moves, variables, hypers, DOMAINS, blocks=blocks, observe=observe)
 
 
-def _start_of_inputs(block: Array) -> Array:
-    """``A = 0``."""
-    return jnp.zeros(block.shape[:1] * min(2, block.ndim), block.dtype)
+def _start(name: str, block: Array) -> Array:
+    """A factor of zeros; without elements where a block does not have it."""
+    axes = AXES[block.ndim]
+    width = block.shape[axes.index(name)] if name in axes else 0
+    return jnp.zeros((width,) * min(2, block.ndim) if width else (0, 0), block.dtype)
 
 
-def _start_of_slopes(block: Array) -> Array:
-    """``G = 0``."""
-    return jnp.zeros((block.shape[1:] or (0,)) * 2, block.dtype)
+def _ring(name: str, delay: int, period: int, block: Array) -> Array:
+    """Zeros for factors, or their inverses, that are used late."""
+    return late.ring(_start(name, block), delay, period)
 
 
 def _number(call: str, name: str, value: Array) -> Array:
@@ -161,47 +210,61 @@ def _number(call: str, name: str, value: Array) -> Array:
     return jnp.reshape(value, ())
 
 
-def damped(A: Array, G: Array, damping: Array, pi: Array) -> tuple[Array, Array]:
+def damped(factors: Sequence[Array], damping: Array, pi: Array) -> tuple[Array, ...]:
     """``A + π γ I`` and ``G + γ/π I``, with ``π = p √((tr A / dim A) / (tr G / dim G))`` and ``γ = √λ``.
 
-    Where a trace is 0, ``π = p``.  A gain has one factor: ``D + λ``.
+    Where a trace is 0, ``π = p``.  A gain has one factor: ``D + λ``.  Three are scaled as `kfac` says, by 1
+    where a trace is 0.
 
-    Source: Martens and Grosse, ICML 2015, section 6.3.
+    Source: Martens and Grosse, ICML 2015, section 6.3; Ba, Grosse, Martens, ICLR 2017, for three.
 
     >>> import jax.numpy as jnp
-    >>> A, G = damped(4.0 * jnp.eye(1), jnp.eye(1), jnp.float32(0.01), jnp.float32(1.0))
+    >>> A, G = damped([4.0 * jnp.eye(1), jnp.eye(1)], jnp.float32(0.01), jnp.float32(1.0))
     >>> A, G
     (Array([[4.2]], dtype=float32), Array([[1.05]], dtype=float32))
     """
-    if A.ndim == 1:
-        return A + damping, G
-    of_A, of_G = (jnp.trace(factor) / len(factor) for factor in (A, G))
-    alive = (of_A > 0) & (of_G > 0)
-    pi = pi * jnp.sqrt(jnp.where(alive, of_A, 1) / jnp.where(alive, of_G, 1))
-    gamma = roots.sqrt(damping)
-    return A + pi * gamma * jnp.eye(len(A), dtype=A.dtype), G + gamma / pi * jnp.eye(len(G), dtype=G.dtype)
+    if len(factors) == 1:
+        return (factors[0] + damping,)
+    means = [jnp.trace(factor) / len(factor) for factor in factors]
+    alive = jnp.all(jnp.stack(means) > 0)
+    means = [jnp.where(alive, mean, 1) for mean in means]
+    if len(factors) == 2:
+        pi = pi * jnp.sqrt(means[0] / means[1])
+        gamma = roots.sqrt(damping)
+        added = [pi * gamma, gamma / pi]
+    else:
+        common = jnp.exp(sum(map(jnp.log, means)) / len(factors))
+        factors = [common / mean * factor for mean, factor in zip(means, factors)]
+        positive = damping > 0
+        gamma = jnp.where(positive, jnp.cbrt(jnp.where(positive, damping, 1)), 0)
+        added = [roots.sqrt(pi) * gamma, roots.sqrt(pi) * gamma, gamma / pi]
+    return tuple(x + c * jnp.eye(len(x), dtype=x.dtype) for x, c in zip(factors, added))
 
 
-def inverses(A: Array, G: Array) -> tuple[Array, Array]:
-    """``A⁻¹`` and ``G⁻¹``; for a gain ``1 / D``, and nothing.
+def inverse(factor: Array) -> Array:
+    """``A⁻¹``; of the factor of a gain ``1 / D``.
 
     >>> import jax.numpy as jnp
-    >>> inverses(4.0 * jnp.eye(1), 16.0 * jnp.eye(1))
-    (Array([[0.25]], dtype=float32), Array([[0.0625]], dtype=float32))
+    >>> inverse(4.0 * jnp.eye(1))
+    Array([[0.25]], dtype=float32)
     """
-    return (1 / A, G) if A.ndim == 1 else (roots.inverse(A), roots.inverse(G))
+    return 1 / factor if factor.ndim == 1 else roots.inverse(factor)
 
 
-def precondition(inverse_A: Array, inverse_G: Array, gradient: Array) -> Array:
-    """``A⁻¹ ∇ G⁻¹``; for a gain ``∇ / D``.
+def precondition(inverses: Sequence[Array], gradient: Array) -> Array:
+    """``A⁻¹ ∇ G⁻¹``; for a gain ``∇ / D``; of three axes, along every one of them.
 
     >>> import jax.numpy as jnp
-    >>> precondition(jnp.full((1, 1), 0.5), jnp.full((1, 1), 0.25), jnp.ones((1, 1)))
+    >>> precondition([jnp.full((1, 1), 0.5), jnp.full((1, 1), 0.25)], jnp.ones((1, 1)))
     Array([[0.125]], dtype=float32)
     """
-    if inverse_A.ndim == 1:
-        return inverse_A * gradient
-    return roots.dot(roots.dot(inverse_A, gradient), inverse_G)
+    if len(inverses) == 1:
+        return inverses[0] * gradient
+    along_rows = roots.dot(inverses[0], gradient.reshape(len(inverses[0]), -1)).reshape(gradient.shape)
+    if len(inverses) == 3:
+        along_rows = roots.dot(inverses[1][None], along_rows)
+    last = along_rows.reshape(-1, gradient.shape[-1])
+    return roots.dot(last, inverses[-1]).reshape(gradient.shape)
 
 
 class AdaptiveState(NamedTuple):
@@ -209,15 +272,15 @@ class AdaptiveState(NamedTuple):
 
     Attributes:
       steps: so far.
-      factors: ``(A, G)`` of every layer.
-      inverses: ``(Â + π γ I)⁻¹`` and ``(Ĝ + γ/π I)⁻¹`` of every layer, as of the last refresh.
+      factors: ``(A, G)`` of every layer; of a gain ``(D,)``, of doubly factored weights ``(A, B, G)``.
+      inverses: ``(Â + π γ I)⁻¹`` and ``(Ĝ + γ/π I)⁻¹``, and alike, as of the last refresh.
       change: ``δ₀``, the change made by the step before, a block for every layer.
       scale: ``s``.
     """
 
     steps: Array
-    factors: list[tuple[Array, Array]]
-    inverses: list[tuple[Array, Array]]
+    factors: list[tuple[Array, ...]]
+    inverses: list[tuple[Array, ...]]
     change: list[Array]
     scale: Array
 
@@ -229,6 +292,7 @@ def adaptive_kfac(
     fisher: Fisher | None = None,
     refresh: int = 5,
     adapt: int = 5,
+    doubly: PyTree = None,
 ) -> Whole:
     """K-FAC that sets its rate, momentum and damping itself, from the exact quadratic model of the loss.
 
@@ -254,6 +318,7 @@ def adaptive_kfac(
       fisher: as for `kfac`; of the factors only.
       refresh: steps between inversions of the factors; they are also inverted in the first three.
       adapt: steps between adaptations of λ.
+      doubly: as for `kfac`.
 
     Raises:
       ValueError: as `kfac`, and for periods that are not positive.
@@ -277,10 +342,11 @@ def adaptive_kfac(
     if refresh < 1 or adapt < 1:
         raise ValueError(f"{call}: periods are counted in steps, and must be at least 1")
     fisher = layers.sampled() if fisher is None else fisher
+    merge, split = layers.blocks(call, doubly)
 
     def init(params: PyTree) -> AdaptiveState:
-        blocks = jax.tree.leaves(layers.merge(params))
-        nothing = [(_start_of_inputs(x), _start_of_slopes(x)) for x in blocks]
+        blocks = jax.tree.leaves(merge(params))
+        nothing = [tuple(_start(name, x) for name in AXES[x.ndim]) for x in blocks]
         change = [jnp.zeros_like(x) for x in blocks]
         return AdaptiveState(jnp.int32(0), nothing, nothing, change, jnp.ones((), blocks[0].dtype))
 
@@ -289,25 +355,27 @@ def adaptive_kfac(
     ) -> tuple[PyTree, AdaptiveState]:
         t, ρ, η, δ0 = state.steps, h["decay"], h["l2"], state.change
         λ = jnp.maximum(state.scale * h["damping"], h["min_damping"])
-        merged = layers.merge(params)
+        merged = merge(params)
         blocks: list[Array] = jax.tree.leaves(merged)
         structure: Any = jax.tree.structure(merged)
-        slope = jax.tree.leaves(layers.merge(gradient))
+        slope = jax.tree.leaves(merge(gradient))
 
         def unmerged(blocks: list[Array]) -> PyTree:
-            return layers.split(structure.unflatten(blocks), params)
+            return split(structure.unflatten(blocks), params)
 
-        found = layers.factors(call, network, likelihood, fisher, params, here.meta, here.batch, t)
-        now = list(zip(*map(jax.tree.leaves, found)))
+        found = layers.factors(call, network, likelihood, fisher, params, here.meta, here.batch, t, doubly)
+        by_name = {name: jax.tree.leaves(tree) for name, tree in found._asdict().items()}
+        now = [tuple(by_name[name][k] for name in AXES[x.ndim]) for k, x in enumerate(blocks)]
         factors = jax.tree.map(lambda old, new: ρ * old + (1 - ρ) * new, state.factors, now)
 
-        def inverted() -> list[tuple[Array, Array]]:
-            debiased = [[unbiased(average, ρ, t) for average in pair] for pair in factors]
-            return [inverses(*damped(A, G, h["gamma"] * (λ + η), h["pi"])) for A, G in debiased]
+        def inverted() -> list[tuple[Array, ...]]:
+            debiased = [[unbiased(average, ρ, t) for average in each] for each in factors]
+            with_damping = [damped(each, h["gamma"] * (λ + η), h["pi"]) for each in debiased]
+            return [tuple(map(inverse, each)) for each in with_damping]
 
         due = (t % refresh == 0) | (t < 3)
         B = jax.lax.cond(due, inverted, lambda: state.inverses)
-        Δ = [-precondition(of_A, of_G, x) for (of_A, of_G), x in zip(B, slope)]
+        Δ = [-precondition(each, x) for each, x in zip(B, slope)]
 
         F = _fisher_products(network, likelihood, params, here, [unmerged(Δ), unmerged(δ0)])
         M = F + (λ + η) * _inner_products([Δ, δ0], [Δ, δ0])
