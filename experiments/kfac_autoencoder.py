@@ -444,7 +444,7 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
     given = parser.parse_args(arguments)
     sizes = SIZES[given.data]
-    sizes = (sizes[0], 20, 6, 20, sizes[0]) if given.fast else sizes
+    sizes = (sizes[0], 6, sizes[0]) if given.fast else sizes
     config = replace(FAST if given.fast else Config(), data=given.data, sizes=sizes, seed=given.seed)
     if given.examples is not None:
         config = replace(config, examples=given.examples)
