@@ -9,7 +9,7 @@ entropy of the pixels, below which nothing can get.  Three questions:
   a few runs that take turns;
 - batch sizes: loss on all images after as many iterations with minibatches, every optimizer tuned for each;
 - learning: rate, momentum and damping of every step, decay and π, by hypergradients through whole runs,
-  judged on initial weights and minibatches not seen before, against the best constants of a grid of as many
+  judged on initial weights and minibatches not seen before, against the best constants of a grid with more
   runs, and against the adaptive variant.
 
     python -m experiments.kfac_autoencoder        # some minutes on two cores
@@ -54,8 +54,8 @@ class Config:
     short: int = 100  # iterations of the comparison of batch sizes
     learned_steps: int = 40
     learned_batch: int = 256
-    meta_iterations: int = 24  # and runs of the search for constants
-    meta_step: float = 0.05  # of Adam in the logarithms and log-odds, decayed to 0
+    meta_iterations: int = 24
+    meta_step: float = 0.03  # of Adam in the logarithms and log-odds, decayed to 0
     judged_on: int = 10
     thin: int = 1  # of the grids, one in so many
     penalty: float = 1e-5
@@ -226,7 +226,7 @@ class Learned(NamedTuple):
 
 
 def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
-    """K-FAC's hyperparameters by hypergradients, and by a search with as many runs; both judged."""
+    """K-FAC's hyperparameters by hypergradients, and by a search with more runs; both judged."""
     steps, floor, count = config.learned_steps, entropy(np.asarray(images)), len(config.sizes) - 1
     optimizer = hg.kfac(network, curvature.bernoulli())
     seen = jax.random.key(config.seed)
@@ -241,7 +241,19 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
         return run
 
     reversible = final(optimizer, config.learned_batch)
-    before = {"learning_rate": 0.1, "momentum": 0.5, "damping": 0.1}
+
+    def searched(run: Callable[..., Array], tried: list[dict[str, float]]) -> dict[str, float]:
+        losses = [float(run(images, jax.tree.map(jnp.float32, hypers), seen)) for hypers in tried]
+        return tried[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+
+    stored = jax.jit(final(optimizer, config.learned_batch, hg.Stored()))
+    rates, dampings = (0.03, 0.05, 0.1, 0.2), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    tried = grid(momentum=(0.5, 0.25, 0.9), learning_rate=rates, damping=dampings)
+    constants = searched(stored, tried[:: config.thin])
+    # Learning starts from the best of a third of the grid, and so has fewer runs than the search.
+    third = tried[: len(tried) // 3 : config.thin]
+    before = searched(stored, third)
+    runs = len(third) + config.meta_iterations
     hypers = {name: jnp.full(steps, value) for name, value in before.items()}
     share = constraints.interval(1 / 64, 1.0)  # what is less than 1 / 128 cannot be reversed
     rate = optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)
@@ -263,26 +275,16 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
         hypers = jax.tree.map(jnp.float32, hypers)
         return Judged(np.array([float(run(images, hypers, key)) - floor for key in keys]), runs)
 
-    def searched(run: Callable[..., Array], tried: list[dict[str, float]]) -> dict[str, float]:
-        losses = [float(run(images, jax.tree.map(jnp.float32, hypers), seen)) for hypers in tried]
-        return tried[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
-
-    runs = config.meta_iterations
-    stored = jax.jit(final(optimizer, config.learned_batch, hg.Stored()))
-    rates, dampings = (0.03, 0.1, 0.2, 0.3), (0.01, 0.03, 0.1)
-    tried = grid(learning_rate=rates, damping=dampings, momentum=(0.5, 0.9))
-    tried = tried[:: config.thin]
-    constants = searched(stored, tried)
     judged = {
         "learned": judge(stored, optimized.hypers, runs),
-        "best constants": judge(stored, constants, len(tried)),
-        "before learning": judge(stored, before, 0),
+        "best constants": judge(stored, constants, len(tried[:: config.thin])),
+        "before learning": judge(stored, before, len(third)),
     }
     for name, batch_size in (("minibatches", config.learned_batch), ("all images", len(images))):
         adaptive = contestants(config)["K-FAC, adaptive"]
         stored = jax.jit(final(adaptive.optimizer, batch_size, hg.Stored()))
-        best = searched(stored, adaptive.grid[:: config.thin])
-        judged[f"adaptive, {name}"] = judge(stored, best, len(adaptive.grid[:: config.thin]))
+        hand_set = searched(stored, adaptive.grid[:: config.thin])
+        judged[f"adaptive, {name}"] = judge(stored, hand_set, len(adaptive.grid[:: config.thin]))
     return Learned(optimized, constants, judged)
 
 
