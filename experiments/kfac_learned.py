@@ -1,0 +1,463 @@
+"""K-FAC on an autoencoder of handwritten digits, beside tuned Adam and Nesterov; and K-FAC learned.
+
+64-100-50-25-6-25-50-100-64, tanh but for the code and the logits, on all 1,797 digits, with Glorot's
+initial weights; or on MNIST 784-1000-500-250-30-250-500-1000-784.  The loss is the cross-entropy, summed
+over pixels, mean over images, and a penalty of ``1/2 10⁻⁵ ‖w‖²``; what is shown is its excess over the
+entropy of the pixels, below which nothing can get.  Three questions:
+
+- contest: all images at every step; loss by iteration and by second, the time of a step being the least of
+  a few runs that take turns;
+- batch sizes: loss on all images after as many iterations with minibatches, every optimizer tuned for each;
+- learning: rate, momentum and damping of every step, decay and π, by hypergradients through whole runs,
+  judged on initial weights and minibatches not seen before, against the best constants of a grid with more
+  runs, and against the adaptive variant.
+
+    python -m experiments.kfac_learned        # some minutes on two cores
+    python -m experiments.kfac_learned --data mnist --data-dir folder
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import hypergrad as hg
+from hypergrad import constraints, curvature, data, meta, nets, plots
+
+SHOWN = (0, 10, 25, 50, 100, 200, 400, 600)
+UNSEEN = 10_000  # seeds from here on are used by neither the learning nor the searches
+SIZES = {
+    "digits": (64, 100, 50, 25, 6, 25, 50, 100, 64),
+    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    data: str = "digits"
+    sizes: tuple[int, ...] = SIZES["digits"]
+    examples: int | None = None  # the first so many; None for all
+    steps: int = 201
+    baseline_steps: int = 601
+    batch_sizes: tuple[int, ...] = (128, 512)  # and all examples
+    short: int = 100  # iterations of the comparison of batch sizes
+    learned_steps: int = 40
+    learned_batch: int = 256
+    meta_iterations: int = 24
+    meta_step: float = 0.03  # of Adam in the logarithms and log-odds, decayed to 0
+    judged_on: int = 10
+    thin: int = 1  # of the grids, one in so many
+    penalty: float = 1e-5
+    timings: int = 1
+    seed: int = 0
+
+
+class Contestant(NamedTuple):
+    """An optimizer and the hyperparameters among which its best are sought."""
+
+    optimizer: Any
+    grid: list[dict[str, float]]
+    baseline: bool = False  # makes `baseline_steps`
+
+
+class Trial(NamedTuple):
+    """A run: hyperparameters; excess loss before every step, and on all images at the end; ms per step."""
+
+    hypers: dict[str, float]
+    excess: np.ndarray
+    milliseconds: float
+
+
+# ---- network and training
+
+
+def init(sizes: Sequence[int], key: Array) -> tuple[nets.Dense, ...]:
+    """Glorot's uniform weights, and biases of 0."""
+    glorot = jax.nn.initializers.glorot_uniform()
+    keys = jax.random.split(key, len(sizes) - 1)
+    pairs = itertools.pairwise(sizes)
+    return tuple(nets.Dense(glorot(k, pair), jnp.zeros(pair[1])) for k, pair in zip(keys, pairs))
+
+
+def autoencoder(params: Sequence[nets.Dense], images: Array, probes: Sequence[Any]) -> tuple[Array, Any]:
+    """Logits of the pixels, and what goes into the layers, as K-FAC wants it (see `hypergrad.layers`)."""
+    inputs = [images]
+    for k, (weights, biases) in enumerate(params):
+        computed = inputs[-1] @ weights + biases[None] + probes[k]
+        linear = k + 1 in (len(params) // 2, len(params))  # the code and the logits
+        inputs.append(computed if linear else jnp.tanh(computed))
+    return inputs[-1], tuple(inputs[:-1])
+
+
+def network(params: Any, images: Array, rows: Array, probes: Any) -> Any:
+    """What K-FAC sees: the images of the batch."""
+    return autoencoder(params, images[rows], probes)
+
+
+def first_half(params: Any, images: Array, rows: Array, probes: Any) -> Any:
+    """Half of the batch, which is in random order."""
+    return autoencoder(params, images[rows[: -(-len(rows) // 2)]], probes)
+
+
+def trainer(config: Config, optimizer: Any, adjoint: Any = None) -> Callable[..., Array]:
+    """Training as a function of images, rows ``(T, batch)``, start and hyperparameters.
+
+    Returns ``T + 1`` losses: of the batches, before every step, and of all images, after the last.
+    """
+
+    def loss(params: Any, images: Array, rows: Array) -> Array:
+        logits, _ = autoencoder(params, images[rows], [0.0] * len(params))
+        squares = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+        by_image = jax.vmap(curvature.bernoulli().loss)(logits, images[rows])
+        return jnp.mean(by_image) + 0.5 * config.penalty * squares
+
+    def run(images: Array, rows: Array, start: Any, hypers: Mapping[str, Any]) -> Array:
+        options = {"steps": len(rows), "optimizer": optimizer, "adjoint": adjoint}
+        trained = hg.train(loss, start, hypers, images, rows, **options)
+        return jnp.append(trained.losses, loss(trained.params, images, jnp.arange(len(images))))
+
+    return run
+
+
+def entropy(images: np.ndarray) -> float:
+    """The least cross-entropy that any logits have, per image."""
+    each = -sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0) for p in (images, 1 - images))
+    return float(each.sum(axis=1).mean())
+
+
+def grid(**values: Sequence[float]) -> list[dict[str, float]]:
+    """All combinations."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def contestants(config: Config) -> dict[str, Contestant]:
+    """Who takes part, by name."""
+    likelihood = curvature.bernoulli()
+    return {
+        "K-FAC, adaptive": Contestant(
+            hg.adaptive_kfac(first_half, likelihood),
+            grid(damping=(1.0, 150.0), l2=(config.penalty,)),
+        ),
+        "K-FAC": Contestant(
+            hg.kfac(first_half, likelihood),
+            grid(learning_rate=(0.03, 0.1, 0.3), damping=(0.03, 0.3), momentum=(0.5,)),
+        ),
+        "Adam": Contestant(hg.adam(), grid(learning_rate=(1e-3, 3e-3, 1e-2, 3e-2)), True),
+        "Nesterov": Contestant(
+            hg.nesterov(), grid(learning_rate=(1e-2, 3e-2, 1e-1), momentum=(0.9, 0.99)), True
+        ),
+    }
+
+
+def start_and_rows(config: Config, images: Array, batch_size: int, steps: int, key: Array) -> Any:
+    """Initial weights, and the rows of every minibatch, by one key."""
+    weights, order = jax.random.split(key)
+    rows = data.minibatches(order, len(images), min(batch_size, len(images)), steps)
+    return init(config.sizes, weights), rows
+
+
+# ---- the contest, and batch sizes
+
+
+def tune(
+    config: Config, images: Array, batch_size: int, steps: int | None = None, timings: int = 0
+) -> dict[str, list[Trial]]:
+    """Every contestant with all of its grid; `steps` None stands for those of the contest."""
+    floor = entropy(np.asarray(images))
+    tried: dict[str, list[Trial]] = {}
+    runs: dict[str, Callable[[dict[str, float]], Trial]] = {}
+    for name, contestant in contestants(config).items():
+        count = steps or (config.baseline_steps if contestant.baseline else config.steps)
+        start, rows = start_and_rows(config, images, batch_size, count, jax.random.key(config.seed))
+        # What diverges just loses: arrays of floats, unlike what is reversed, may overflow.
+        run = jax.jit(trainer(config, contestant.optimizer, hg.Stored()))
+
+        def trial(hypers: dict[str, float], run: Any = run, start: Any = start, rows: Any = rows) -> Trial:
+            began = time.perf_counter()
+            losses = np.asarray(run(images, rows, start, jax.tree.map(jnp.float32, hypers)), np.float64)
+            return Trial(hypers, losses - floor, 1e3 * (time.perf_counter() - began) / len(rows))
+
+        tried[name] = [trial(hypers) for hypers in contestant.grid[:: config.thin]]
+        runs[name] = trial
+    for _ in range(timings):
+        for name, trials in tried.items():
+            trials.append(runs[name](best(trials).hypers))
+    return tried
+
+
+def best(trials: Sequence[Trial], step: int = -1) -> Trial:
+    """The trial with the least loss after so many steps, by default all, and the least time of any."""
+    found = min(trials, key=lambda trial: np.nan_to_num(trial.excess[step], nan=np.inf))
+    return found._replace(milliseconds=min(trial.milliseconds for trial in trials))
+
+
+# ---- learning
+
+
+class Judged(NamedTuple):
+    """Excess loss on all images at the end, over unseen seeds, and training runs that were paid for it."""
+
+    excess: np.ndarray
+    runs: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean."""
+        return float(self.excess.std(ddof=1) / np.sqrt(len(self.excess)))
+
+
+class Learned(NamedTuple):
+    """What was learned, from what constants, what the search found, and how they all do."""
+
+    optimized: meta.Optimized
+    constants: dict[str, float]
+    judged: dict[str, Judged]
+
+
+def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
+    """K-FAC's hyperparameters by hypergradients, and by a search with more runs; both judged."""
+    steps, floor, count = config.learned_steps, entropy(np.asarray(images)), len(config.sizes) - 1
+    optimizer = hg.kfac(network, curvature.bernoulli())
+    seen = jax.random.key(config.seed)
+
+    def final(optimizer: Any, batch_size: int, adjoint: Any = None) -> Callable[..., Array]:
+        train = trainer(config, optimizer, adjoint)
+
+        def run(images: Array, hypers: Any, key: Array) -> Array:
+            start, rows = start_and_rows(config, images, batch_size, steps, key)
+            return train(images, rows, start, hypers)[-1]
+
+        return run
+
+    reversible = final(optimizer, config.learned_batch)
+
+    def searched(run: Callable[..., Array], tried: list[dict[str, float]]) -> dict[str, float]:
+        losses = [float(run(images, jax.tree.map(jnp.float32, hypers), seen)) for hypers in tried]
+        return tried[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+
+    stored = jax.jit(final(optimizer, config.learned_batch, hg.Stored()))
+    rates, dampings = (0.03, 0.05, 0.1, 0.2), (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    tried = grid(momentum=(0.5, 0.25, 0.9), learning_rate=rates, damping=dampings)
+    constants = searched(stored, tried[:: config.thin])
+    # Learning starts from the best of a third of the grid, and so has fewer runs than the search.
+    third = tried[: len(tried) // 3 : config.thin]
+    before = searched(stored, third)
+    runs = len(third) + config.meta_iterations
+    hypers = {name: jnp.full(steps, value) for name, value in before.items()}
+    share = constraints.interval(1 / 64, 1.0)  # what is less than 1 / 128 cannot be reversed
+    rate = optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)
+    optimized = meta.optimize(
+        lambda hypers, key: reversible(images, hypers, key),
+        hypers | {"decay": jnp.float32(0.95), "pi": (jnp.float32(1.0),) * count},
+        # Where a run is at the edge of stability its hypergradient is huge; only its direction is of use.
+        optimizer=optax.chain(optax.clip_by_global_norm(0.5), optax.adam(rate)),
+        explosion=np.inf,
+        steps=config.meta_iterations,
+        constraints={"momentum": share, "decay": share}
+        | dict.fromkeys(("learning_rate", "damping", "pi"), constraints.positive),
+        key=seen,
+        checkpoint=checkpoint,
+    )
+
+    def judge(run: Callable[..., Array], hypers: Any, runs: int) -> Judged:
+        keys = [jax.random.key(seed) for seed in range(UNSEEN, UNSEEN + config.judged_on)]
+        hypers = jax.tree.map(jnp.float32, hypers)
+        return Judged(np.array([float(run(images, hypers, key)) - floor for key in keys]), runs)
+
+    judged = {
+        "learned": judge(stored, optimized.hypers, runs),
+        "best constants": judge(stored, constants, len(tried[:: config.thin])),
+        "before learning": judge(stored, before, len(third)),
+    }
+    for name, batch_size in (("minibatches", config.learned_batch), ("all images", len(images))):
+        adaptive = contestants(config)["K-FAC, adaptive"]
+        stored = jax.jit(final(adaptive.optimizer, batch_size, hg.Stored()))
+        hand_set = searched(stored, adaptive.grid[:: config.thin])
+        judged[f"adaptive, {name}"] = judge(stored, hand_set, len(adaptive.grid[:: config.thin]))
+    return Learned(optimized, constants, judged)
+
+
+# ---- what is shown
+
+
+def main(
+    config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
+) -> dict[str, Any]:
+    """Run, print tables, and where there is an output write figure and record."""
+    loaded = data.mnist(directory) if config.data == "mnist" else data.digits()
+    parts = [loaded.train_images] + ([loaded.test_images] if config.data == "digits" else [])
+    images = jnp.asarray(np.concatenate(parts).reshape(-1, config.sizes[0])[: config.examples])
+    tried = tune(config, images, len(images), timings=config.timings)
+    contest = {name: best(trials) for name, trials in tried.items()}
+    print_contest(contest)
+    of_size = {size: tune(config, images, size, config.short) for size in config.batch_sizes}
+    by_size = {
+        size: {name: best(trials, config.short) for name, trials in found.items()}
+        for size, found in (of_size | {len(images): tried}).items()
+    }
+    print_batch_sizes(config, by_size)
+    learned = learn(config, images, checkpoint)
+    print_learned(config, learned)
+    if output is not None:
+        suffix = "" if config.data == "digits" else f"_{config.data}"
+        draw(Path(output) / f"kfac_learned{suffix}.png", config, contest, by_size, learned)
+    return {"contest": contest, "batch sizes": by_size, "learned": learned}
+
+
+def about(hypers: Mapping[str, float]) -> str:
+    """Hyperparameters in words."""
+    return ", ".join(f"{key} {value:g}" for key, value in hypers.items() if key != "l2")
+
+
+def print_contest(contest: Mapping[str, Trial]) -> None:
+    """A line for every contestant, and how its time compares."""
+    print(
+        f"{'excess loss, nats per image, at iteration':<64}" + "".join(f"{i:>8}" for i in SHOWN) + "   ms"
+    )
+    for name, best in contest.items():
+        at = [f"{best.excess[i]:8.2f}" if i < len(best.excess) else " " * 8 for i in SHOWN]
+        print(f"{name + ' (' + about(best.hypers) + ')':<64}" + "".join(at) + f"{best.milliseconds:6.1f}")
+    adam = contest["Adam"].milliseconds
+    ratios = (f"{name} {t.milliseconds / adam:.1f}" for name, t in contest.items() if name != "Adam")
+    print("time of an iteration, in those of Adam: " + "; ".join(ratios))
+
+
+def print_batch_sizes(config: Config, by_size: Mapping[int, Mapping[str, Trial]]) -> None:
+    """A line for every contestant, a column for every batch size."""
+    print(f"\nexcess loss on all images after {config.short} iterations")
+    print(f"{'batch size':<20}" + "".join(f"{size:>8}" for size in by_size))
+    for name in next(iter(by_size.values())):
+        print(
+            f"{name:<20}" + "".join(f"{best[name].excess[config.short]:8.2f}" for best in by_size.values())
+        )
+
+
+def print_learned(config: Config, learned: Learned) -> None:
+    """How the learned hyperparameters do, and the verdict."""
+    print(
+        f"\nK-FAC, {config.learned_steps} iterations of {config.learned_batch} images: excess loss on all "
+        f"images, mean ± standard error over {config.judged_on} seeds not seen before"
+    )
+    for name, result in learned.judged.items():
+        mean = f"{result.excess.mean():.3f} ± {result.standard_error:.3f}"
+        print(f"{name:<24}{mean:>18}   after {result.runs} runs")
+    print(f"best constants: {about(learned.constants)}; a run of learning includes its hypergradient")
+    for name in ("best constants", "adaptive, minibatches", "adaptive, all images"):
+        gain = learned.judged[name].excess - learned.judged["learned"].excess
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        verdict = "beat" if gain.mean() > 2 * error else "did not beat"
+        print(f"the learned {verdict} {name}: by {gain.mean():.3f} ± {error:.3f} on the same seeds")
+
+
+def draw(
+    path: Path,
+    config: Config,
+    contest: Mapping[str, Trial],
+    by_size: Mapping[int, Mapping[str, Trial]],
+    learned: Learned,
+) -> None:
+    """Loss by iteration, by time and by batch size; what was learned, and what it is worth."""
+    figure, axes = plots.figure(2, 3)
+    for place in axes[0, :2]:
+        plots.lines(place, {name: best.excess for name, best in contest.items()})
+        place.set(yscale="log", ylabel="excess loss, nats per image")
+    axes[0, 0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
+    for line, best in zip(axes[0, 1].get_lines(), contest.values()):
+        line.set_xdata(1e-3 * best.milliseconds * np.arange(len(best.excess)))
+    axes[0, 1].relim()
+    axes[0, 1].autoscale()
+    axes[0, 1].set(title="By time, on the machine of the record", xlabel="seconds")
+    plots.lines(
+        axes[0, 2],
+        {n: [best[n].excess[config.short] for best in by_size.values()] for n in contest},
+        marker="o",
+    )
+    axes[0, 2].set(title=f"After {config.short} iterations", xlabel="batch size", yscale="log")
+    axes[0, 2].set(xticks=range(len(by_size)), xticklabels=[str(size) for size in by_size])
+    axes[0, 2].set_ylabel("excess loss, nats per image")
+    hypers = learned.optimized.hypers
+    schedules = {name: hypers[name] for name in ("learning_rate", "momentum", "damping")}
+    plots.lines(axes[1, 0], {name.replace("_", " "): values for name, values in schedules.items()})
+    axes[1, 0].set(title="Learned schedules of K-FAC", xlabel="iteration", ylabel="value", yscale="log")
+    plots.lines(axes[1, 1], {"π of every layer": hypers["pi"]}, marker="o")
+    axes[1, 1].set(title=f"Learned π; ρ = {float(hypers['decay']):.3f}", xlabel="layer", ylabel="π")
+    places = range(len(learned.judged))
+    axes[1, 2].errorbar(
+        [result.excess.mean() for result in learned.judged.values()],
+        places,
+        xerr=[result.standard_error for result in learned.judged.values()],
+        fmt="o",
+        color="0.0",
+        capsize=3,
+    )
+    axes[1, 2].set(yticks=places, yticklabels=list(learned.judged), xlabel="excess loss, nats per image")
+    axes[1, 2].set_title(f"After {config.learned_steps} iterations, unseen seeds")
+    axes[1, 2].invert_yaxis()
+    axes[1, 2].grid(alpha=0.25)
+
+    def summary(best: Trial) -> dict[str, Any]:
+        shown = {str(i): best.excess[i] for i in SHOWN if i < len(best.excess)}
+        return best._asdict() | {"excess": shown | {"final": best.excess[-1]}}
+
+    record = {
+        "config": asdict(config),
+        "contest": {name: summary(best) for name, best in contest.items()},
+        "batch sizes": {
+            size: {n: {"hypers": t.hypers, "final": t.excess[config.short]} for n, t in best.items()}
+            for size, best in by_size.items()
+        },
+        "learned": jax.tree.map(lambda x: np.asarray(x).tolist(), hypers),
+        "constants": learned.constants,
+        "judged": {n: {"excess": j.excess.tolist(), "runs": j.runs} for n, j in learned.judged.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(figure, path, record)
+
+
+FAST = Config(
+    steps=4, baseline_steps=4, batch_sizes=(), short=4, learned_steps=3, learned_batch=64,
+    meta_iterations=2, judged_on=2, thin=24, timings=0, examples=256,
+)  # fmt: skip
+
+
+def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.kfac_learned", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--data", choices=tuple(SIZES), default="digits")
+    parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
+    parser.add_argument("--examples", type=int, help="the first so many images (default all)")
+    parser.add_argument("--iterations", type=int, help="of every run (default as the tables say)")
+    parser.add_argument("--meta-iterations", type=int, help="of the learning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", help="file to save the learning's progress to and resume from")
+    parser.add_argument("--fast", action="store_true", help="a few iterations, to see that it runs")
+    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
+    given = parser.parse_args(arguments)
+    sizes = SIZES[given.data]
+    sizes = (sizes[0], 6, sizes[0]) if given.fast else sizes
+    config = replace(FAST if given.fast else Config(), data=given.data, sizes=sizes, seed=given.seed)
+    if given.examples is not None:
+        config = replace(config, examples=given.examples)
+    if given.meta_iterations is not None:
+        config = replace(config, meta_iterations=given.meta_iterations)
+    if (n := given.iterations) is not None:
+        config = replace(config, steps=n, baseline_steps=n, short=n, learned_steps=n)
+    return main(
+        config, given.data_dir, given.checkpoint, given.output or (None if given.fast else "figures")
+    )
+
+
+if __name__ == "__main__":
+    command()

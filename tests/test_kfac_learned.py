@@ -1,0 +1,65 @@
+"""The experiment on the autoencoder; all of it runs with `--fast`."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import kfac_learned as experiment
+from experiments.kfac_learned import FAST, Trial
+
+
+def test_entropy_is_the_least_cross_entropy() -> None:
+    images = np.array([[0.5, 0.25], [0.0, 1.0]])
+    assert experiment.entropy(images) == pytest.approx(
+        0.5 * (np.log(2) + 0.75 * np.log(4 / 3) + 0.25 * np.log(4))
+    )
+
+
+def test_code_and_logits_are_linear() -> None:
+    sizes = experiment.SIZES["digits"]
+    params = experiment.init(sizes, jax.random.key(0))
+    assert [layer.weights.shape for layer in params] == list(itertools.pairwise(sizes))
+    outputs, inputs = experiment.autoencoder(params, 100.0 * jnp.ones((3, 64)), [0.0] * len(params))
+    assert outputs.shape == (3, 64) and len(inputs) == len(params)
+    bounded = [float(jnp.max(jnp.abs(x))) <= 1 for x in inputs]
+    assert bounded == [False, True, True, True, False, True, True, True]
+
+
+def test_best_trial_is_of_a_step_and_never_a_diverged_one() -> None:
+    trials = [
+        Trial({"learning_rate": 1.0}, np.array([3.0, 2.0, np.nan]), 2.0),
+        Trial({"learning_rate": 0.1}, np.array([3.0, 2.5, 1.0]), 3.0),
+    ]
+    assert experiment.best(trials) == (trials[1].hypers, trials[1].excess, 2.0)
+    assert experiment.best(trials, 1).hypers == {"learning_rate": 1.0}
+
+
+def test_learned_is_compared_on_the_same_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    noise = np.array([0.0, 5.0, 10.0])
+    judged = {
+        "learned": experiment.Judged(noise + 1, 2),
+        "best constants": experiment.Judged(noise + np.array([1.9, 2.0, 2.1]), 2),
+        "adaptive, minibatches": experiment.Judged(noise + np.array([0.0, 1.0, 2.1]), 2),
+        "adaptive, all images": experiment.Judged(noise, 2),
+    }
+    experiment.print_learned(FAST, experiment.Learned(None, {"damping": 0.1}, judged))  # type: ignore[arg-type]
+    verdicts = capsys.readouterr().out.splitlines()[-3:]
+    assert ["did not" in line for line in verdicts] == [False, True, True]
+    assert "by 1.000 ± 0.058" in verdicts[0]
+
+
+@pytest.mark.slow
+def test_writes_figure_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = experiment.command(["--fast", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "kfac_learned.json").read_text())
+    assert set(record["contest"]) == set(found["contest"]) == set(experiment.contestants(FAST))
+    for trial in found["contest"].values():
+        assert trial.excess[-1] < trial.excess[0]
+    assert record["judged"]["learned"]["runs"] == FAST.meta_iterations
+    assert (tmp_path / "kfac_learned.png").stat().st_size > 10_000
+    assert "the learned" in capsys.readouterr().out
