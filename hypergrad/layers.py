@@ -26,9 +26,9 @@ image, flattened in the order of the weights' axes.  Axes of the inputs between 
 that share the weights.
 
 A layer may be declared doubly factored.  Its inputs are then matrices, such as channels by offsets of a
-kernel, their rows one after the other, and its weights and biases are blocks of their own: the block of the
-weights has three axes, and the biases are the gain of ones, which disregards what they have to do with each
-other and with the weights.
+kernel, their rows one after the other, and its weights and biases are blocks of their own, which disregards
+what they have to do with each other: the block of the weights has three axes, and the biases are those of a
+layer whose only input is 1.
 
 ========  ====================  ====================================================================
 symbol    shape                 meaning
@@ -149,7 +149,7 @@ def blocks(call: str, doubly: PyTree = None) -> Blocks:
     >>> import jax.numpy as jnp
     >>> params = [(jnp.zeros((6, 5)), jnp.zeros(5)), (jnp.zeros((5, 4)), jnp.zeros(4))]
     >>> [x.shape for x in jax.tree.leaves(blocks("kfac()", [2, 0]).merge(params))]
-    [(2, 3, 5), (5,), (6, 4)]
+    [(2, 3, 5), (1, 5), (6, 4)]
     """
     if doubly is None:
         return Blocks(merge, split)
@@ -160,7 +160,8 @@ def blocks(call: str, doubly: PyTree = None) -> Blocks:
         def block(layer: PyTree, rows: int) -> PyTree:
             if not rows:
                 return merge(layer)
-            return jax.tree.map(lambda x: x.reshape(rows, -1, x.shape[-1]) if x.ndim > 1 else x, layer)
+            leading = {1: (1,), 2: (rows, -1)}
+            return jax.tree.map(lambda x: x.reshape(*leading[min(x.ndim, 2)], x.shape[-1]), layer)
 
         return structure.unflatten(map(block, layers, _rows(call, doubly, params)))
 
@@ -446,13 +447,9 @@ def _factors_of(layer: PyTree, rows: int, a: Array, left: Array, right: Array) -
     parts: list[Array]
     structure: Any
     parts, structure = jax.tree.flatten(layer)
-    ones = jnp.ones((n, places, left.shape[-1]), a.dtype)
-    return tuple(
-        structure.unflatten(found)
-        for found in zip(
-            *(of_weights if x.ndim > 1 else _factors_of(x, 0, ones, left, right) for x in parts)
-        )
-    )
+    of_biases = jnp.full((1, 1), places, a.dtype), nothing, of_weights[-1]
+    each = (of_weights if x.ndim > 1 else of_biases for x in parts)
+    return tuple(structure.unflatten(found) for found in zip(*each))
 
 
 def _factors_of_block(layer: PyTree, a: Array, left: Array, right: Array) -> tuple[Array, Array]:

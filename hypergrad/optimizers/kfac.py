@@ -73,7 +73,7 @@ def kfac(
     `hypergrad.layers`, and the networks of `hypergrad.nets` do.  For gains, such as those of a
     normalisation, ``Δ = ∇ / (D̂ + λ)``.  For weights of doubly factored layers, ``∇`` is multiplied along
     its axes by the inverses of ``(c/a) Â + √p ∛λ I``, ``(c/b) B̂ + √p ∛λ I`` and ``(c/g) Ĝ + ∛λ/p I``, with
-    ``a = tr Â / dim Â`` and so on, and ``c = ∛(a b g)``; their biases count as gains.
+    ``a = tr Â / dim Â`` and so on, and ``c = ∛(a b g)``; their biases are a layer of one input, 1.
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (μ, default 0.9), ``damping`` (λ, default 1e-2),
     ``decay`` (ρ, default 0.95) and ``pi`` (p, default 1); the last three are numbers for every layer.
