@@ -21,7 +21,7 @@ import optax
 
 import hypergrad as hg
 from hypergrad import data, nets, plots
-from hypergrad.distill import Network, centred
+from hypergrad.distill import Network, centred, class_means
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def load(name: str, directory: str | None) -> data.Dataset:
 
 def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -> hg.Distilled:
     """Distill as a configuration says."""
+    means = class_means(loaded.train_images, loaded.train_labels, loaded.classes)
     return hg.distill(
         network(config.model, loaded.train_images.shape[1:], loaded.classes),
         loaded.train_images,
@@ -118,7 +119,7 @@ def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -
         hg.Recipe(config.steps, config.learning_rate, inits=config.inits, seed=config.seed),
         per_class=config.per_class,
         learn=config.learn,
-        start=means(loaded, config.per_class) if config.start == "means" else None,
+        start=np.tile(means, (config.per_class, 1, 1)) if config.start == "means" else None,
         normalise=centred,
         window=config.window,
         runs=config.runs,
@@ -130,12 +131,6 @@ def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -
         key=jax.random.key(config.seed),
         checkpoint=checkpoint,
     )
-
-
-def means(loaded: data.Dataset, per_class: int) -> np.ndarray:
-    """The mean image of every class, so many times."""
-    each = [loaded.train_images[loaded.train_labels == c].mean(0) for c in range(loaded.classes)]
-    return np.tile(np.stack(each), (per_class, 1, 1))
 
 
 def evaluate(

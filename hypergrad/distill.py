@@ -582,6 +582,17 @@ def rows_like(wanted: np.ndarray, real: np.ndarray, key: Array) -> np.ndarray:
     return rows
 
 
+def class_means(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The mean image of every class, ``(classes, ...)``.
+
+    Args:
+      images: ``(N, ...)``.
+      labels: ``(N,)`` integers from 0, every class at least once.
+      classes: how many.
+    """
+    return np.stack([images[labels == c].mean(0) for c in range(classes)])
+
+
 def _start(
     recipe: Recipe,
     fixed: Array,

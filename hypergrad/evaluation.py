@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad.distill import Distilled, Network, Recipe, rows_like
+from hypergrad.distill import Distilled, Network, Recipe, class_means, rows_like
 
 FULL_BATCH = 256
 FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # those of SGD on all the data that are tried
@@ -198,9 +198,7 @@ def evaluate(
     keys = jax.random.split(key, seeds * len(sets))
 
     rows = [rows_like(labels.argmax(1), np.asarray(train[1]), jax.random.fold_in(k, 1)) for k in keys]
-    means = np.stack(
-        [np.asarray(train[0])[np.asarray(train[1]) == c].mean(0) for c in range(labels.shape[1])]
-    )
+    means = class_means(np.asarray(train[0]), np.asarray(train[1]), labels.shape[1])
     repeated = lambda inputs: jnp.broadcast_to(inputs[None], (len(keys), *inputs.shape))  # noqa: E731
     baselines = {
         "distilled": jnp.concatenate([jnp.stack([d.inputs] * seeds) for d in sets]),
