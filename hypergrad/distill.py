@@ -489,7 +489,7 @@ def distill(
             "window": window,
             "key": np.asarray(jax.random.key_data(key)).tolist(),
             "stopped": result.stopped,
-            "versions": _versions(),
+            "versions": files.versions(),
         },
     )
 
@@ -737,9 +737,3 @@ def _checksum(*arrays: np.ndarray) -> str:
     for x in arrays:
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    from hypergrad import __version__
-
-    return {"hypergrad": __version__, "jax": jax.__version__, "numpy": np.__version__}

@@ -170,3 +170,14 @@ def _nest(items: list[tuple[list[Any], np.ndarray]]) -> PyTree:
     if all(isinstance(first, int) for first in children):
         return [children[index] for index in sorted(children)]
     return children
+
+
+def versions() -> dict[str, str]:
+    """Of hypergrad, JAX and NumPy, to write beside what they made.
+
+    >>> sorted(versions())
+    ['hypergrad', 'jax', 'numpy']
+    """
+    from hypergrad import __version__  # not known yet when this module is first imported
+
+    return {"hypergrad": __version__, "jax": jax.__version__, "numpy": np.__version__}

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
-from hypergrad.files import replace_file
+from hypergrad.files import replace_file, versions
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 GREYS = ("0.0", "0.35", "0.55", "0.7")
@@ -106,11 +105,8 @@ def save(made: matplotlib.figure.Figure, path: str | os.PathLike[str], record: M
       path: of the PNG; the JSON has the suffix ``.json`` instead.
       record: configuration, seed, results: anything JSON can hold; versions are added.
     """
-    from hypergrad import __version__
-
     buffer = io.BytesIO()
     made.savefig(buffer, format="png", dpi=130)
-    versions = {"hypergrad": __version__, "jax": jax.__version__, "numpy": np.__version__}
-    text = json.dumps(dict(record) | {"versions": versions}, indent=1) + "\n"
+    text = json.dumps(dict(record) | {"versions": versions()}, indent=1) + "\n"
     replace_file(path, buffer.getvalue())
     replace_file(Path(path).with_suffix(".json"), text.encode())
