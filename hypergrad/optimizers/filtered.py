@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import curvature
+from hypergrad.optimizers import roots
 from hypergrad.optimizers.improvement import Improvement, Rule
 from hypergrad.program import Examples, Here, Whole
 
@@ -275,8 +276,7 @@ def direction(gradient: Belief, eps: Array) -> PyTree:
 
     def divided(m: Array) -> Array:
         square = m**2 + gradient.variance.astype(m.dtype)
-        root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-        return -m / (root + eps)
+        return -m / (roots.sqrt(square) + eps)
 
     return jax.tree.map(divided, gradient.mean)
 
