@@ -207,6 +207,7 @@ def evaluate(
     }
     own_labels = jnp.concatenate([jnp.stack([_probabilities(d.labels, train[1])] * seeds) for d in sets])
 
+    full = first.normalised(train[0]), jnp.asarray(train[1])
     scores = []
     for name, network in networks.items():
         for recipe_name, recipe in plans:
@@ -216,7 +217,6 @@ def evaluate(
                 found = run(inputs, targets, keys)
                 scores.append(Score(name, examples, recipe_name, _inits(recipe), found))
         if full_seeds:
-            full = first.normalised(train[0]), jnp.asarray(train[1])
             rate = _best_rate(network, full, full_epochs, keys[:1])
             run = _tested(network, full_recipe(len(full[0]), full_epochs, rate), test_inputs, test_labels)
             accuracies = [
