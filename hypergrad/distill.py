@@ -417,8 +417,9 @@ def distill(
         fixed = jnp.asarray((np.asarray(start, images.dtype) - mean) / std)
     learned = _start(recipe, fixed, hard, learn, bases, *real)
     adjoint = Reversible() if adjoint is None else adjoint
-    if window is not None and window < recipe.steps:
-        adjoint = Truncated(window, adjoint)
+    shorter = window if window is not None and window < recipe.steps else None
+    if shorter is not None:
+        adjoint = Truncated(shorter, adjoint)
 
     def assembled(learned: Mapping[str, Array]) -> tuple[Array, Array, Recipe]:
         """Images, labels and recipe from what is learned."""
@@ -432,8 +433,8 @@ def distill(
     def objective(learned: Mapping[str, Array], key: Array, length: Array | None = None) -> Array:
         run_key, real_key, length_key = jax.random.split(key, 3)
         x, y, ours = assembled(learned)
-        if isinstance(adjoint, Truncated) and length is None and window is not None:
-            length = jax.random.randint(length_key, (), window, recipe.steps + 1)
+        if shorter is not None and length is None:
+            length = jax.random.randint(length_key, (), shorter, recipe.steps + 1)
         params = _trained(ours, network, x, y, run_key, adjoint, length)
         size = min(kept, real_batch or kept)
         # Rows in a row of an order that is random already: without replacement, and cheap.

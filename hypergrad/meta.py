@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,8 +198,8 @@ def optimize(
     """
     optimizer = optax.adam(0.04) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key
-    _refuse_bad_settings(optimizer, steps, key, seeds, checkpoint, checkpoint_every, explosion)
-    _refuse_bad_selection(optimizer, select, select_every)
+    counts = {"seeds": seeds, "checkpoint_every": checkpoint_every, "select_every": select_every}
+    _refuse_bad_settings(optimizer, steps, counts, key, checkpoint, explosion, select)
     key = _strong(key)
     hypers, raw = _start(constraints, hypers)
     resample = bool(resample) and not isinstance(optimizer, LBFGSB)
@@ -248,22 +248,19 @@ def optimize(
 def _refuse_bad_settings(
     optimizer: Any,
     steps: int,
+    counts: Mapping[str, int],
     key: Any,
-    seeds: int,
     checkpoint: str | os.PathLike[str] | None,
-    checkpoint_every: int,
     explosion: float,
+    select: Any,
 ) -> None:
     if not isinstance(optimizer, optax.GradientTransformation | LBFGSB):
         raise TypeError(
             f"optimize(optimizer={optimizer!r}): not an optax optimiser or LBFGSB(...); give one "
             "with its settings, such as optax.adam(0.04)"
         )
-    for name, value, least in (
-        ("steps", steps, 0),
-        ("seeds", seeds, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-    ):
+    for name, value in {"steps": steps, **counts}.items():
+        least = 0 if name == "steps" else 1
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"optimize({name}={value!r}): {name} must be a whole number, at least {least}")
     if not explosion > 1:
@@ -281,17 +278,10 @@ def _refuse_bad_settings(
         raise ValueError(
             f"optimize(checkpoint={os.fspath(checkpoint)!r}): its folder does not exist; make it first"
         )
-
-
-def _refuse_bad_selection(optimizer: Any, select: Any, select_every: int) -> None:
     if select is not None and isinstance(optimizer, LBFGSB):
         raise ValueError(
             "optimize(select=..., optimizer=LBFGSB(...)): iterates of L-BFGS-B are not looked at one by "
             "one; use an optax optimiser, or judge what comes out"
-        )
-    if not isinstance(select_every, numbers.Integral) or select_every < 1:
-        raise ValueError(
-            f"optimize(select_every={select_every!r}): select_every must be a whole number, at least 1"
         )
 
 
