@@ -1,70 +1,93 @@
-"""K-FAC on an autoencoder of handwritten digits, beside Adam and Nesterov with tuned rates.
+"""K-FAC on an autoencoder of handwritten digits, beside tuned Adam and Nesterov; and learned K-FAC.
 
-64-100-50-25-6-25-50-100-64, tanh but for the code and the logits, on all 1,797 digits at every step, with
-Glorot's initial weights.  The loss is the cross-entropy, summed over pixels, mean over images, and a
-penalty of ``1/2 10⁻⁵ ‖w‖²``; what is shown is its excess over the entropy of the pixels, below which
-nothing can get.  The time of a step is the least of a few runs that take turns.
+64-100-50-25-6-25-50-100-64, tanh but for the code and the logits, on all 1,797 digits, with Glorot's
+initial weights; or on MNIST 784-1000-500-250-30-250-500-1000-784.  The loss is the cross-entropy, summed
+over pixels, mean over images, and a penalty of ``1/2 10⁻⁵ ‖w‖²``; what is shown is its excess over the
+entropy of the pixels, below which nothing can get.  Three questions:
 
-    python -m experiments.kfac_autoencoder        # some three minutes on two cores
-    python -m experiments.kfac_autoencoder --variants    # doubly factored and late, in a minute
+- contest: all images at every step, of which K-FAC's network sees half; loss by iteration and by second,
+  the time of a step being the least of a few runs that take turns; also K-FAC doubly factored, and late;
+- batch sizes: loss on all images after as many iterations with minibatches, every optimizer tuned for each;
+- learning: rate, momentum and damping of every step, decay and π, by hypergradients through whole runs,
+  judged on initial weights and minibatches not seen before, against the best constants of a grid with more
+  runs, and against the adaptive variant.
+
+    python -m experiments.kfac_autoencoder        # a quarter of an hour on two cores
+    python -m experiments.kfac_autoencoder --data mnist --data-dir folder
 """
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import curvature, data, nets, plots
+from hypergrad import constraints, curvature, data, meta, nets, plots
 
-SIZES = (64, 100, 50, 25, 6, 25, 50, 100, 64)
-LINEAR = (3, 7)  # the code and the logits
 SHOWN = (0, 10, 25, 50, 100, 200, 300, 1000)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "K-FAC, fixed rate": {},
-    "first layer doubly factored": {"doubly": (8, *[0] * 7)},  # rows of 8 pixels
-    "late": {"asynchrony": hg.Asynchrony(refresh=5, statistics_delay=2, inverse_delay=5)},
+UNSEEN = 20_000  # seeds from here on are used by neither the learning nor the searches
+SIZES = {
+    "digits": (64, 100, 50, 25, 6, 25, 50, 100, 64),
+    "mnist": (784, 1000, 500, 250, 30, 250, 500, 1000, 784),
 }
-FIXED = {"learning_rate": 0.1, "damping": 0.1, "norm_constraint": 0.1}
 
 
 @dataclass(frozen=True)
 class Config:
     """What to run."""
 
+    data: str = "digits"
+    sizes: tuple[int, ...] = SIZES["digits"]
+    examples: int | None = None  # the first so many; None for all
     steps: int = 301
     baseline_steps: int = 1001
-    damping: tuple[float, ...] = (1.0, 150.0)
-    share: int = 2  # K-FAC's network sees one of so many examples at a step, and others at the next
-    adam_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    nesterov_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
-    nesterov_momenta: tuple[float, ...] = (0.9, 0.99)
+    batch_sizes: tuple[int, ...] = (128, 512)  # and all examples
+    short: int = 100  # iterations of the comparison of batch sizes
+    learned_steps: int = 40
+    learned_batch: int = 256
+    meta_iterations: int = 24
+    meta_step: float = 0.03  # of Adam in the logarithms and log-odds, decayed to 0
+    judged_on: int = 10
+    thin: int = 1  # of the grids, one in so many
     penalty: float = 1e-5
-    timings: int = 3
+    timings: int = 1
     seed: int = 0
 
 
-class Curve(NamedTuple):
-    """One optimizer: its best hyperparameters, the excess loss at every step, milliseconds per step."""
+class Contestant(NamedTuple):
+    """An optimizer and the hyperparameters among which its best are sought."""
+
+    optimizer: Any
+    grid: list[dict[str, float]]
+    baseline: bool = False  # makes `baseline_steps`
+
+
+class Trial(NamedTuple):
+    """A run: hyperparameters; excess loss before every step, and on all images at the end; ms per step."""
 
     hypers: dict[str, float]
     excess: np.ndarray
     milliseconds: float
 
 
-def init(key: Array) -> tuple[nets.Dense, ...]:
+# ---- network and training
+
+
+def init(sizes: Sequence[int], key: Array) -> tuple[nets.Dense, ...]:
     """Glorot's uniform weights, and biases of 0."""
     glorot = jax.nn.initializers.glorot_uniform()
-    keys = jax.random.split(key, len(SIZES) - 1)
-    pairs = itertools.pairwise(SIZES)
+    keys = jax.random.split(key, len(sizes) - 1)
+    pairs = itertools.pairwise(sizes)
     return tuple(nets.Dense(glorot(k, pair), jnp.zeros(pair[1])) for k, pair in zip(keys, pairs))
 
 
@@ -73,61 +96,39 @@ def autoencoder(params: Sequence[nets.Dense], images: Array, probes: Sequence[An
     inputs = [images]
     for k, (weights, biases) in enumerate(params):
         computed = inputs[-1] @ weights + biases[None] + probes[k]
-        inputs.append(computed if k in LINEAR else jnp.tanh(computed))
+        linear = k + 1 in (len(params) // 2, len(params))  # the code and the logits
+        inputs.append(computed if linear else jnp.tanh(computed))
     return inputs[-1], tuple(inputs[:-1])
 
 
-def trainer(config: Config, optimizer: Any, steps: int) -> Callable[..., Array]:
-    """The losses of a run, compiled, as a function of images and hyperparameters."""
-
-    def losses(images: Array, hypers: Mapping[str, Array]) -> Array:
-        def loss(params: Any, images: Array, step: Array) -> Array:
-            logits, _ = autoencoder(params, images, [0.0] * len(params))
-            squares = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
-            by_image = jax.vmap(curvature.bernoulli().loss)(logits, images)
-            return jnp.mean(by_image) + 0.5 * config.penalty * squares
-
-        start = init(jax.random.key(config.seed))
-        options = {"steps": steps, "optimizer": optimizer, "adjoint": hg.Stored()}
-        return hg.train(loss, start, hypers, images, **options).losses
-
-    return jax.jit(losses)
+def network(params: Any, images: Array, rows: Array, probes: Any) -> Any:
+    """What K-FAC sees: the images of the batch."""
+    return autoencoder(params, images[rows], probes)
 
 
-def in_shares(config: Config) -> Any:
-    """K-FAC's network, which goes through the examples in shares."""
-
-    def network(params: Any, images: Array, step: Array, probes: Any) -> Any:
-        n = len(images)
-        rows = jnp.arange(-(-n // config.share))
-        return autoencoder(params, images[(step * len(rows) + rows) % n], probes)
-
-    return network
+def first_half(params: Any, images: Array, rows: Array, probes: Any) -> Any:
+    """Half of the batch, which is in random order."""
+    return autoencoder(params, images[rows[: -(-len(rows) // 2)]], probes)
 
 
-def kfac(config: Config) -> Any:
-    """Adaptive K-FAC."""
-    return hg.adaptive_kfac(in_shares(config), curvature.bernoulli())
+def trainer(config: Config, optimizer: Any, adjoint: Any = None) -> Callable[..., Array]:
+    """Training as a function of images, rows ``(T, batch)``, start and hyperparameters.
 
+    Returns ``T + 1`` losses: of the batches, before every step, and of all images, after the last.
+    """
 
-def variants(config: Config) -> dict[str, np.ndarray]:
-    """Excess losses of K-FAC with a fixed rate, and of its variants with the same hyperparameters."""
-    images, curves = all_digits(), {}
-    for name, options in VARIANTS.items():
-        network = in_shares(config)
-        optimizer = hg.kfac(network, curvature.bernoulli(), norm_constraint=True, **options)
-        run = trainer(config, optimizer, config.steps)
-        losses = run(jnp.asarray(images), jax.tree.map(jnp.float32, FIXED))
-        curves[name] = np.asarray(losses, np.float64) - entropy(images)
-        at = [f"{curves[name][i]:8.2f}" for i in SHOWN if i < config.steps]
-        print(f"{name:<30}" + "".join(at))
-    return curves
+    def loss(params: Any, images: Array, rows: Array) -> Array:
+        logits, _ = autoencoder(params, images[rows], [0.0] * len(params))
+        squares = sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+        by_image = jax.vmap(curvature.bernoulli().loss)(logits, images[rows])
+        return jnp.mean(by_image) + 0.5 * config.penalty * squares
 
+    def run(images: Array, rows: Array, start: Any, hypers: Mapping[str, Any]) -> Array:
+        options = {"steps": len(rows), "optimizer": optimizer, "adjoint": adjoint}
+        trained = hg.train(loss, start, hypers, images, rows, **options)
+        return jnp.append(trained.losses, loss(trained.params, images, jnp.arange(len(images))))
 
-def all_digits() -> np.ndarray:
-    """All images, as rows of pixels."""
-    loaded = data.digits()
-    return np.concatenate([loaded.train_images, loaded.test_images]).reshape(-1, SIZES[0])
+    return run
 
 
 def entropy(images: np.ndarray) -> float:
@@ -136,100 +137,354 @@ def entropy(images: np.ndarray) -> float:
     return float(each.sum(axis=1).mean())
 
 
-def contest(config: Config, images: np.ndarray) -> dict[str, Curve]:
-    """Every optimizer with the best of its hyperparameters."""
-    grids = {
-        **{f"K-FAC, λ = {x:g} at first": [{"damping": x, "l2": config.penalty}] for x in config.damping},
-        "Adam": [{"learning_rate": rate} for rate in config.adam_rates],
-        "Nesterov": [
-            {"learning_rate": rate, "momentum": momentum}
-            for rate, momentum in itertools.product(config.nesterov_rates, config.nesterov_momenta)
-        ],
+def grid(**values: Sequence[float]) -> list[dict[str, float]]:
+    """All combinations."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def adaptive(config: Config, **options: Any) -> Contestant:
+    """K-FAC that sets its rate, momentum and damping itself."""
+    optimizer = hg.adaptive_kfac(first_half, curvature.bernoulli(), **options)
+    return Contestant(optimizer, grid(damping=(1.0, 150.0), omega=(0.8, 0.95), l2=(config.penalty,)))
+
+
+def fixed(**options: Any) -> Contestant:
+    """K-FAC with constant hyperparameters."""
+    optimizer = hg.kfac(first_half, curvature.bernoulli(), norm_constraint=True, **options)
+    values = {"learning_rate": (0.03, 0.1, 0.3), "damping": (0.03, 0.1, 0.3), "momentum": (0.5, 0.9)}
+    return Contestant(optimizer, grid(**values, norm_constraint=(0.1,)))
+
+
+def contestants(config: Config) -> dict[str, Contestant]:
+    """Who takes part, by name."""
+    return {
+        "K-FAC, adaptive": adaptive(config),
+        "K-FAC": fixed(),
+        "Adam": Contestant(hg.adam(), grid(learning_rate=(1e-3, 3e-3, 1e-2, 3e-2)), True),
+        "Nesterov": Contestant(
+            hg.nesterov(), grid(learning_rate=(3e-3, 1e-2, 3e-2, 1e-1), momentum=(0.9, 0.99)), True
+        ),
     }
-    optimizers = {"K-FAC": kfac(config), "Adam": hg.adam(), "Nesterov": hg.nesterov()}
-    steps = {"K-FAC": config.steps, "Adam": config.baseline_steps, "Nesterov": config.baseline_steps}
-    runs = {name: trainer(config, optimizer, steps[name]) for name, optimizer in optimizers.items()}
-    floor, images = entropy(images), jnp.asarray(images)
 
-    def run(name: str, hypers: dict[str, float]) -> np.ndarray:
-        found = runs[name.partition(",")[0]](images, jax.tree.map(jnp.float32, hypers))
-        return np.asarray(found, np.float64) - floor
 
-    best = {}
-    for name, grid in grids.items():
-        trials = [(run(name, hypers), hypers) for hypers in grid]
-        best[name] = min(trials, key=lambda trial: np.nan_to_num(trial[0][-1], nan=np.inf))
-    times: dict[str, list[float]] = {name: [] for name in best}
-    for _ in range(config.timings):
-        for name, (excess, hypers) in best.items():
+def variants(config: Config) -> dict[str, Contestant]:
+    """K-FAC's variants: the first layer, whose inputs are square images, doubly factored; and late."""
+    doubly = (math.isqrt(config.sizes[0]), *[0] * (len(config.sizes) - 2))
+    late = hg.Asynchrony(refresh=5, statistics_delay=2, inverse_delay=5)
+    return {
+        "K-FAC, adaptive, doubly": adaptive(config, doubly=doubly),
+        "K-FAC, doubly": fixed(doubly=doubly),
+        "K-FAC, late": fixed(asynchrony=late),
+    }
+
+
+def start_and_rows(config: Config, images: Array, batch_size: int, steps: int, key: Array) -> Any:
+    """Initial weights, and the rows of every minibatch, by one key."""
+    weights, order = jax.random.split(key)
+    rows = data.minibatches(order, len(images), min(batch_size, len(images)), steps)
+    return init(config.sizes, weights), rows
+
+
+# ---- the contest, and batch sizes
+
+
+def tune(
+    config: Config,
+    images: Array,
+    contestants: Mapping[str, Contestant],
+    batch_size: int,
+    steps: int | None = None,
+    timings: int = 0,
+) -> dict[str, list[Trial]]:
+    """Every contestant with all of its grid; `steps` None stands for those of the contest."""
+    floor = entropy(np.asarray(images))
+    tried: dict[str, list[Trial]] = {}
+    runs: dict[str, Callable[[dict[str, float]], Trial]] = {}
+    for name, contestant in contestants.items():
+        count = steps or (config.baseline_steps if contestant.baseline else config.steps)
+        start, rows = start_and_rows(config, images, batch_size, count, jax.random.key(config.seed))
+        # What diverges just loses: arrays of floats, unlike what is reversed, may overflow.
+        run = jax.jit(trainer(config, contestant.optimizer, hg.Stored()))
+
+        def trial(hypers: dict[str, float], run: Any = run, start: Any = start, rows: Any = rows) -> Trial:
             began = time.perf_counter()
-            run(name, hypers)
-            times[name].append(1e3 * (time.perf_counter() - began) / len(excess))
-    return {name: Curve(hypers, excess, min(times[name])) for name, (excess, hypers) in best.items()}
+            losses = np.asarray(run(images, rows, start, jax.tree.map(jnp.float32, hypers)), np.float64)
+            return Trial(hypers, losses - floor, 1e3 * (time.perf_counter() - began) / len(rows))
+
+        tried[name] = [trial(hypers) for hypers in contestant.grid[:: config.thin]]
+        runs[name] = trial
+    for _ in range(timings):
+        for name, trials in tried.items():
+            trials.append(runs[name](best(trials).hypers))
+    return tried
 
 
-def main(config: Config, output: str | None = None) -> dict[str, Curve]:
-    """Run, print a table, and where there is an output write figure and record."""
-    curves = contest(config, all_digits())
-    print(
-        "excess loss, nats per image, at iteration" + " " * 8 + "".join(f"{i:>8}" for i in SHOWN) + "   ms"
+def best(trials: Sequence[Trial], step: int = -1) -> Trial:
+    """The trial with the least loss after so many steps, by default all, and the least time of any."""
+    found = min(trials, key=lambda trial: np.nan_to_num(trial.excess[step], nan=np.inf))
+    return found._replace(milliseconds=min(trial.milliseconds for trial in trials))
+
+
+# ---- learning
+
+
+class Judged(NamedTuple):
+    """Excess loss on all images at the end, over unseen seeds, and training runs that were paid for it."""
+
+    excess: np.ndarray
+    runs: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean."""
+        return float(self.excess.std(ddof=1) / np.sqrt(len(self.excess)))
+
+
+class Learned(NamedTuple):
+    """What was learned, from what constants, what the search found, and how they all do."""
+
+    optimized: meta.Optimized
+    constants: dict[str, float]
+    judged: dict[str, Judged]
+
+
+def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
+    """K-FAC's hyperparameters by hypergradients, and by a search with more runs; both judged."""
+    steps, floor, count = config.learned_steps, entropy(np.asarray(images)), len(config.sizes) - 1
+    optimizer = hg.kfac(network, curvature.bernoulli())
+    seen = jax.random.key(config.seed)
+
+    def final(optimizer: Any, batch_size: int, adjoint: Any = None) -> Callable[..., Array]:
+        train = trainer(config, optimizer, adjoint)
+
+        def run(images: Array, hypers: Any, key: Array) -> Array:
+            start, rows = start_and_rows(config, images, batch_size, steps, key)
+            return train(images, rows, start, hypers)[-1]
+
+        return run
+
+    reversible = final(optimizer, config.learned_batch)
+
+    def searched(run: Callable[..., Array], tried: list[dict[str, float]]) -> dict[str, float]:
+        losses = [float(run(images, jax.tree.map(jnp.float32, hypers), seen)) for hypers in tried]
+        return tried[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+
+    stored = jax.jit(final(optimizer, config.learned_batch, hg.Stored()))
+    rates, dampings = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2), (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
+    tried = grid(momentum=(0.5, 0.25, 0.9), learning_rate=rates, damping=dampings)
+    constants = searched(stored, tried[:: config.thin])
+    # Learning starts from the best of a third of the grid, and so has fewer runs than the search.
+    third = tried[: len(tried) // 3 : config.thin]
+    before = searched(stored, third)
+    runs = len(third) + config.meta_iterations
+    hypers = {name: jnp.full(steps, value) for name, value in before.items()}
+    share = constraints.interval(1 / 64, 1.0)  # what is less than 1 / 128 cannot be reversed
+    rate = optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)
+    optimized = meta.optimize(
+        lambda hypers, key: reversible(images, hypers, key),
+        hypers | {"decay": jnp.float32(0.95), "pi": (jnp.float32(1.0),) * count},
+        # Where a run is at the edge of stability its hypergradient is huge; only its direction is of use.
+        optimizer=optax.chain(optax.clip_by_global_norm(0.5), optax.adam(rate)),
+        explosion=np.inf,
+        steps=config.meta_iterations,
+        constraints={"momentum": share, "decay": share}
+        | dict.fromkeys(("learning_rate", "damping", "pi"), constraints.positive),
+        key=seen,
+        checkpoint=checkpoint,
     )
-    for name, curve in curves.items():
-        at = [f"{curve.excess[i]:8.2f}" if i < len(curve.excess) else " " * 8 for i in SHOWN]
-        about = ", ".join(f"{key} {value:g}" for key, value in curve.hypers.items() if key != "l2")
-        print(f"{name + ' (' + about + ')':<49}" + "".join(at) + f"{curve.milliseconds:6.1f}")
-    first, adam = next(iter(curves.values())), curves["Adam"]
-    print(f"an iteration of K-FAC takes {first.milliseconds / adam.milliseconds:.1f} times one of Adam")
+
+    def judge(run: Callable[..., Array], hypers: Any, runs: int) -> Judged:
+        keys = [jax.random.key(seed) for seed in range(UNSEEN, UNSEEN + config.judged_on)]
+        hypers = jax.tree.map(jnp.float32, hypers)
+        return Judged(np.array([float(run(images, hypers, key)) - floor for key in keys]), runs)
+
+    judged = {
+        "learned": judge(stored, optimized.hypers, runs),
+        "best constants": judge(stored, constants, len(tried[:: config.thin])),
+        "before learning": judge(stored, before, len(third)),
+    }
+    for name, batch_size in (("minibatches", config.learned_batch), ("all images", len(images))):
+        contestant = adaptive(config)
+        stored = jax.jit(final(contestant.optimizer, batch_size, hg.Stored()))
+        hand_set = searched(stored, contestant.grid[:: config.thin])
+        judged[f"adaptive, {name}"] = judge(stored, hand_set, len(contestant.grid[:: config.thin]))
+    return Learned(optimized, constants, judged)
+
+
+# ---- what is shown
+
+
+def main(
+    config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
+) -> dict[str, Any]:
+    """Run, print tables, and where there is an output write figure and record."""
+    loaded = data.mnist(directory) if config.data == "mnist" else data.digits()
+    parts = [loaded.train_images] + ([loaded.test_images] if config.data == "digits" else [])
+    images = jnp.asarray(np.concatenate(parts).reshape(-1, config.sizes[0])[: config.examples])
+    general = contestants(config)
+    tried = tune(config, images, general | variants(config), len(images), timings=config.timings)
+    contest = {name: best(trials) for name, trials in tried.items()}
+    print_contest(contest)
+    of_size = {size: tune(config, images, general, size, config.short) for size in config.batch_sizes}
+    by_size = {
+        size: {name: best(found[name], config.short) for name in general}
+        for size, found in (of_size | {len(images): tried}).items()
+    }
+    print_batch_sizes(config, by_size)
+    learned = learn(config, images, checkpoint)
+    print_learned(config, learned)
     if output is not None:
-        draw(Path(output) / "kfac_autoencoder.png", config, curves)
-    return curves
+        suffix = "" if config.data == "digits" else f"_{config.data}"
+        draw(Path(output) / f"kfac_autoencoder{suffix}.png", config, contest, by_size, learned)
+    return {"contest": contest, "batch sizes": by_size, "learned": learned}
 
 
-def draw(path: Path, config: Config, curves: Mapping[str, Curve]) -> None:
-    """Loss by iteration and by time."""
-    figure, axes = plots.figure(1, 2)
-    plots.lines(axes[0, 0], {name: curve.excess for name, curve in curves.items()})
-    axes[0, 0].set(title="By iteration", xlabel="iteration", xscale="symlog", yscale="log")
-    plots.lines(axes[0, 1], {name: curve.excess for name, curve in curves.items()})
-    for line, curve in zip(axes[0, 1].get_lines(), curves.values()):
-        line.set_xdata(1e-3 * curve.milliseconds * np.arange(len(curve.excess)))
+def about(hypers: Mapping[str, float]) -> str:
+    """Hyperparameters in words."""
+    return ", ".join(f"{key} {value:g}" for key, value in hypers.items() if key != "l2")
+
+
+def print_contest(contest: Mapping[str, Trial]) -> None:
+    """A line for every contestant, and how its time compares."""
+    print(
+        f"{'excess loss, nats per image, at iteration':<80}" + "".join(f"{i:>8}" for i in SHOWN) + "   ms"
+    )
+    for name, best in contest.items():
+        at = [f"{best.excess[i]:8.2f}" if i < len(best.excess) else " " * 8 for i in SHOWN]
+        print(f"{name + ' (' + about(best.hypers) + ')':<80}" + "".join(at) + f"{best.milliseconds:6.1f}")
+    adam = contest["Adam"].milliseconds
+    ratios = (f"{name} {t.milliseconds / adam:.1f}" for name, t in contest.items() if name != "Adam")
+    print("time of an iteration, in those of Adam: " + "; ".join(ratios))
+    losses = {name: best.excess[-1] for name, best in contest.items()}
+    of = {name: name.removesuffix(", doubly").removesuffix(", late") for name in contest}
+    pairs = (f"{name} {losses[name] / losses[plain]:.2f}" for name, plain in of.items() if name != plain)
+    print("last loss of a variant, in those of the plain one: " + "; ".join(pairs))
+
+
+def print_batch_sizes(config: Config, by_size: Mapping[int, Mapping[str, Trial]]) -> None:
+    """A line for every contestant, a column for every batch size."""
+    print(f"\nexcess loss on all images after {config.short} iterations")
+    print(f"{'batch size':<20}" + "".join(f"{size:>8}" for size in by_size))
+    for name in next(iter(by_size.values())):
+        print(
+            f"{name:<20}" + "".join(f"{best[name].excess[config.short]:8.2f}" for best in by_size.values())
+        )
+
+
+def print_learned(config: Config, learned: Learned) -> None:
+    """How the learned hyperparameters do, and the verdict."""
+    print(
+        f"\nK-FAC, {config.learned_steps} iterations of {config.learned_batch} images: excess loss on all "
+        f"images, mean ± standard error over {config.judged_on} seeds not seen before"
+    )
+    for name, result in learned.judged.items():
+        mean = f"{result.excess.mean():.3f} ± {result.standard_error:.3f}"
+        print(f"{name:<24}{mean:>18}   after {result.runs} runs")
+    print(f"best constants: {about(learned.constants)}; a run of learning includes its hypergradient")
+    for name in ("best constants", "adaptive, minibatches", "adaptive, all images"):
+        gain = learned.judged[name].excess - learned.judged["learned"].excess
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        verdict = "beat" if gain.mean() > 2 * error else "did not beat"
+        print(f"the learned {verdict} {name}: by {gain.mean():.3f} ± {error:.3f} on the same seeds")
+
+
+def draw(
+    path: Path,
+    config: Config,
+    contest: Mapping[str, Trial],
+    by_size: Mapping[int, Mapping[str, Trial]],
+    learned: Learned,
+) -> None:
+    """Loss by iteration, by time and by batch size; what was learned, and what it is worth."""
+    figure, axes = plots.figure(2, 3)
+    for place in axes[0, :2]:
+        plots.lines(place, {name: best.excess for name, best in contest.items()})
+        place.set(yscale="log", ylabel="excess loss, nats per image")
+    axes[0, 0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
+    for line, best in zip(axes[0, 1].get_lines(), contest.values()):
+        line.set_xdata(1e-3 * best.milliseconds * np.arange(len(best.excess)))
     axes[0, 1].relim()
     axes[0, 1].autoscale()
-    axes[0, 1].set(title="By time, on the machine of the record", xlabel="seconds", yscale="log")
-    for place in axes[0]:
-        place.set_ylabel("excess loss, nats per image")
+    axes[0, 1].set(title="By time, on the machine of the record", xlabel="seconds")
+    plots.lines(
+        axes[0, 2],
+        {n: [best[n].excess[config.short] for best in by_size.values()] for n in by_size[max(by_size)]},
+        marker="o",
+    )
+    axes[0, 2].set(title=f"After {config.short} iterations", xlabel="batch size", yscale="log")
+    axes[0, 2].set(xticks=range(len(by_size)), xticklabels=[str(size) for size in by_size])
+    axes[0, 2].set_ylabel("excess loss, nats per image")
+    hypers = learned.optimized.hypers
+    schedules = {name: hypers[name] for name in ("learning_rate", "momentum", "damping")}
+    plots.lines(axes[1, 0], {name.replace("_", " "): values for name, values in schedules.items()})
+    axes[1, 0].set(title="Learned schedules of K-FAC", xlabel="iteration", ylabel="value", yscale="log")
+    plots.lines(axes[1, 1], {"π of every layer": hypers["pi"]}, marker="o")
+    axes[1, 1].set(title=f"Learned π; ρ = {float(hypers['decay']):.3f}", xlabel="layer", ylabel="π")
+    places = range(len(learned.judged))
+    axes[1, 2].errorbar(
+        [result.excess.mean() for result in learned.judged.values()],
+        places,
+        xerr=[result.standard_error for result in learned.judged.values()],
+        fmt="o",
+        color="0.0",
+        capsize=3,
+    )
+    axes[1, 2].set(yticks=places, yticklabels=list(learned.judged), xlabel="excess loss, nats per image")
+    axes[1, 2].set_title(f"After {config.learned_steps} iterations, unseen seeds")
+    axes[1, 2].invert_yaxis()
+    axes[1, 2].grid(alpha=0.25)
+
+    def summary(best: Trial) -> dict[str, Any]:
+        shown = {str(i): best.excess[i] for i in SHOWN if i < len(best.excess)}
+        return best._asdict() | {"excess": shown | {"final": best.excess[-1]}}
+
     record = {
         "config": asdict(config),
-        "results": {
-            name: {
-                "hypers": curve.hypers,
-                "milliseconds": curve.milliseconds,
-                "excess": {str(i): curve.excess[i] for i in SHOWN if i < len(curve.excess)},
-            }
-            for name, curve in curves.items()
+        "contest": {name: summary(best) for name, best in contest.items()},
+        "batch sizes": {
+            size: {n: {"hypers": t.hypers, "final": t.excess[config.short]} for n, t in best.items()}
+            for size, best in by_size.items()
         },
+        "learned": jax.tree.map(lambda x: np.asarray(x).tolist(), hypers),
+        "constants": learned.constants,
+        "judged": {n: {"excess": j.excess.tolist(), "runs": j.runs} for n, j in learned.judged.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     plots.save(figure, path, record)
 
 
-def command(arguments: Sequence[str] | None = None) -> dict[str, Curve]:
+FAST = Config(
+    steps=4, baseline_steps=4, batch_sizes=(), short=4, learned_steps=3, learned_batch=64,
+    meta_iterations=2, judged_on=2, thin=24, timings=0, examples=256,
+)  # fmt: skip
+
+
+def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m experiments.kfac_autoencoder", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--data", choices=tuple(SIZES), default="digits")
+    parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
+    parser.add_argument("--examples", type=int, help="the first so many images (default all)")
+    parser.add_argument("--iterations", type=int, help="of every run (default as the tables say)")
+    parser.add_argument("--meta-iterations", type=int, help="of the learning")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", help="file to save the learning's progress to and resume from")
     parser.add_argument("--fast", action="store_true", help="a few iterations, to see that it runs")
-    parser.add_argument("--variants", action="store_true", help="print the losses of K-FAC's variants only")
     parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
     given = parser.parse_args(arguments)
-    if given.fast:
-        config = Config(11, 11, (1.0,), 8, (1e-2,), (3e-2,), (0.9,), timings=1, seed=given.seed)
-    else:
-        config = Config(seed=given.seed)
-    if given.variants:
-        variants(config)
-        return {}
-    return main(config, given.output or (None if given.fast else "figures"))
+    sizes = SIZES[given.data]
+    sizes = (sizes[0], 6, sizes[0]) if given.fast else sizes
+    config = replace(FAST if given.fast else Config(), data=given.data, sizes=sizes, seed=given.seed)
+    if given.examples is not None:
+        config = replace(config, examples=given.examples)
+    if given.meta_iterations is not None:
+        config = replace(config, meta_iterations=given.meta_iterations)
+    if (n := given.iterations) is not None:
+        config = replace(config, steps=n, baseline_steps=n, short=n, learned_steps=n)
+    return main(
+        config, given.data_dir, given.checkpoint, given.output or (None if given.fast else "figures")
+    )
 
 
 if __name__ == "__main__":

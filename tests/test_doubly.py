@@ -15,7 +15,6 @@ from problems import assert_agrees_with_finite_differences, quick_jit, relative_
 
 import hypergrad as hg
 from benchmarks import doubly_factored as benchmark
-from experiments import kfac_autoencoder as experiment
 from hypergrad import curvature, devices, layers, nets
 from hypergrad.optimizers.kfac import damped, inverse, precondition
 
@@ -281,15 +280,6 @@ def test_separate_devices_give_the_same_numbers() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_autoencoder() -> None:
-    """Doubly factored and late, within 20 % of the plain one after 300 iterations."""
-    plain, *others = experiment.variants(experiment.Config()).values()
-    assert plain[300] < 0.1 * plain[0]
-    for curve in others:
-        assert curve[300] < 1.2 * plain[300]
 
 
 # ---- what is refused
