@@ -62,7 +62,8 @@ def test_writes_figure_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(record["contest"]) == set(found["contest"]) == names
     for trial in found["contest"].values():
         assert trial.excess[-1] < trial.excess[0]
-    assert record["judged"]["learned"]["runs"] == FAST.meta_iterations
+    runs = {name: result["runs"] for name, result in record["judged"].items()}
+    assert FAST.meta_iterations < runs["learned"] <= runs["best constants"]
     assert (tmp_path / "kfac_autoencoder.png").stat().st_size > 10_000
     assert "the learned" in capsys.readouterr().out
 
