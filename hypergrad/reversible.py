@@ -85,15 +85,17 @@ def _highs(leaves: Sequence[ExactLeaf]) -> list[dict[str, Array]]:
     return [leaf.high for leaf in leaves]
 
 
-def _spread_shapes(flags: PyTree, hypers: PyTree, start: list[Leaf]) -> list[tuple[int, ...]]:
+def _spread_shapes(run: Run, flags: PyTree, hypers: PyTree, start: list[Leaf]) -> list[tuple[int, ...]]:
     """To which shapes to spread the wanted hyperparameters before differentiating in them.
 
-    Their cotangents then come element by element, and `_sum_to` adds them faster than the compiler.
+    Their cotangents then come element by element, and `_sum_to` adds them faster than the compiler.  Only
+    for optimizers that act element by element: others, such as K-FAC, need numbers.
     """
+    assert isinstance(run.optimizer, Optimizer)
+    alike = all(variable.init is jnp.zeros_like for variable in run.optimizer.variables.values())
     shapes = []
     for part, part_flags in zip(hypers, flags):
         for leaf, leaf_hypers, leaf_flags in zip(start, part, part_flags):
-            alike = all(x.shape == leaf[PARAMS].shape for x in leaf.values())
             for name in sorted(leaf_hypers):
                 if leaf_flags[name]:
                     shapes.append(leaf[PARAMS].shape if alike else leaf_hypers[name].shape)
@@ -273,7 +275,7 @@ def _replay(
     wanted = sum(jax.tree.leaves(flags.constants.loss))
     fixed = len(sums) - wanted
     slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
-    spread_shapes = _spread_shapes(flags.hypers, (constants.hypers, slices), start)
+    spread_shapes = _spread_shapes(run, flags.hypers, (constants.hypers, slices), start)
 
     def unstep(carry: Any, at: tuple[Array, list[dict[str, Array]]]) -> Any:
         leaves, bars, sums = carry

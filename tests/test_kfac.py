@@ -214,6 +214,25 @@ def test_hypergradients() -> None:
     assert_agrees_with_finite_differences(value, everything, expected)
 
 
+def test_layers_may_be_as_wide_as_their_inputs() -> None:
+    """Where all arrays of a block have one shape, its hyperparameters are still numbers."""
+    start = [nets.Dense(normal(2, 3), jnp.zeros(3))]
+
+    def final(damping: Any, adjoint: Any) -> Any:
+        network = lambda w, meta, step, probes: probed(w, normal(4, 2), probes)  # noqa: E731
+        loss = lambda w, meta, step: jnp.mean(probed(w, normal(4, 2))[0] ** 2)  # noqa: E731
+        hypers = {"learning_rate": 0.1, "damping": damping}
+        optimizer = hg.kfac(network, curvature.normal())
+        options = {"steps": 3, "optimizer": optimizer, "adjoint": adjoint}
+        return jnp.sum(hg.train(loss, start, hypers, **options).params[0].weights ** 2)
+
+    def probed(w: Any, x: Any, probes: Any = (0.0,)) -> Any:
+        return x @ w[0].weights + w[0].biases[None] + probes[0], (x,)
+
+    expected, found = (jax.grad(final)(jnp.float32(0.1), a) for a in (hg.Stored(), hg.Reversible()))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_convolutional_net_is_reversed() -> None:
     init, apply = nets.convnet((4, 4, 1), 3, width=2, depth=1)
