@@ -401,6 +401,7 @@ def draw(
         plots.lines(place, {name: best.excess for name, best in contest.items()})
         place.set(yscale="log", ylabel="excess loss, nats per image")
     axes[0, 0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
+    axes[0, 0].set_xlim(left=0)
     for line, best in zip(axes[0, 1].get_lines(), contest.values()):
         line.set_xdata(1e-3 * best.milliseconds * np.arange(len(best.excess)))
     axes[0, 1].relim()

@@ -227,7 +227,7 @@ def test_layers_may_be_as_wide_as_their_inputs() -> None:
         return jnp.sum(hg.train(loss, start, hypers, **options).params[0].weights ** 2)
 
     def probed(w: Any, x: Any, probes: Any = (0.0,)) -> Any:
-        return x @ w[0].weights + w[0].biases[None] + probes[0], (x,)
+        return x @ w[0].weights + w[0].biases[None] + probes[0], [x]
 
     expected, found = (jax.grad(final)(jnp.float32(0.1), a) for a in (hg.Stored(), hg.Reversible()))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
