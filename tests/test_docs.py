@@ -1,4 +1,4 @@
-"""Every example in README and docstrings runs, and is right where it says what it gives."""
+"""Every example in README, docs and docstrings runs, and is right where it says what it gives."""
 
 import doctest
 import importlib
@@ -12,7 +12,8 @@ import hypergrad
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["hypergrad", *(m.name for m in pkgutil.walk_packages(hypergrad.__path__, "hypergrad."))]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/**/*.md"))]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -22,12 +23,38 @@ def test_docstrings(name: str) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("k", range(len(BLOCKS)))
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("k", range(len(blocks(README))))
 def test_readme(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
-    exec(compile(BLOCKS[k], f"README block {k}", "exec"), names)
+    exec(compile(blocks(README)[k], f"README block {k}", "exec"), names)
     assert names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks((ROOT / page).read_text())])
+def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after the other; a later one may use the names of those before it."""
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    for k, block in enumerate(blocks((ROOT / page).read_text())):
+        exec(compile(block, f"{page} block {k}", "exec"), names)
+    assert names
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_figure_is_in_the_gallery() -> None:
+    shown = re.findall(r"\(\.\./figures/([^)]+)\)", (ROOT / "docs" / "gallery.md").read_text())
+    drawn = (ROOT / "figures").glob("**/*.png")
+    assert sorted(shown) == sorted(str(figure.relative_to(ROOT / "figures")) for figure in drawn)
 
 
 def test_every_public_name_has_a_docstring_and_is_there() -> None:
