@@ -87,9 +87,7 @@ class Found(NamedTuple):
 
 def network(config: Config, e: Examples) -> tuple[Callable[..., Any], Callable[..., Array]]:
     """``init(key)`` and ``apply(params, images)``."""
-    classes = 10
-    init, apply = nets.mlp((e.images.shape[1], config.hidden, classes))
-    return init, lambda w, images: apply(w, images)
+    return nets.mlp((e.images.shape[1], config.hidden, 10))
 
 
 def losses(apply: Callable[..., Array], w: Any, images: Array, labels: Array) -> Array:
