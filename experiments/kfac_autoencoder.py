@@ -468,6 +468,7 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
     parser.add_argument("--examples", type=int, help="the first so many images (default all)")
     parser.add_argument("--iterations", type=int, help="of every run (default as the tables say)")
+    parser.add_argument("--thin", type=int, default=1, help="of the grids, one in so many (default 1)")
     parser.add_argument("--meta-iterations", type=int, help="of the learning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", help="file to save the learning's progress to and resume from")
@@ -477,6 +478,8 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = SIZES[given.data]
     sizes = (sizes[0], 6, sizes[0]) if given.fast else sizes
     config = replace(FAST if given.fast else Config(), data=given.data, sizes=sizes, seed=given.seed)
+    if given.thin > 1:
+        config = replace(config, thin=given.thin)
     if given.examples is not None:
         config = replace(config, examples=given.examples)
     if given.meta_iterations is not None:

@@ -480,15 +480,18 @@ def linearise(
 
 
 def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
-    """Evaluate a function that returns ``(first, second)``, what ``first`` needs in isolation.
+    """Evaluate a function that returns ``((loss, seen, ∂L/∂θ), second)``, the first in isolation.
 
     Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler
-    that is let know what goes unused makes another computation of what is left.
+    that is let know what goes unused makes another computation of what is left.  A gradient keeps all else
+    alive, as it is used in both directions; the loss is not on the way back, nor ``∂L/∂θ`` forwards.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
     split_at = len(jax.tree.leaves(shapes[0]))
     first_outputs, second_outputs = jaxpr.outvars[:split_at], jaxpr.outvars[split_at:]
+    _, seen, _ = jax.tree.unflatten(jax.tree.structure(shapes[0]), first_outputs)
+    always = gradients(seen)
 
     needed = {v for v in first_outputs if isinstance(v, Var)}
     first, second = [], []
@@ -505,8 +508,8 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
     results = program.isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
-    # An array of no elements, such as the factor of a gain, would keep nothing alive.
-    sizes = [(x.dtype.kind != "f", x.size == 0, x.size) for x in results]
+    # An array of no elements, such as the gradient of one, would keep nothing alive.
+    sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
     smallest = sizes.index(min(sizes))
     results[smallest] = keep_alive(live, results, results[smallest])
     outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)

@@ -215,3 +215,20 @@ def test_a_step_may_shrink_by_its_own_norm() -> None:
     for adjoint in (hg.Reversible(), hg.Reversible(segments=4)):
         found = jax.grad(lambda h, a=adjoint: end(h, meta, program, a))(learned)
         assert max(relative_error(found, expected).values()) < 1e-9
+
+
+def test_gradients_are_the_same_where_only_the_loss_needs_a_logarithm() -> None:
+    """On the way back nobody uses the loss; its logarithm must be computed all the same."""
+    x = jax.random.normal(jax.random.key(0), (500, 64))
+    y = jax.random.randint(jax.random.key(1), (500,), 0, 10)
+    start = 0.1 * jax.random.normal(jax.random.key(2), (64, 10))
+
+    def final(rate: Any, adjoint: Any) -> Any:
+        def loss(w: Any, meta: Any, step: Any) -> Any:
+            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(x @ w), y[:, None], axis=1))
+
+        hypers = {"learning_rate": rate, "momentum": 0.9}
+        return hg.train(loss, start, hypers, steps=10, adjoint=adjoint).losses[-1]
+
+    expected, found = (jax.grad(final)(0.1, adjoint) for adjoint in (hg.Stored(), hg.Reversible()))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
