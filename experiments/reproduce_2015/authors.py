@@ -93,8 +93,9 @@ def logit(momentum: float) -> float:
 
 
 def seeded(*what: Any) -> np.random.RandomState:
-    """The authors' random stream of anything that prints, such as ``(0, iteration, step)``."""
-    digest = hashlib.md5(str(what).encode(), usedforsecurity=False).hexdigest()
+    """The authors' random stream of anything that prints: ``(0, iteration, step)``, or one word."""
+    text = str(what if len(what) > 1 else what[0])
+    digest = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
     return np.random.RandomState(int(digest[:8], 16))
 
 
