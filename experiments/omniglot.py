@@ -7,8 +7,8 @@ layer.  Training minimises, over all ``z``,
     Σ_scripts mean cross-entropy(w, training examples) + λ |z|²
 
 and the loss on two held-out drawings of each character is minimised over ``T_1, T_2, T_3``, by
-hypergradients through the whole training.  What was learned is compared with separate networks, ``T_l = I``,
-and with networks whose first layer is tied, all elements of ``T_1`` being 1/10.
+hypergradients through the whole training.  What was learned is compared with separate networks,
+``T_l = I``, and with networks whose first layer is tied, all elements of ``T_1`` being 1/10.
 
     export HYPERGRAD_DATA=...                    # the folder that holds omniglot/
     python -m experiments.omniglot               # the authors' own random streams: ten minutes on two cores
@@ -383,7 +383,8 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
         place.set_yticks(range(count), names if k == 0 else [""] * count, fontsize="small")
         a, b = config.sizes[k : k + 2]
         place.set(title=f"Learned sharing, layer {k + 1}: {a} × {b}")
-    figure.colorbar(shown, ax=list(top), label="correlation between networks", shrink=0.8)
+    bar = top[-1].inset_axes((1.03, 0, 0.04, 1))
+    figure.colorbar(shown, cax=bar, label="correlation between networks")
     for k, word in enumerate(("training", "test")):
         values = np.array([[x.losses[name][k] for name in PAPER] for x in found])
         style = {"color": plots.GREYS[k], "linestyle": "none", "markersize": 6}
@@ -394,8 +395,8 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
             style |= {"marker": "_", "markersize": 22, "markeredgewidth": 2}
             losses.plot(places, [x[k] for x in PAPER.values()], **style, label=f"{word}, authors 2015")
     losses.set_xticks(range(3), list(PAPER))
-    losses.set(title=f"After training; mean ± std. dev., {len(found)} seeds", xlim=(-0.5, 2.5), ylim=(0, None),
-               xlabel="networks", ylabel="loss (nats)")  # fmt: skip
+    losses.set(title=f"After training; mean ± std. dev., {len(found)} seeds", xlim=(-0.5, 2.5))
+    losses.set(xlabel="networks", ylabel="loss (nats)", ylim=(0, None))
     losses.grid(alpha=0.25)
     losses.legend(fontsize="small", loc="lower right")
     first = found[0].inner
@@ -406,7 +407,7 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
                 10 * np.arange(5), row, **CIRCLES, label="authors, 2015" if row is theirs[0] else None
             )
         inner.legend(fontsize="small")
-    inner.set(title="Training", xlabel="step", ylabel="mean training loss (nats)", yscale="log")
+    inner.set(title="Training", xlabel="step", ylabel="mean training loss (nats)")
     plots.lines(outer, {f"seed {k}": x.held_out for k, x in enumerate(found)})
     outer.xaxis.get_major_locator().set_params(integer=True)
     outer.set(
