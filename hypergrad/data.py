@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import struct
@@ -164,14 +165,16 @@ def omniglot(
     call = f"omniglot(directory={directory!r}, alphabets={alphabets!r})"
     path = _folder(call, "omniglot", directory, "omniglot_28.npz") / "omniglot_28.npz"
     try:
-        with np.load(path) as file:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{call}: looked for {path} ({error.strerror}). {_way_out('omniglot', path.name)}"
+        ) from error
+    try:
+        with np.load(io.BytesIO(content)) as file:
             pixels, known, owner, evaluation = (
                 file[key] for key in ("images", "alphabet", "alphabet_id", "is_evaluation")
             )
-    except OSError as error:
-        raise DataError(
-            f"{call}: looked for {path} ({error.strerror or error}). {_way_out('omniglot', path.name)}"
-        ) from error
     except (TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{call}: {path} is damaged or is another file ({error}). Put the right one in its place."
