@@ -87,6 +87,9 @@ class Config:
     made_up: bool = False  # small scripts of random blots in place of Omniglot
 
 
+FAST = Config(sizes=(100, 20, 20, 8), drawings=(4, 1, 3), steps=20, meta_iterations=3, made_up=True)
+
+
 class Split(NamedTuple):
     """All examples, one entry for each alphabet, and which of them to learn from and to test on."""
 
@@ -239,9 +242,9 @@ def layers(config: Config, flat: Array) -> Params:
     return jax.vmap(partial(authors.layers, sizes=config.sizes))(flat)
 
 
-def same(config: Config, count: int, correlations: Sequence[float]) -> Sharing:
-    """Sharing matrices ``(1 - c) I + c / n`` for a number ``c`` of each layer."""
-    return tuple((1 - c) * jnp.eye(count) + jnp.full((count, count), c / count) for c in correlations)
+def alike(count: int, shares: Sequence[float]) -> Sharing:
+    """Sharing matrices ``(1 - c) I + c / n`` for a number ``c`` of each layer: 0 is separate, 1 is tied."""
+    return tuple((1 - c) * jnp.eye(count) + jnp.full((count, count), c / count) for c in shares)
 
 
 # ---- learning and judging
@@ -271,7 +274,7 @@ def learn(config: Config, given: Split, seed: int, checkpoint: str | None) -> me
     names = {"sharing": "sharing", "iteration": "iteration"}
     return meta.optimize(
         objective,
-        {"sharing": same(config, count, [config.correlation] * len(config.sizes[1:])), "iteration": 0.0},
+        {"sharing": alike(count, [config.correlation] * len(config.sizes[1:])), "iteration": 0.0},
         optimizer=optax.partition({"sharing": optax.sgd(config.meta_step), "iteration": counting}, names),
         steps=config.meta_iterations,
         key=jax.random.key(seed),
@@ -304,10 +307,10 @@ def once(config: Config, drawn: Sequence[np.ndarray], seed: int, checkpoint: str
     given = split(config, drawn, seed)
     learned = learn(config, given, seed, checkpoint)
     judged, depth = judge(config, given, seed), len(config.sizes) - 1
-    same_for = partial(same, config, 2 * len(drawn))
+    count = 2 * len(drawn)
     contestants = {
-        "separate": same_for([0.0] * depth),
-        "tied": same_for([1.0] + [0.0] * (depth - 1)),
+        "separate": alike(count, [0.0] * depth),
+        "tied": alike(count, [1.0] + [0.0] * (depth - 1)),
         "learned": learned.hypers["sharing"],
     }
     return Found(
@@ -395,17 +398,15 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
             style |= {"marker": "_", "markersize": 22, "markeredgewidth": 2}
             losses.plot(places, [x[k] for x in PAPER.values()], **style, label=f"{word}, authors 2015")
     losses.set_xticks(range(3), list(PAPER))
-    losses.set(title=f"After training; mean ± std. dev., {len(found)} seeds", xlim=(-0.5, 2.5))
+    losses.set(title=f"After training; mean ± std. dev., seeds: {len(found)}", xlim=(-0.5, 2.5))
     losses.set(xlabel="networks", ylabel="loss (nats)", ylim=(0, None))
     losses.grid(alpha=0.25)
     losses.legend(fontsize="small", loc="lower right")
     first = found[0].inner
     plots.lines(inner, {f"meta-iteration {k}": first[k - 1] for k in (1, len(first))})
     if theirs is not None:
-        for row in (theirs[0], theirs[len(first) - 1]):
-            inner.plot(
-                10 * np.arange(5), row, **CIRCLES, label="authors, 2015" if row is theirs[0] else None
-            )
+        for row, label in ((0, "authors, 2015"), (len(first) - 1, None)):
+            inner.plot(10 * np.arange(5), theirs[row], **CIRCLES, label=label)
         inner.legend(fontsize="small")
     inner.set(title="Training", xlabel="step", ylabel="mean training loss (nats)")
     plots.lines(outer, {f"seed {k}": x.held_out for k, x in enumerate(found)})
@@ -458,9 +459,6 @@ def main(
         Path(output).mkdir(parents=True, exist_ok=True)
         draw(Path(output) / "omniglot.png", config, found, theirs)
     return found
-
-
-FAST = Config(sizes=(100, 20, 20, 8), drawings=(4, 1, 3), steps=20, meta_iterations=3, made_up=True)
 
 
 def command(arguments: Sequence[str] | None = None) -> list[Found]:

@@ -77,7 +77,7 @@ def test_the_second_script_is_the_first_turned_by_90_degrees() -> None:
 
 def test_mixed_is_the_identity_or_the_mean() -> None:
     z = random_start(SMALL, 4)
-    separate, tied = (experiment.same(SMALL, 4, c) for c in ([0.0, 0.0], [1.0, 0.0]))
+    separate, tied = (experiment.alike(4, c) for c in ([0.0, 0.0], [1.0, 0.0]))
     for a, b in zip(jax.tree.leaves(experiment.mixed(separate, z)), jax.tree.leaves(z)):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     first, second = experiment.mixed(tied, z)
@@ -104,7 +104,7 @@ def test_cost_is_the_sum_of_the_means_of_the_scripts() -> None:
 def test_hypergradient_of_the_sharing_agrees_with_finite_differences(x64: None) -> None:
     given = experiment.split(SMALL, experiment.scripts(SMALL, None)[:1], 0)
     parts, held = ([experiment.take(given.examples[0], x[0])] for x in (given.train, given.test))
-    z, sharing = random_start(SMALL, 2, np.float64), experiment.same(SMALL, 2, [0.5, 0.5])
+    z, sharing = random_start(SMALL, 2, np.float64), experiment.alike(2, [0.5, 0.5])
     direction = [np.random.RandomState(k).randn(2, 2) for k in range(2)]
 
     def along(h: Any) -> Any:
@@ -143,7 +143,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> tuple[
 def test_sharing_is_learned_and_recorded(run: Any) -> None:
     (found,), folder = run
     assert found.sharing.shape == (1, 4, 4)
-    assert np.abs(found.sharing - np.stack(experiment.same(SHALLOW, 4, [0.5]))).max() > 1e-4
+    assert np.abs(found.sharing - np.stack(experiment.alike(4, [0.5]))).max() > 1e-4
     assert found.inner.shape == (3, 3) and found.held_out.shape == (3,)
     assert set(found.losses) == set(PAPER)
     record = json.loads((folder / "omniglot.json").read_text())
