@@ -2,10 +2,13 @@
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import struct
+import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +61,21 @@ class Dataset(NamedTuple):
     test_labels: np.ndarray
     name: str
     classes: int
+
+
+class Omniglot(NamedTuple):
+    """Handwritten characters of several alphabets, each drawn by the same 20 people, as numpy arrays.
+
+    images: (characters, 20, 28, 28) float32 in [0, 1], ink 1; the second axis is who drew.
+    alphabet: (characters,) int32, places in `names`.
+    evaluation: (characters,) bool, whether the alphabet belongs to the set's evaluation part.
+    names: the alphabets' names.
+    """
+
+    images: np.ndarray
+    alphabet: np.ndarray
+    evaluation: np.ndarray
+    names: tuple[str, ...]
 
 
 def digits() -> Dataset:
@@ -120,6 +138,70 @@ def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
     """
     return _load("fashion-mnist", f"fashion_mnist(directory={directory!r})", directory)
+
+
+def omniglot(
+    directory: str | os.PathLike[str] | None = None, alphabets: Sequence[str] | None = None
+) -> Omniglot:
+    """Omniglot: 1,623 characters of 50 alphabets, each drawn by 20 people, in images of 28x28.
+
+    directory: the folder that holds `omniglot/omniglot_28.npz`, a file of the arrays `images`
+        (characters, 20, 28, 28) uint8 with ink 255, `alphabet` (names), `alphabet_id` (characters,)
+        and `is_evaluation` (characters,); None takes the environment variable HYPERGRAD_DATA.
+        Nothing is downloaded.
+    alphabets: the names of those wanted, in the order wanted; None takes all, in the file's order.
+
+    Returns an Omniglot, the characters of an alphabet one after another, pixels divided by 255 in
+    float32.
+    Raises DataError where the file is missing, damaged or another one, ValueError for alphabets that
+    it does not have, or none at all.
+
+    >>> omniglot("path/to/data", ["Hebrew"]).images.shape  # doctest: +SKIP
+    (22, 20, 28, 28)
+
+    Source: B. M. Lake, R. Salakhutdinov, J. B. Tenenbaum, Human-level concept learning through
+    probabilistic program induction, Science 350, 2015.
+    """
+    call = f"omniglot(directory={directory!r}, alphabets={alphabets!r})"
+    path = _folder(call, "omniglot", directory, "omniglot_28.npz") / "omniglot_28.npz"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{call}: looked for {path} ({error.strerror}). {_way_out('omniglot', path.name)}"
+        ) from error
+    try:
+        with np.load(io.BytesIO(content)) as file:
+            pixels, known, owner, evaluation = (
+                file[key] for key in ("images", "alphabet", "alphabet_id", "is_evaluation")
+            )
+    except (TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{call}: {path} is damaged or is another file ({error}). Put the right one in its place."
+        ) from error
+    right = pixels.dtype == np.uint8 and pixels.shape[1:] == (20, 28, 28)
+    if not right or not owner.shape == evaluation.shape == pixels.shape[:1]:
+        raise DataError(
+            f"{call}: {path} holds images {pixels.shape} {pixels.dtype}, alphabet_id {owner.shape} and "
+            f"is_evaluation {evaluation.shape}, but (n, 20, 28, 28) uint8, (n,) and (n,) are read. Put "
+            "the right file in its place."
+        )
+    known = [str(name) for name in known]
+    names = tuple(known if alphabets is None else alphabets)
+    missing = [name for name in names if name not in known]
+    if missing or not names:
+        raise ValueError(
+            f"{call}: {f'there is no alphabet {missing[0]!r}' if missing else 'no alphabet is asked for'}. "
+            f"Choose from {', '.join(known)}."
+        )
+    rows = [np.flatnonzero(owner == known.index(name)) for name in names]
+    chosen = np.concatenate(rows)
+    return Omniglot(
+        pixels[chosen].astype(np.float32) / 255,
+        np.repeat(np.arange(len(names), dtype=np.int32), [len(x) for x in rows]),
+        evaluation[chosen].astype(bool),
+        names,
+    )
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -193,21 +275,33 @@ def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> j
     return epochs.reshape(-1, batch_size)[:steps]
 
 
-def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dataset:
-    root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
-    way_out = (
+def _way_out(name: str, files: str) -> str:
+    return (
         f"Pass directory=, or set the environment variable HYPERGRAD_DATA, to the folder that "
-        f"holds {name}/ with its four original *-ubyte.gz files."
+        f"holds {name}/ with {files}."
     )
+
+
+def _folder(call: str, name: str, directory: str | os.PathLike[str] | None, files: str) -> Path:
+    root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
     if root is None:
-        raise DataError(f"{call}: no directory was given and HYPERGRAD_DATA is not set. {way_out}")
-    arrays = []
+        raise DataError(
+            f"{call}: no directory was given and HYPERGRAD_DATA is not set. {_way_out(name, files)}"
+        )
+    return Path(root, name)
+
+
+def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dataset:
+    files = "its four original *-ubyte.gz files"
+    folder, arrays = _folder(call, name, directory, files), []
     for file, expected in zip(_FILES, _MD5[name]):
-        path = Path(root, name, file)
+        path = folder / file
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{call}: looked for {path} ({error.strerror}). {way_out}") from error
+            raise DataError(
+                f"{call}: looked for {path} ({error.strerror}). {_way_out(name, files)}"
+            ) from error
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != expected:
             raise DataError(

@@ -127,6 +127,96 @@ def test_mnist_from_tiny_files(tiny_mnist, monkeypatch, by_variable):
     assert dataset.test_labels.tolist() == [9, 8]
 
 
+@pytest.fixture
+def tiny_omniglot(tmp_path):
+    folder = tmp_path / "omniglot"
+    folder.mkdir()
+    arrays = {
+        "images": np.zeros((3, 20, 28, 28), np.uint8) + np.uint8([[[[255]]], [[[51]]], [[[0]]]]),
+        "alphabet": np.array(["Greek", "N_Ko"]),
+        "alphabet_id": np.array([0, 1, 0], np.int16),
+        "is_evaluation": np.array([False, True, False]),
+    }
+    np.savez(folder / "omniglot_28.npz", **arrays)
+    return tmp_path, arrays
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_omniglot_from_a_tiny_file(tiny_omniglot, monkeypatch, by_variable):
+    root, _ = tiny_omniglot
+    monkeypatch.setenv("HYPERGRAD_DATA", str(root if by_variable else "/nowhere"))
+    read = data.omniglot(None if by_variable else root)
+    assert read.names == ("Greek", "N_Ko") and read.alphabet.tolist() == [0, 0, 1]
+    assert read.images.dtype == np.float32 and read.images.shape == (3, 20, 28, 28)
+    np.testing.assert_allclose(read.images[:, 3, 5, 7], [1, 0, 0.2], rtol=1e-6)
+    assert read.evaluation.tolist() == [False, False, True]
+    other = data.omniglot(root, ["N_Ko", "Greek"])
+    assert other.names == ("N_Ko", "Greek") and other.alphabet.tolist() == [0, 1, 1]
+    np.testing.assert_allclose(other.images[:, 0, 0, 0], [0.2, 1, 0], rtol=1e-6)
+
+
+@needs("omniglot")
+def test_omniglot():
+    read = data.omniglot()
+    assert read.images.shape == (1623, 20, 28, 28) and len(read.names) == 50
+    assert read.evaluation.sum() == 659  # of 20 alphabets, against 964 of 30
+    assert np.bincount(read.alphabet)[read.names.index("Hebrew")] == 22
+    assert 0 < read.images.mean() < 0.2 and read.images.max() == 1  # ink is 1, and scarce
+
+
+def omniglot_error(root, alphabets=None):
+    with pytest.raises(ValueError) as caught:
+        data.omniglot(root, alphabets)
+    message = str(caught.value)
+    assert message.startswith(f"omniglot(directory={root!r}, alphabets={alphabets!r}): ")
+    return message
+
+
+def test_error_omniglot_no_directory(monkeypatch):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    message = omniglot_error(None)
+    assert "no directory was given" in message and "holds omniglot/ with omniglot_28.npz" in message
+
+
+def test_error_omniglot_missing(tmp_path):
+    message = omniglot_error(tmp_path)
+    assert f"looked for {tmp_path / 'omniglot' / 'omniglot_28.npz'} (No such file" in message
+    assert "set the environment variable HYPERGRAD_DATA" in message
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "text", "array", "keys"])
+def test_error_omniglot_damaged(tiny_omniglot, how):
+    root, arrays = tiny_omniglot
+    path = root / "omniglot" / "omniglot_28.npz"
+    content = path.read_bytes()
+    if how == "array":
+        with path.open("wb") as file:
+            np.save(file, arrays["images"])
+    elif how == "keys":
+        np.savez(path, images=arrays["images"])
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:-9], "flipped": flipped, "text": b"a,b,c\n"}[how])
+    message = omniglot_error(root)
+    assert str(path) in message and "is damaged or is another file" in message
+
+
+@pytest.mark.parametrize("name", ["images", "alphabet_id", "is_evaluation"])
+def test_error_omniglot_shapes(tiny_omniglot, name):
+    root, arrays = tiny_omniglot
+    wrong = arrays[name][:, :7] if name == "images" else arrays[name][:2]
+    np.savez(root / "omniglot" / "omniglot_28.npz", **arrays | {name: wrong})
+    assert "but (n, 20, 28, 28) uint8, (n,) and (n,) are read" in omniglot_error(root)
+
+
+@pytest.mark.parametrize("alphabets", [["N_Ko", "Elvish"], []])
+def test_error_omniglot_alphabets(tiny_omniglot, alphabets):
+    message = omniglot_error(tiny_omniglot[0], alphabets)
+    assert ("there is no alphabet 'Elvish'" if alphabets else "no alphabet is asked for") in message
+    assert message.endswith("Choose from Greek, N_Ko.")
+
+
 @pytest.mark.parametrize("value", [None, ""])
 def test_error_no_directory(monkeypatch, value):
     monkeypatch.delenv("HYPERGRAD_DATA", raising=False)

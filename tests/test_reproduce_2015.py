@@ -15,6 +15,7 @@ import hypergrad as hg
 from experiments.reproduce_2015 import __main__ as reproduce
 from experiments.reproduce_2015 import authors, distill
 from experiments.reproduce_2015.compare import FLOOR, compare, rounding
+from experiments.reproduce_2015.schedules import roughness
 from hypergrad import files
 
 FIGURE1 = "figure1_toy_2d"
@@ -120,6 +121,27 @@ def test_penalty_has_no_half_and_counts_biases(x64):
     assert float(loss(params, (examples, 0.5)) - plain) == pytest.approx(0.5 * 91)
     by_leaf = authors.by_leaf([2.0, 0.0], params)  # Σ w² is 30 for the weights, 61 for the biases
     assert float(loss(params, (examples, by_leaf)) - plain) == pytest.approx(2 * 30)
+
+
+def test_roughness_of_a_line_an_alternation_and_noise():
+    steps = np.arange(1000.0)[:, None]
+    assert roughness(3 - 2 * steps) == pytest.approx(0, abs=1e-12)
+    assert roughness((-1) ** steps) == pytest.approx((16 / 6) ** 0.5)
+    noise = np.random.default_rng(0).normal(size=(1000, 4))
+    assert roughness(noise) == pytest.approx(1, rel=0.05)
+
+
+def test_curve_has_the_loss_before_every_step_and_at_the_end(x64):
+    rows = np.zeros((3, 1), int)
+    params, curve = authors.curve(lambda w, c, rows=0: c * jnp.sum(w**2), jnp.ones(2), 0.5, rows)
+    # By hand, with α = 1: v1 = -0.1, w1 = 0.9, v2 = r v1 - 0.1 w1, and so on.
+    w, v, expected = 1.0, 0.0, [1.0]
+    for _ in rows:
+        v = v * 58983 / 65536 - (1 - 0.9) * w
+        w = w + v
+        expected.append(w**2)
+    np.testing.assert_allclose(curve, expected, rtol=1e-12)
+    np.testing.assert_allclose(params, w, rtol=1e-12)
 
 
 def test_without_the_reference_status_two_and_the_variable(monkeypatch, capsys):

@@ -67,8 +67,8 @@ def draw(ours: Arrays, theirs: Arrays) -> Any:
     """Loss and hypergradient against the step size."""
     figure, axes = plots.figure(2, 1, width=7)
     about = (
-        ("loss", "Final loss", "loss (nats)", None),
-        ("dloss_dlogalpha", "Hypergradient", "|d loss / d log step size| (nats)", NOT_FINITE),
+        ("loss", "Loss after 50 steps", "loss (nats)", None),
+        ("dloss_dlogalpha", "Hypergradient of that loss", "|d loss / d log step size| (nats)", NOT_FINITE),
     )
     for place, (name, title, words, end) in zip(axes[:, 0], about):
         place.plot(
@@ -77,6 +77,8 @@ def draw(ours: Arrays, theirs: Arrays) -> Any:
         place.plot(ours["log_alpha"], np.abs(ours[name]), "k.", ms=4, label="reversible engine")
         place.axvspan(2.2, 2.5, color="0.88", zorder=0, label="chaotic")
         place.axvline(1.85, color="k", lw=1, ls=":", label="compared up to here")
-        place.set(title=title, xlabel="log step size", ylabel=words, yscale="log", xlim=(0.5, 2.5))
+        place.set(
+            title=title, xlabel="natural log of the step size", ylabel=words, yscale="log", xlim=(0.5, 2.5)
+        )
         place.legend(fontsize="small")
     return figure

@@ -26,21 +26,13 @@ def compute(setting: Setting) -> Arrays:
     def outer(learned: tuple[Array, Array], start: Params, rows: Array, valid: Any, tests: Any) -> Any:
         log_penalty, images = learned
         given = (images, labels), jnp.exp(log_penalty)
-        trained = authors.train(
-            regularised,
-            start,
-            1.0,
-            0.9,
-            given,
-            rows,
-            watch=lambda snapshot: regularised(snapshot.params, given),
-        )
-        objective = loss(trained.params, valid) + 0.001 * jnp.sum(images**2)
+        trained, curve = authors.curve(regularised, start, given, rows)
+        objective = loss(trained, valid) + 0.001 * jnp.sum(images**2)
         return objective, {
-            "learning_curve": jnp.append(trained.watched, regularised(trained.params, given)),
+            "learning_curve": curve,
             "valid_loss": objective,
-            "test_loss": loss(trained.params, tests),
-            "test_err": nets.error_rate(nets.mlp(SIZES)[1](trained.params, tests[0]), tests[1]),
+            "test_loss": loss(trained, tests),
+            "test_err": nets.error_rate(nets.mlp(SIZES)[1](trained, tests[0]), tests[1]),
             "fake_scale": jnp.std(images) / jnp.std(valid[0]),
             "L2": jnp.exp(log_penalty),
         }

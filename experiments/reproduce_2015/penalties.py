@@ -24,18 +24,10 @@ def per_weight(setting: Setting) -> Arrays:
 
     def outer(log_penalties: Array, start: Params, rows: Array, splits: Sequence[Any]) -> Any:
         given = splits[0], authors.layers(jnp.exp(log_penalties), SIZES)
-        trained = authors.train(
-            regularised,
-            start,
-            1.0,
-            0.9,
-            given,
-            rows,
-            watch=lambda snapshot: regularised(snapshot.params, given),
-        )
-        valid, tests = (loss(trained.params, split) for split in splits[1:])
+        trained, curve = authors.curve(regularised, start, given, rows)
+        valid, tests = (loss(trained, split) for split in splits[1:])
         return valid, {
-            "learning_curve": jnp.append(trained.watched, regularised(trained.params, given)),
+            "learning_curve": curve,
             "valid_loss": valid,
             "test_loss": tests,
             "L2": given[1][0].weights,
@@ -110,10 +102,13 @@ def draw_per_weight(ours: Arrays, theirs: Arrays) -> Any:
 def draw_pooled(ours: Arrays, theirs: Arrays) -> Any:
     """The losses of the three stages, and the penalties of the pixels."""
     figure, ((losses, images),) = plots.figure(1, 2)
-    words = ("Pooled: all weights, layer, pixel", "meta-iteration", "test loss (nats)")
+    words = ("Penalties pooled in three stages", "meta-iteration", "test loss (nats)")
     panel(losses, {"reversible engine": ours["test_loss"]}, theirs["test_loss"], words)
-    for start in (x for x in (10, 15) if x < len(ours["test_loss"])):
-        losses.axvline(start - 0.5, color="k", lw=1, ls=":")
+    for start, word in ((0, "all weights"), (10, "by layer"), (15, "by pixel")):
+        if start < len(ours["test_loss"]):
+            losses.axvline(start - 0.5, color="k", lw=1, ls=":")  # where it begins
+            losses.annotate(word, (start - 0.3, 0.93), xycoords=("data", "axes fraction"), fontsize="small")
+    losses.legend(fontsize="small", loc="center left")
     change = ours["reg"][:, -1].reshape(1, 28, 28) + 6
     plots.images(images, change, label="log ratio of penalty to the start")
     images.set(title="Learned penalty of each pixel")

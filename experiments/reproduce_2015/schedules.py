@@ -13,7 +13,7 @@ from tqdm import tqdm
 import hypergrad as hg
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
-from experiments.reproduce_2015.panels import panel
+from experiments.reproduce_2015.panels import CIRCLES, panel
 from hypergrad import plots
 
 SIZES, STEPS, GROUPS = (784, 50, 50, 50, 10), 100, 8
@@ -83,6 +83,7 @@ def learn(setting: Setting) -> Arrays:
     return {
         **authors.stacked(stored),
         **end,
+        "log_scales": np.stack(history)[:, :GROUPS],
         "hypergrad_norm": np.linalg.norm(gradients, axis=1),
         "initial_hypergrad": gradients[0],
         "hyper_after_3": history[3],
@@ -91,21 +92,37 @@ def learn(setting: Setting) -> Arrays:
 
 
 def average(setting: Setting) -> Arrays:
-    """The hypergradient of the schedules at one place, averaged over 50 starts and orders of the data.
+    """The hypergradient of the schedules at one place, averaged over starts and orders of the data.
 
-    A mean cannot be had from fewer; the fast pass computes one hypergradient that the authors saved.
+    The authors saved the mean over 50; we go on to 100, for its standard error.  A mean cannot be had from
+    fewer; the fast pass computes one hypergradient that the authors saved.
     """
-    beta, seeds, name = (0.9, 1, "initial_hypergrad") if setting.fast else (0.5, 50, "mean_hypergradient")
-    examples, total = authors.splits(setting.digits, 10_000, 10_000, 10_000), np.zeros(1608)
+    beta, seeds = (0.9, 1) if setting.fast else (0.5, 100)
+    examples, found = authors.splits(setting.digits, 10_000, 10_000, 10_000), []
     for i in tqdm(range(seeds), desc="mean of seeds", leave=False):
         draws = authors.seeded(0, i).randn(authors.count(SIZES)), authors.random_rows(i, STEPS)
-        total += scheduled()(start(beta), *draws, examples)[1]
-    return {name: total / seeds}
+        found.append(np.asarray(scheduled()(start(beta), *draws, examples)[1]))
+    if setting.fast:
+        return {"initial_hypergrad": found[0]}
+    return {
+        "mean_hypergradient": np.mean(found[:50], axis=0),
+        "of_one_seed": found[0],
+        "mean_of_100": np.mean(found, axis=0),
+        "standard_error_of_100": np.std(found, axis=0, ddof=1) / np.sqrt(seeds),
+    }
+
+
+def roughness(values: np.ndarray) -> float:
+    """``sqrt(mean (x[t-1] - 2 x[t] + x[t+1])² / (6 mean x²))``: 1 for white noise, 0 for straight lines.
+
+    values: hypergradients ``x``, (steps, layers).
+    """
+    return float(np.sqrt(np.mean(np.diff(values, 2, axis=0) ** 2) / 6 / np.mean(values**2)))
 
 
 def draw_learned(ours: Arrays, theirs: Arrays) -> Any:
-    """Learning curves, progress, and the learned schedules, with circles for the first layer."""
-    figure, ((curves, progress), (rates, momenta)) = plots.figure(2, 2)
+    """Learning curves, progress, initial scales and schedules; circles for one curve of each."""
+    figure, ((curves, progress), scales, (rates, momenta)) = plots.figure(3, 2)
     plots.lines(
         curves, {f"{k} meta-iteration": ours["batch_losses"][i] for k, i in (("first", 0), ("last", -1))}
     )
@@ -114,7 +131,18 @@ def draw_learned(ours: Arrays, theirs: Arrays) -> Any:
     words = ("Progress", "meta-iteration", "loss after training (nats)")
     panel(progress, losses, theirs["valid_loss"], words)
     name = "final_hyper" if "final_hyper" in ours else "hyper_after_3"
-    (_, rate, logits), (_, their_rate, their_logits) = parts(ours[name]), parts(theirs[name])
+    (_, rate, logits), (scale, their_rate, their_logits) = parts(ours[name]), parts(theirs[name])
+    for group, (place, what) in enumerate(zip(scales, ("weights", "biases"))):
+        plots.lines(place, dict(zip(LAYERS, ours["log_scales"][:, group::2].T)))
+        last = len(ours["log_scales"]) - 1
+        place.plot(np.full(4, last), scale[group::2], **CIRCLES, label="authors, 2015")
+        words = f"Scales of the initial {what} of each layer", "meta-iteration", "log of standard deviation"
+        place.set(title=words[0], xlabel=words[1], ylabel=words[2])
+        place.legend(fontsize="small")
+    for inputs in sorted(set(SIZES[:-1])):
+        height = -0.5 * np.log(inputs)
+        scales[0].axhline(height, color="0.5", lw=0.8)
+        scales[0].annotate(f"1/√{inputs}", (0, height), fontsize="small", va="bottom")
     words = ("Learned step sizes, weights of each layer", "step", "log step size")
     panel(rates, dict(zip(LAYERS, rate.T[::2])), their_rate[:, 0], words, every=3)
     momentum, their_momentum = (1 / (1 + np.exp(-x)) for x in (logits, their_logits))
@@ -124,15 +152,32 @@ def draw_learned(ours: Arrays, theirs: Arrays) -> Any:
 
 
 def draw_average(ours: Arrays, theirs: Arrays) -> Any:
-    """The hypergradient along the steps, layer by layer; circles for the first layer."""
-    figure, axes = plots.figure(2, 2)
-    name = next(iter(ours))
-    for k, hyper in ((0, "log step size"), (1, "logit of momentum")):
-        values, saved = parts(ours[name])[k + 1], parts(theirs[name])[k + 1]
-        for group, (place, what) in enumerate(zip(axes[:, k], ("weights", "biases"))):
-            words = (f"{hyper[0].upper()}{hyper[1:]}, {what}", "step", f"d loss / d {hyper} (nats)")
-            panel(place, dict(zip(LAYERS, values.T[group::2])), saved[:, group], words, every=3)
+    """The hypergradient along the steps, of one seed and averaged; circles for the first layer."""
+    saved = next(iter(ours))
+    names = {
+        "of_one_seed": "One seed",
+        saved: "Mean of 50 seeds",
+        "mean_of_100": "Mean of 100, ± 2 std. errors",
+    }
+    names = names if len(ours) > 1 else {saved: "One seed"}
+    figure, axes = plots.figure(2, len(names), width=4.8)
+    for k, hyper in enumerate(("log step size", "logit of momentum")):
+        for place, (name, what) in zip(axes[k], names.items()):
+            values = parts(ours[name])[k + 1][:, ::2]
+            plots.lines(place, dict(zip(LAYERS, values.T)))
+            if name == saved:
+                circles = parts(theirs[name])[k + 1][:, 0]
+                place.plot(circles, **CIRCLES, markevery=3, label="authors, 2015")
+            if name == "mean_of_100":
+                for middle, error in zip(values.T, parts(ours["standard_error_of_100"])[k + 1][:, ::2].T):
+                    ends = middle - 2 * error, middle + 2 * error
+                    place.fill_between(range(STEPS), *ends, color="0.5", alpha=0.25, lw=0)
+            place.set(title=f"{what}: roughness {roughness(values):.3f}", xlabel="step")
+            place.set(ylabel=f"d loss / d {hyper} (nats)")
             place.ticklabel_format(axis="y", scilimits=(-3, 4))
-    for place in (axes[0, 0], *axes[1]):
-        place.get_legend().remove()  # one has room for it
+            place.get_legend().remove()
+        low, high = zip(*(place.get_ylim() for place in axes[k]))
+        for place in axes[k]:
+            place.set_ylim(min(low), max(high))
+    axes[1, len(names) // 2].legend(fontsize="small", loc="lower center", ncols=2)
     return figure
