@@ -1,26 +1,26 @@
-"""Bilevel problems, ``min_θ g(w*(θ), θ)`` with ``w*(θ) = argmin_w f(w, θ)``, by solvers that move both at once.
+"""Bilevel problems ``min_θ g(w*(θ), θ)``, ``w*(θ) = argmin_w f(w, θ)``, by solvers that move both at once.
 
-A solver makes a step of the hyperparameters long before the parameters have converged.  All of them work on
-one description, a `Problem`, and each is a pair of functions, as optimizers of optax are; `solve` runs it.
+Such a solver moves the hyperparameters long before the parameters have converged.  All of them work on one
+description, a `Problem`, and each is a pair of functions, as optimizers of optax are; `solve` runs it.
 
-=================  ==========================================  ============  ==================================
-solver             ``u`` in the step of ``θ``                  work          use it
-=================  ==========================================  ============  ==================================
-`saba`             as `soba`, with less and less noise         3             **Recommended** for sums
-`soba`             ``u <- u - β (A u - ∂g/∂w)``                3             **Recommended** for streams of data
-`amortized`        the same, several steps of ``w`` and ``u``  T + 2 U + 3   Situational: hard inner problems
-`unrolled`         ``α Σ_{k<T} (I - α A)^k ∂g/∂w``             3 T + 1       Situational: short inner problems
-`truncated`        the first ``K`` terms of this               T + 2 K + 1   Situational: cheaper, biased
-`f2sa`             no second derivatives; error ``O(1/λ)``     3 T + 3       Situational: memory, huge models
-`t1_t2`            ``α ∂g/∂w``                                 T + 3         Not recommended: the most biased
-`darts`, order 2   ``ξ ∂g/∂w``                                 5             Not recommended: the same
-`darts`, order 1   0                                           2             Where ``g`` depends on ``θ`` itself
-=================  ==========================================  ============  ==================================
+================  =====================================  ============  ====================================
+solver            ``u`` in the step of ``θ``             work          use it
+================  =====================================  ============  ====================================
+`saba`            as `soba`, with less and less noise    3             **Recommended**, if its tables fit
+`soba`            ``u <- u - β (A u - ∂g/∂w)``           3             **Recommended** otherwise
+`amortized`       the same, after more steps of ``w``    T + 2 U + 3   Situational: hard inner problems
+`f2sa`            none; off by ``O(1/λ)``                3 T + 3       Situational: no second derivatives
+`unrolled`        ``α Σ_{k<T} (I - α A)^k ∂g/∂w``        3 T + 1       Situational: runs that stop early
+`truncated`       its first ``K`` terms                  T + 2 K + 1   Situational: cheaper, and biased
+`t1_t2`           ``α ∂g/∂w``                            T + 3         Not recommended: the most biased
+`darts`           ``ξ ∂g/∂w``                            5             Not recommended: the same
+`darts(order=1)`  0                                      2             Not recommended: direct effects only
+================  =====================================  ============  ====================================
 
-They follow ``∂g/∂θ - M u`` downwards, and for the solution ``u = A⁻¹ ∂g/∂w``.  Work is that of a step with
-minibatches of one example: a gradient, in parameters and hyperparameters together, is 1.  A product with
-second derivatives is 2, as usual; the gradient, ``A u`` and ``M u`` come out of the same pass, and are not
-counted again, as they are where papers count calls of oracles.
+They follow ``∂g/∂θ - M u`` downwards, and at the solution ``u = A⁻¹ ∂g/∂w``.  Work is that of a step with
+minibatches of one example.  A gradient, in parameters and hyperparameters together, is 1.  A product with
+second derivatives is 2, as usual, even where the gradient in it was kept and not computed again; but
+``∂f/∂w``, ``A u`` and ``M u`` come out of one pass, and are not counted apart, as calls in papers are.
 
 ========  ==============  ==================================================================
 symbol    name            meaning
@@ -35,6 +35,7 @@ symbol    name            meaning
 ``α``     rate            step size of ``w``
 ``β``     linear_rate     step size of ``u``
 ``γ``     hyper_rate      step size of ``θ``
+``ξ``     lookahead       step size of the step of ``w`` that `darts` looks ahead
 ``T``     inner_steps     steps of ``w`` for one of ``θ``
 ``U``     linear_steps    steps of ``u`` for one of ``θ``
 ``K``     window          the last steps of ``w`` that are differentiated
@@ -44,6 +45,7 @@ symbol    name            meaning
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,9 +70,9 @@ Rate = float | Array | Callable[[Array], Array]  # a number, or a schedule: coun
 class Problem:
     """Two functions of parameters, hyperparameters and rows of data, each a mean over its rows.
 
-    ``f(w, θ) = mean_i inner(w, θ, [i])`` over ``inner_size`` examples, and ``g`` likewise.  The rows are cut
-    into blocks of ``batch_size`` neighbours; a step of a solver draws blocks at random.  One block is all
-    there is without a batch size.  Shuffle the data before: neighbours stay together.
+    ``f(w, θ) = mean_i inner(w, θ, [i])`` over ``inner_size`` examples, and ``g`` likewise.  The rows are
+    cut into blocks of ``batch_size`` neighbours, of which a step draws some at random; without a batch size
+    there is one block.  Shuffle the data before: neighbours stay together.
 
     Args:
       inner: ``inner(params, hypers, rows) -> scalar``, a JAX function, ``rows`` being ``(b,)`` int32.
@@ -155,13 +157,13 @@ class State(NamedTuple):
     """Where a solver is.
 
     Attributes:
-      count: steps made so far, int32.
+      step: how many were made, int32.
       params: ``w``.
       hypers: ``θ``.
       memory: what else the solver keeps, such as ``u``.
     """
 
-    count: Array
+    step: Array
     params: PyTree
     hypers: PyTree
     memory: PyTree
@@ -202,7 +204,7 @@ class Solution(NamedTuple):
       params: ``w`` after the last step.
       hypers: ``θ`` after the last step.
       state: the last state, from which the solver's ``step`` goes on.
-      recorded: what ``record`` returned, with a leading axis of ``steps / every + 1``; the first is the start.
+      recorded: what ``record`` returned, with a leading axis of ``steps / every + 1``, the start first.
       evaluations: ``(steps / every + 1,)`` int64 in NumPy: gradients of single examples up to there.
     """
 
@@ -268,7 +270,7 @@ def solve(
             )
 
     def step(state: State, _: None) -> tuple[State, None]:
-        return solver.step(problem, state, jax.random.fold_in(key, state.count)), None
+        return solver.step(problem, state, jax.random.fold_in(key, state.step)), None
 
     def segment(state: State, _: None) -> tuple[State, PyTree]:
         state, _ = jax.lax.scan(step, state, length=every)
@@ -305,9 +307,8 @@ def soba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
     Raises:
       ValueError: for a rate that is not above 0.
 
-    Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and
-    global variance reduction algorithms", NeurIPS 2022, algorithm 1 and section 2.2 (SOBA); its ``v`` is
-    ``-u``.
+    Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic
+    and global variance reduction algorithms", NeurIPS 2022 (SOBA); its ``v`` is ``-u``.
 
     >>> from hypergrad import bilevel
     >>> bilevel.soba(rate=0.1, hyper_rate=lambda count: 0.1 / (1 + count) ** 0.5).name
@@ -334,10 +335,15 @@ class Averages(NamedTuple):
     Attributes:
       table: what every block gave when it was last drawn, a tree with the blocks as leading axis.
       mean: of the table.
+      block: the next to be drawn, int32.  It is drawn a step ahead, and read after the table was written,
+        so that the table changes in place; a loop would else copy it at every step.
+      entry: that of the table for this block.
     """
 
     table: PyTree
     mean: PyTree
+    block: Array
+    entry: PyTree
 
 
 class Reduced(NamedTuple):
@@ -373,8 +379,8 @@ def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
     Raises:
       ValueError: for a rate that is not above 0.
 
-    Source: as `soba`, section 2.3 (SABA), with a table entry for a block of examples; Defazio, Bach,
-    Lacoste-Julien, "SAGA", NeurIPS 2014.
+    Source: as `soba` (SABA), with a table entry for a block of examples; Defazio, Bach, Lacoste-Julien,
+    "SAGA: a fast incremental gradient method", NeurIPS 2014.
 
     >>> import jax, jax.numpy as jnp
     >>> from hypergrad import bilevel
@@ -403,16 +409,13 @@ def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
         return state._replace(memory=Reduced(zero, inner, outer))
 
     def step(problem: Problem, state: State, key: Array) -> State:
-        (i,), (j,) = problem.draw(key, 1, 1)
-        u = state.memory.adjoint
-        inner, inner_averages = _reduced(
-            state.memory.inner, i, _second(problem.inner, state, problem.inner_rows(i), u)
-        )
-        outer, outer_averages = _reduced(
-            state.memory.outer, j, _first(problem.outer, state, problem.outer_rows(j))
-        )
-        moved = _move_all(state, u, inner, outer, (rate, linear_rate, hyper_rate))
-        return moved._replace(memory=Reduced(moved.memory, inner_averages, outer_averages))
+        u, inner, outer = state.memory
+        (i,), (j,) = problem.draw(key, 1, 1)  # for the next step
+        new = _second(problem.inner, state, problem.inner_rows(inner.block), u)
+        to_inner, inner = _reduced(inner, new, i)
+        to_outer, outer = _reduced(outer, _first(problem.outer, state, problem.outer_rows(outer.block)), j)
+        moved = _move_all(state, u, to_inner, to_outer, (rate, linear_rate, hyper_rate))
+        return moved._replace(memory=Reduced(moved.memory, inner, outer))
 
     def work(problem: Problem) -> Work:
         return Work(
@@ -427,7 +430,7 @@ def amortized(
 ) -> Solver:
     """Alternating, warm-started: ``T`` steps of ``w``, ``U`` steps of ``u``, one of ``θ``.
 
-    The steps are those of `soba`, each on a minibatch of its own; ``w`` and ``u`` go on from where they were.
+    The steps are those of `soba`, each on its own minibatch; ``w`` and ``u`` go on from where they were.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -442,8 +445,8 @@ def amortized(
     Raises:
       ValueError: for a rate that is not above 0, and numbers of steps below 1.
 
-    Source: Arbel and Mairal, "Amortized implicit differentiation for stochastic bilevel optimization", ICLR
-    2022, algorithm 1 (AmIGO); Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced
+    Source: Arbel and Mairal, "Amortized implicit differentiation for stochastic bilevel optimization",
+    ICLR 2022 (AmIGO); Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced
     design", ICML 2021.
 
     >>> from hypergrad import bilevel
@@ -464,12 +467,12 @@ def amortized(
 
         def improve(u: PyTree, i: Array) -> tuple[PyTree, None]:
             _, Au, _ = _second(problem.inner, state, problem.inner_rows(i), u)
-            return _moved(u, linear_rate, state.count, sub(Au, to_params)), None
+            return _moved(u, linear_rate, state.step, sub(Au, to_params)), None
 
         u, _ = jax.lax.scan(improve, state.memory, blocks[inner_steps:-1])
         _, _, Mu = _second(problem.inner, state, problem.inner_rows(blocks[-1]), u)
-        hypers = _moved(state.hypers, hyper_rate, state.count, sub(direct, Mu))
-        return State(state.count + 1, state.params, hypers, u)
+        hypers = _moved(state.hypers, hyper_rate, state.step, sub(direct, Mu))
+        return State(state.step + 1, state.params, hypers, u)
 
     def work(problem: Problem) -> Work:
         inner = inner_steps + 2 * linear_steps + 2
@@ -494,14 +497,15 @@ def unrolled(
 
     ``w' = train(w, θ);  θ <- θ - γ d g(w', θ) / dθ;  w <- w'``
 
-    Warm-started with gradient descent on all the data, it ends where ``u = α Σ_{k<T} (I - α A)^k ∂g/∂w``, and
-    so differs from the solution by ``(I - α A)^T``.  The state of the optimizer starts anew every time.
+    With gradient descent on all the data it ends where ``u = α Σ_{k<T} (I - α A)^k ∂g/∂w``, and so off by
+    ``(I - α A)^T``.  The state of the optimizer starts anew every time.
 
     Args:
       rate: ``α``, the learning rate, a number or a schedule over the steps of ``θ``.
       hyper_rate: ``γ``, a number or a schedule.
       inner_steps: ``T >= 1``.
-      optimizer: of `hypergrad.train`, by default `hypergrad.sgd`; other hyperparameters have their defaults.
+      optimizer: of `hypergrad.train`, by default `hypergrad.sgd`; its other hyperparameters have their
+        defaults.
       adjoint: how the run is differentiated, by default `hypergrad.Stored`.
       restart: whether every run starts from the first parameters, and ``w`` is only where it ended.
 
@@ -529,8 +533,8 @@ def unrolled(
     def step(problem: Problem, state: State, key: Array) -> State:
         blocks, (j,) = problem.draw(key, inner_steps, 1)
         start = state.memory if restart else state.params
-        alpha = {"learning_rate": _at(rate, state.count)}
-        settings = {"steps": inner_steps, "optimizer": optimizer, "adjoint": adjoint}
+        alpha = {"learning_rate": _at(rate, state.step)}
+        settings: Any = {"steps": inner_steps, "optimizer": optimizer, "adjoint": adjoint}
         rows = jax.vmap(problem.inner_rows)(blocks)
 
         def outer(hypers: PyTree) -> tuple[Array, PyTree]:
@@ -538,8 +542,8 @@ def unrolled(
             return problem.outer(params, hypers, problem.outer_rows(j)), params
 
         slope, params = jax.grad(outer, has_aux=True)(state.hypers)
-        hypers = _moved(state.hypers, hyper_rate, state.count, slope)
-        return State(state.count + 1, params, hypers, state.memory)
+        hypers = _moved(state.hypers, hyper_rate, state.step, slope)
+        return State(state.step + 1, params, hypers, state.memory)
 
     def work(problem: Problem) -> Work:
         window = adjoint.steps if isinstance(adjoint, Truncated) else inner_steps
@@ -566,7 +570,8 @@ def truncated(*, rate: Rate, hyper_rate: Rate, inner_steps: int, window: int) ->
     Raises:
       ValueError: for a rate that is not above 0, and numbers of steps out of range.
 
-    Source: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel optimization", AISTATS 2019.
+    Source: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel optimization", AISTATS
+    2019.
 
     >>> from hypergrad import bilevel
     >>> bilevel.truncated(rate=0.1, hyper_rate=0.5, inner_steps=20, window=5).name
@@ -648,10 +653,10 @@ def darts(*, rate: Rate, hyper_rate: Rate, order: int = 2, lookahead: Rate | Non
         to_params, slope = _first(problem.outer, at, problem.outer_rows(j))
         if order == 2:
             _, _, Mg = _second(problem.inner, state, problem.inner_rows(i), to_params)
-            slope = _moved(slope, xi, state.count, Mg)
-        state = state._replace(hypers=_moved(state.hypers, hyper_rate, state.count, slope))
+            slope = _moved(slope, xi, state.step, Mg)
+        state = state._replace(hypers=_moved(state.hypers, hyper_rate, state.step, slope))
         params = _descended(problem, state, rate, k[None])
-        return state._replace(count=state.count + 1, params=params)
+        return state._replace(step=state.step + 1, params=params)
 
     def work(problem: Problem) -> Work:
         return Work(0, (1 if order == 1 else 4) * problem.inner_batch + problem.outer_batch)
@@ -683,8 +688,8 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
     Raises:
       ValueError: for a rate or penalty that is not above 0, and fewer than 1 step.
 
-    Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML
-    2023, algorithm 1 (F2SA).
+    Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization",
+    ICML 2023, algorithm 1 (F2SA).
 
     >>> import jax
     >>> from hypergrad import bilevel
@@ -702,7 +707,7 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
 
     def step(problem: Problem, state: State, key: Array) -> State:
         inner, outer = problem.draw(key, inner_steps + 1, inner_steps + 1)
-        weight = _at(penalty, state.count)
+        weight = _at(penalty, state.step)
 
         def slopes(z: PyTree, y: PyTree, i: Array, j: Array) -> tuple[PyTree, PyTree, PyTree]:
             """Gradients of ``f`` at ``z`` and at ``y``, and of ``g`` at ``y``."""
@@ -715,12 +720,12 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
             z, y = zy
             (f_z, _), (f_y, _), (g_y, _) = slopes(z, y, *ij)
             penalised = jax.tree.map(lambda f, g: f + (g / weight).astype(g.dtype), f_y, g_y)
-            return (_moved(z, rate, state.count, f_z), _moved(y, rate, state.count, penalised)), None
+            return (_moved(z, rate, state.step, f_z), _moved(y, rate, state.step, penalised)), None
 
         (z, y), _ = jax.lax.scan(descend, (state.params, state.memory), (inner[:-1], outer[:-1]))
         (_, f_z), (_, f_y), (_, g_y) = slopes(z, y, inner[-1], outer[-1])
         slope = jax.tree.map(lambda g, fy, fz: g + (weight * (fy - fz)).astype(g.dtype), g_y, f_y, f_z)
-        return State(state.count + 1, z, _moved(state.hypers, hyper_rate, state.count, slope), y)
+        return State(state.step + 1, z, _moved(state.hypers, hyper_rate, state.step, slope), y)
 
     def work(problem: Problem) -> Work:
         return Work(0, (inner_steps + 1) * (2 * problem.inner_batch + problem.outer_batch))
@@ -753,16 +758,16 @@ def _descended(problem: Problem, state: State, rate: Rate, blocks: Array) -> PyT
 
     def step(params: PyTree, i: Array) -> tuple[PyTree, None]:
         slope, _ = _first(problem.inner, state._replace(params=params), problem.inner_rows(i))
-        return _moved(params, rate, state.count, slope), None
+        return _moved(params, rate, state.step, slope), None
 
     return jax.lax.scan(step, state.params, blocks)[0]
 
 
 def _move_all(state: State, u: PyTree, inner: Any, outer: Any, rates: tuple[Rate, Rate, Rate]) -> State:
     """The step of `soba`, from ``(∂f/∂w, A u, M u)`` and ``(∂g/∂w, ∂g/∂θ)``; the memory is ``u``."""
-    (slope, Au, Mu), (to_params, direct), t = inner, outer, state.count
+    (slope, Au, Mu), (to_params, direct), t = inner, outer, state.step
     return State(
-        count=t + 1,
+        step=t + 1,
         params=_moved(state.params, rates[0], t, slope),
         hypers=_moved(state.hypers, rates[2], t, sub(direct, Mu)),
         memory=_moved(u, rates[1], t, sub(Au, to_params)),
@@ -771,16 +776,20 @@ def _move_all(state: State, u: PyTree, inner: Any, outer: Any, rates: tuple[Rate
 
 def _averages(blocks: int, value: Callable[[Array], PyTree]) -> Averages:
     table = jax.lax.map(value, jnp.arange(blocks, dtype=jnp.int32))
-    return Averages(table, jax.tree.map(lambda x: jnp.mean(x, axis=0), table))
+    mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), table)
+    return Averages(table, mean, jnp.int32(0), jax.tree.map(lambda x: x[0], table))
 
 
-def _reduced(averages: Averages, block: Array, new: PyTree) -> tuple[PyTree, Averages]:
-    """The estimate of the mean over blocks from that of one, and the table with it in its place."""
-    change = jax.tree.map(lambda x, table: x - table[block], new, averages.table)
-    table = jax.tree.map(lambda x, table: table.at[block].set(x), new, averages.table)
-    blocks = len(jax.tree.leaves(table)[0])
-    mean = jax.tree.map(lambda mean, change: mean + change / blocks, averages.mean, change)
-    return jax.tree.map(jnp.add, averages.mean, change), Averages(table, mean)
+def _reduced(averages: Averages, new: PyTree, block: Array) -> tuple[PyTree, Averages]:
+    """The estimate of the mean over blocks from that of one, and the averages for the next block."""
+    table, mean, now, entry = averages
+    write = partial(jax.lax.dynamic_update_index_in_dim, index=now, axis=0)
+    read = partial(jax.lax.dynamic_index_in_dim, index=block, keepdims=False)
+    change, blocks = sub(new, entry), len(jax.tree.leaves(table)[0])
+    direction = jax.tree.map(jnp.add, mean, change)
+    mean = jax.tree.map(lambda mean, change: mean + change / blocks, mean, change)
+    table = jax.tree.map(write, table, new)
+    return direction, Averages(table, mean, block, jax.tree.map(read, table))
 
 
 def _at(rate: Rate, count: Array) -> Any:

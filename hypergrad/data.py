@@ -35,7 +35,7 @@ _MD5 = {
         "bb300cfdad3c16e7a12a480ee83cd310",
     ),
 }
-# Train and test, as distributed with LIBSVM.
+# Train and test, as distributed in LIBSVM's format.
 _A9A = {"a9a": "983b7716a395c5ed24f4dc3dd3c26303", "a9a.t": "f0bb16cf1ee3e80ff560e9d132ee647e"}
 _A9A_FEATURES = 123
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -169,7 +169,8 @@ def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
             io.BytesIO(content), n_features=_A9A_FEATURES, dtype=np.float32, zero_based=False
         )
         arrays += [rows.toarray(), (signs > 0).astype(np.int32)]
-    return Table(*arrays, "a9a", 2)
+    train_inputs, train_labels, test_inputs, test_labels = arrays
+    return Table(train_inputs, train_labels, test_inputs, test_labels, "a9a", 2)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
