@@ -40,6 +40,19 @@ from hypergrad import bilevel, data, implicit, nets, plots
 TUNED_ON = 1000  # the seed of the grid, used for nothing else
 
 
+METHODS: dict[str, Callable[..., bilevel.Solver]] = {
+    "DARTS, order 1": partial(bilevel.darts, order=1),
+    "DARTS, order 2": partial(bilevel.darts, order=2),
+    "T1-T2": partial(bilevel.t1_t2, inner_steps=1),
+    "truncated, 5 of 10": partial(bilevel.truncated, inner_steps=10, window=5),
+    "amortized, 5 and 5": partial(bilevel.amortized, inner_steps=5, linear_steps=5),
+    "SOBA": bilevel.soba,
+    "SABA": bilevel.saba,
+    "F2SA": partial(bilevel.f2sa, penalty=lambda count: 1 + count / 100),
+}
+ALL = (*METHODS, "reversible")
+
+
 @dataclass(frozen=True)
 class Config:
     """What to run; see `--help`."""
@@ -56,6 +69,7 @@ class Config:
     seeds: int = 10
     wrong: float = 0.5  # share of the training labels that are replaced by a random one
     penalty: float = 1e-3
+    methods: tuple[str, ...] = ALL
 
 
 FULL = (
@@ -80,38 +94,37 @@ FULL = (
         reversible_steps=200,
     ),
 )
-FAST = tuple(
-    replace(
-        config,
-        data="digits",
-        examples=(1_000, 400),
-        budget=60_000,
-        rates=(0.1,),
-        hyper_rates=config.hyper_rates[1:3],
-        reversible_steps=20,
-        points=3,
-        seeds=2,
-    )
-    for config in FULL
-)
-
-METHODS: dict[str, Callable[..., bilevel.Solver]] = {
-    "DARTS, order 1": partial(bilevel.darts, order=1),
-    "DARTS, order 2": partial(bilevel.darts, order=2),
-    "T1-T2": partial(bilevel.t1_t2, inner_steps=1),
-    "truncated, 5 of 10": partial(bilevel.truncated, inner_steps=10, window=5),
-    "amortized, 5 and 5": partial(bilevel.amortized, inner_steps=5, linear_steps=5),
-    "SOBA": bilevel.soba,
-    "SABA": bilevel.saba,
-    "F2SA": partial(bilevel.f2sa, penalty=lambda count: 1 + count / 100),
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "examples": (1_000, 400),
+    "budget": 60_000,
+    "rates": (0.1,),
+    "reversible_steps": 20,
+    "points": 3,
+    "seeds": 2,
 }
+FAST = (  # every method once, since compiling takes the time
+    replace(
+        FULL[0],
+        hyper_rates=(1e3, 3e3),
+        methods=("DARTS, order 2", "T1-T2", "SOBA", "SABA", "reversible"),
+        **SMALL,
+    ),
+    replace(
+        FULL[1],
+        hyper_rates=(10.0, 30.0),
+        methods=("DARTS, order 1", "truncated, 5 of 10", "amortized, 5 and 5", "F2SA"),
+        **SMALL,
+    ),
+)
 
 
 def methods(config: Config) -> dict[str, Callable[..., bilevel.Solver]]:
     """From the rates of ``w`` and ``θ`` to a solver, by name."""
     settings: Any = {"optimizer": hg.momentum(), "adjoint": hg.Reversible(), "restart": True}
     reference = partial(bilevel.unrolled, inner_steps=config.reversible_steps, **settings)
-    return METHODS | {"reversible": reference}
+    every = METHODS | {"reversible": reference}
+    return {name: every[name] for name in config.methods}
 
 
 class Examples(NamedTuple):
@@ -392,7 +405,7 @@ def summary(config: Config, result: Result) -> dict[str, Any]:
         shown = np.stack([curve.shown for curve in curves]) - result.least
         low, median, high = np.quantile(shown, (0.25, 0.5, 0.75), axis=0)
         methods[name] = {
-            "rates": result.rates[name],
+            "rates": list(result.rates[name]),
             "evaluations": curves[0].evaluations.tolist(),
             "seconds": np.median([curve.seconds for curve in curves], axis=0).tolist(),
             "median": median.tolist(),
@@ -422,9 +435,10 @@ def main(
 def draw(path: Path, record: dict[str, Any]) -> None:
     """A row for every problem; by gradient evaluations and by time."""
     figure, axes = plots.figure(len(record), 2, width=6.2, height=4.2)
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(METHODS) + 1))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(ALL)))
     for row, (name, each) in zip(axes, record.items()):
-        for k, (method, found) in enumerate(each["methods"].items()):
+        for method, found in each["methods"].items():
+            k = ALL.index(method)
             look = {"color": shades[k], "linestyle": plots.LINES[k % len(plots.LINES)], "linewidth": 1.3,
                     "marker": "osv^Dx+*P"[k], "markersize": 4}  # fmt: skip
             # Without the start, which is the same for all.
