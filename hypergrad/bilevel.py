@@ -257,6 +257,8 @@ def solve(
     check_whole(call, "every", every, 1, None)
     if steps % every:
         raise ValueError(f"{call}: every must divide steps, so that the end is recorded")
+    if not isinstance(key, Array) or key.ndim != (not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"{call}: key must be one key, such as jax.random.key(0)")
     params, hypers = floats(call, "params", params), floats(call, "hypers", hypers)
     for role, function, batch in (
         ("inner", problem.inner, problem.inner_batch),
@@ -317,16 +319,16 @@ def soba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
     linear_rate = rate if linear_rate is None else linear_rate
     name = _called("soba", rate=rate, hyper_rate=hyper_rate, linear_rate=linear_rate)
 
-    def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        return State(jnp.int32(0), params, hypers, jax.tree.map(jnp.zeros_like, params))
-
     def step(problem: Problem, state: State, key: Array) -> State:
         (i,), (j,) = problem.draw(key, 1, 1)
         inner = _second(problem.inner, state, problem.inner_rows(i), state.memory)
         outer = _first(problem.outer, state, problem.outer_rows(j))
         return _move_all(state, state.memory, inner, outer, (rate, linear_rate, hyper_rate))
 
-    return Solver(name, init, step, lambda problem: Work(0, 2 * problem.inner_batch + problem.outer_batch))
+    def work(problem: Problem) -> Work:
+        return Work(0, 2 * problem.inner_batch + problem.outer_batch)
+
+    return Solver(name, _starting(_zeros), step, work)
 
 
 class Averages(NamedTuple):
@@ -397,7 +399,7 @@ def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
     name = _called("saba", rate=rate, hyper_rate=hyper_rate, linear_rate=linear_rate)
 
     def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        zero = jax.tree.map(jnp.zeros_like, params)
+        zero = _zeros(params)
         state = State(jnp.int32(0), params, hypers, None)
         inner = _averages(
             problem.inner_blocks,
@@ -457,9 +459,6 @@ def amortized(
     rates = {"rate": rate, "hyper_rate": hyper_rate, "linear_rate": linear_rate}
     name = _called("amortized", **rates, whole={"inner_steps": inner_steps, "linear_steps": linear_steps})
 
-    def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        return State(jnp.int32(0), params, hypers, jax.tree.map(jnp.zeros_like, params))
-
     def step(problem: Problem, state: State, key: Array) -> State:
         blocks, (j,) = problem.draw(key, inner_steps + linear_steps + 1, 1)
         state = state._replace(params=_descended(problem, state, rate, blocks[:inner_steps]))
@@ -478,7 +477,7 @@ def amortized(
         inner = inner_steps + 2 * linear_steps + 2
         return Work(0, inner * problem.inner_batch + problem.outer_batch)
 
-    return Solver(name, init, step, work)
+    return Solver(name, _starting(_zeros), step, work)
 
 
 # ---- solvers that differentiate steps
@@ -527,9 +526,6 @@ def unrolled(
     adjoint = Stored() if adjoint is None else adjoint
     name = _called("unrolled", rate=rate, hyper_rate=hyper_rate, whole={"inner_steps": inner_steps})
 
-    def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        return State(jnp.int32(0), params, hypers, params if restart else None)
-
     def step(problem: Problem, state: State, key: Array) -> State:
         blocks, (j,) = problem.draw(key, inner_steps, 1)
         start = state.memory if restart else state.params
@@ -550,7 +546,7 @@ def unrolled(
         inner = inner_steps + 2 * min(window, inner_steps)
         return Work(0, inner * problem.inner_batch + problem.outer_batch)
 
-    return Solver(name, init, step, work)
+    return Solver(name, _starting(lambda params: params if restart else None), step, work)
 
 
 def truncated(*, rate: Rate, hyper_rate: Rate, inner_steps: int, window: int) -> Solver:
@@ -642,9 +638,6 @@ def darts(*, rate: Rate, hyper_rate: Rate, order: int = 2, lookahead: Rate | Non
         raise ValueError(f"{name}: order must be 1, without lookahead, or 2")
     xi = rate if lookahead is None else lookahead
 
-    def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        return State(jnp.int32(0), params, hypers, None)
-
     def step(problem: Problem, state: State, key: Array) -> State:
         (i, k), (j,) = problem.draw(key, 2, 1)
         at = state
@@ -661,7 +654,7 @@ def darts(*, rate: Rate, hyper_rate: Rate, order: int = 2, lookahead: Rate | Non
     def work(problem: Problem) -> Work:
         return Work(0, (1 if order == 1 else 4) * problem.inner_batch + problem.outer_batch)
 
-    return Solver(name, init, step, work)
+    return Solver(name, _starting(lambda params: None), step, work)
 
 
 # ---- by a penalty
@@ -702,9 +695,6 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
     rates = {"rate": rate, "hyper_rate": hyper_rate, "penalty": penalty}
     name = _called("f2sa", **rates, whole={"inner_steps": inner_steps})
 
-    def init(problem: Problem, params: PyTree, hypers: PyTree) -> State:
-        return State(jnp.int32(0), params, hypers, params)
-
     def step(problem: Problem, state: State, key: Array) -> State:
         inner, outer = problem.draw(key, inner_steps + 1, inner_steps + 1)
         weight = _at(penalty, state.step)
@@ -730,10 +720,19 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
     def work(problem: Problem) -> Work:
         return Work(0, (inner_steps + 1) * (2 * problem.inner_batch + problem.outer_batch))
 
-    return Solver(name, init, step, work)
+    return Solver(name, _starting(lambda params: params), step, work)
 
 
 # ---- parts
+
+
+def _starting(memory: Callable[[PyTree], PyTree]) -> Callable[[Problem, PyTree, PyTree], State]:
+    """The ``init`` of a solver whose memory starts as a function of the parameters."""
+    return lambda problem, params, hypers: State(jnp.int32(0), params, hypers, memory(params))
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _first(function: Callable[..., Array], state: State, rows: Array) -> tuple[PyTree, PyTree]:
@@ -810,7 +809,8 @@ def _called(name: str, *, whole: dict[str, int] | None = None, **rates: Rate) ->
     for key, rate in rates.items():
         if callable(rate) or isinstance(rate, jax.core.Tracer):
             continue
-        if jnp.ndim(rate) or not rate > 0:
+        known = isinstance(rate, int | float | np.generic | np.ndarray | Array)
+        if not known or jnp.ndim(rate) or not rate > 0:
             raise ValueError(f"{call}: {key} must be one number above 0, or a schedule: count -> number")
     for key, number in whole.items():
         check_whole(call, key, number, 1, None)

@@ -394,6 +394,10 @@ def test_functions_are_traced_a_fixed_number_of_times() -> None:
     ("make", "message"),
     [
         (lambda: bilevel.soba(rate=0.0, hyper_rate=1.0), r"soba\(rate=0.0, .*: rate must be one number"),
+        (
+            lambda: bilevel.soba(rate=1.0, hyper_rate=None),  # type: ignore[arg-type]
+            r"soba\(.*hyper_rate=None.*: hyper_rate must be one number above 0",
+        ),
         (lambda: bilevel.saba(rate=1.0, hyper_rate=-1.0), r"saba\(.*: hyper_rate must be one"),
         (
             lambda: bilevel.saba(rate=1.0, hyper_rate=jnp.ones(2)),
@@ -425,8 +429,8 @@ def test_functions_are_traced_a_fixed_number_of_times() -> None:
         (lambda: bilevel.Problem(max, max, 4, 6, 4), r"Problem\(.*batch_size=4\): batch_size must divide"),
         (lambda: bilevel.Problem(max, max, 4, 6, 0), r"Problem\(.*: batch_size must be a whole number"),
     ],
-    ids=["rate", "hyper_rate", "shape", "linear_rate", "penalty", "order", "lookahead", "inner_steps",
-         "window", "whole", "size", "divides", "batch_size"],
+    ids=["rate", "none", "hyper_rate", "shape", "linear_rate", "penalty", "order", "lookahead",
+         "inner_steps", "window", "whole", "size", "divides", "batch_size"],
 )  # fmt: skip
 def test_settings_that_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -439,6 +443,7 @@ def test_settings_that_are_refused(make: Callable[[], Any], message: str) -> Non
         ({"steps": 0}, ValueError, "steps must be a whole number of at least 1"),
         ({"every": 3}, ValueError, "every must divide steps"),
         ({"every": 0}, ValueError, "every must be a whole number of at least 1"),
+        ({"key": 0}, TypeError, r"key must be one key, such as jax.random.key\(0\)"),
         (
             {"params": jnp.arange(4)},
             TypeError,
@@ -456,21 +461,15 @@ def test_settings_that_are_refused(make: Callable[[], Any], message: str) -> Non
             r"outer must return one scalar float",
         ),
     ],
-    ids=["steps", "divides", "every", "params", "hypers", "inner", "outer"],
+    ids=["steps", "divides", "every", "key", "params", "hypers", "inner", "outer"],
 )
 def test_calls_that_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     data, state = logistic()
     functions: Any = {"inner": data.inner, "outer": data.outer}
     if "problem" in changes:
         functions |= dict([changes.pop("problem")])
-    call: dict[str, Any] = {
-        "params": state.params,
-        "hypers": state.hypers,
-        "steps": 10,
-        "every": 1,
-    } | changes
+    start: dict[str, Any] = {"params": state.params, "hypers": state.hypers}
+    call = start | {"steps": 10, "every": 1, "key": jax.random.key(0)} | changes
     problem, solver = bilevel.Problem(**functions), bilevel.soba(**RATES)
     with pytest.raises(error, match=r"solve\(problem, params, hypers, soba\(rate=0.4.*" + message):
-        bilevel.solve(
-            problem, call.pop("params"), call.pop("hypers"), solver, key=jax.random.key(0), **call
-        )
+        bilevel.solve(problem, call.pop("params"), call.pop("hypers"), solver, **call)
