@@ -353,8 +353,10 @@ def runner(config: Config, task: Task, make: Callable[..., bilevel.Solver]) -> C
         begin = time.perf_counter()
         try:
             recorded = jax.block_until_ready(run(*arguments))
-        except (hg.ReversalError, jax.errors.JaxRuntimeError):  # numbers too large to be reversed
-            return Curve(evaluations, evaluations, np.full(len(evaluations), np.nan), np.inf)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            if "ReversalError" not in str(error):
+                raise
+            return Curve(evaluations, evaluations, np.full(len(evaluations), np.nan), np.inf)  # diverged
         total = time.perf_counter() - begin
         places = range(len(evaluations)) if whole else [len(evaluations) - 1]
         judged = [task.quality(e, *jax.tree.map(lambda x, k=k: x[k], recorded)) for k in places]
@@ -374,10 +376,11 @@ class Result(NamedTuple):
     least: float  # subtracted from what is shown
 
 
-def compare(config: Config, directory: str | None) -> Result:
-    """Choose the rates of every method on the grid, and run all of them from new seeds, taking turns."""
-    task = TASKS[config.task](config)
-    run = {name: runner(config, task, make) for name, make in methods(config).items()}
+Runs = dict[str, Callable[..., Curve]]
+
+
+def tune(config: Config, run: Runs, directory: str | None) -> dict[str, tuple[float, float]]:
+    """The best rates of the grid for every method."""
     e = examples(config, directory, TUNED_ON)
     grid = list(itertools.product(config.rates, config.hyper_rates))
     rates = {}
@@ -387,6 +390,13 @@ def compare(config: Config, directory: str | None) -> Result:
         print(
             f"{config.task}: {name:<20} rates {rates[name]}, tuned to {tuned[rates[name]]:.5f}", flush=True
         )
+    return rates
+
+
+def compare(
+    config: Config, run: Runs, rates: dict[str, tuple[float, float]], directory: str | None
+) -> Result:
+    """Runs of all methods, compiled before, from new seeds; the methods take turns."""
     curves: dict[str, list[Curve]] = {name: [] for name in run}
     for seed in range(config.seeds):
         e = examples(config, directory, seed)
@@ -394,7 +404,8 @@ def compare(config: Config, directory: str | None) -> Result:
             curves[name].append(timed(e, rates[name], seed))
     floor = 0.0
     if config.task == "regularisation":
-        floor = min(least(task, e), *(np.nanmin(c.shown) for each in curves.values() for c in each))
+        found = least(regularisation(config), e)
+        floor = min(found, *(np.nanmin(c.shown) for each in curves.values() for c in each))
     return Result(rates, curves, float(floor))
 
 
@@ -418,7 +429,12 @@ def main(
     configs: Sequence[Config] = FULL, directory: str | None = None, output: str | None = None
 ) -> dict[str, Any]:
     """Run both comparisons and print them; write the figure and its record if there is a folder for it."""
-    record = {config.task: summary(config, compare(config, directory)) for config in configs}
+    record = {}
+    for config in configs:
+        task = TASKS[config.task](config)
+        run = {name: runner(config, task, make) for name, make in methods(config).items()}
+        rates = tune(config, run, directory)
+        record[config.task] = summary(config, compare(config, run, rates, directory))
     for name, each in record.items():
         unit = "test error" if name == "hyper-cleaning" else "suboptimality"
         print(f"\n{name}: {unit} at the end, median [quartiles] of {each['config']['seeds']} seeds")
