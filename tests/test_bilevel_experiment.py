@@ -57,3 +57,20 @@ def test_figure_and_record(tmp_path: Path) -> None:
 def test_every_method_runs_at_its_fastest() -> None:
     assert {*CLEANING.methods, *REGULARISATION.methods} == set(experiment.ALL)
     assert all(set(experiment.methods(config)) == set(config.methods) for config in experiment.FAST)
+
+
+def test_a_run_that_diverged_loses_and_other_errors_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = experiment.cleaning(CLEANING)
+    run = experiment.runner(CLEANING, task, experiment.METHODS["SOBA"])
+    e = experiment.examples(CLEANING, None, 0)
+    message = "INTERNAL: ReversalError: too large"
+
+    def solve(*args: Any, **settings: Any) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(experiment.bilevel, "solve", solve)
+    diverged = run(e, (0.1, 1.0), 0)
+    assert diverged.tuned == np.inf and np.isnan(diverged.shown).all()
+    message = "something else"
+    with pytest.raises(ValueError, match="something else"):
+        run(e, (0.1, 1.0), 0)
