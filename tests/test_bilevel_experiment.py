@@ -74,3 +74,20 @@ def test_a_run_that_diverged_loses_and_other_errors_are_errors(monkeypatch: pyte
     message = "something else"
     with pytest.raises(ValueError, match="something else"):
         run(e, (0.1, 1.0), 0)
+
+
+def test_rates_that_diverge_for_another_seed_are_not_chosen() -> None:
+    def timed(e: Any, pair: tuple[float, float], seed: int, whole: bool) -> experiment.Curve:
+        diverged = pair[1] == 1e3 and seed == experiment.TUNED_ON[-1]
+        return experiment.Curve(np.zeros(1), np.zeros(1), np.zeros(1), np.inf if diverged else pair[1])
+
+    assert experiment.tune(CLEANING, {"SOBA": timed}, None) == {"SOBA": (0.1, 3e3)}
+
+
+def test_runs_that_diverge_count_as_infinite() -> None:
+    places = np.arange(2)
+    curves = [experiment.Curve(places, places, np.array([1.0, x]), 0.0) for x in (0.5, np.nan, 0.3)]
+    result = experiment.Result({"SOBA": (0.1, 1.0)}, {"SOBA": curves}, 0.1)
+    found = experiment.summary(CLEANING, result)["methods"]["SOBA"]
+    assert found["median"] == [0.9, 0.4] and found["quartiles"][1] == [0.9, None]
+    assert found["diverged"] == 1
