@@ -1,6 +1,18 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
-from hypergrad import constraints, curvature, data, files, implicit, layers, meta, nets, problems, schedules
+from hypergrad import (
+    bilevel,
+    constraints,
+    curvature,
+    data,
+    files,
+    implicit,
+    layers,
+    meta,
+    nets,
+    problems,
+    schedules,
+)
 from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
@@ -73,6 +85,7 @@ __all__ = [
     "adaptive_kfac",
     "amsgrad",
     "as_optax",
+    "bilevel",
     "check_hypergradient",
     "clip",
     "clip_by_global_norm",

@@ -37,6 +37,9 @@ _MD5 = {
         "bb300cfdad3c16e7a12a480ee83cd310",
     ),
 }
+# Train and test, as distributed in LIBSVM's format.
+_A9A = {"a9a": "983b7716a395c5ed24f4dc3dd3c26303", "a9a.t": "f0bb16cf1ee3e80ff560e9d132ee647e"}
+_A9A_FEATURES = 123
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _DIGITS_TRAIN = 1437
 
@@ -76,6 +79,24 @@ class Omniglot(NamedTuple):
     alphabet: np.ndarray
     evaluation: np.ndarray
     names: tuple[str, ...]
+
+
+class Table(NamedTuple):
+    """Labelled rows of numbers, split into train and test, as numpy arrays.
+
+    train_inputs: (n, features) float32.
+    train_labels: (n,) int32 in [0, classes).
+    test_inputs, test_labels: the same for the test split.
+    name: the set's name, such as "a9a".
+    classes: the number of classes.
+    """
+
+    train_inputs: np.ndarray
+    train_labels: np.ndarray
+    test_inputs: np.ndarray
+    test_labels: np.ndarray
+    name: str
+    classes: int
 
 
 def digits() -> Dataset:
@@ -163,26 +184,21 @@ def omniglot(
     probabilistic program induction, Science 350, 2015.
     """
     call = f"omniglot(directory={directory!r}, alphabets={alphabets!r})"
-    path = _folder(call, "omniglot", directory, "omniglot_28.npz") / "omniglot_28.npz"
+    file = "omniglot_28.npz"
+    content = _read(call, directory, "omniglot", file, None, file)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{call}: looked for {path} ({error.strerror}). {_way_out('omniglot', path.name)}"
-        ) from error
-    try:
-        with np.load(io.BytesIO(content)) as file:
+        with np.load(io.BytesIO(content)) as arrays:
             pixels, known, owner, evaluation = (
-                file[key] for key in ("images", "alphabet", "alphabet_id", "is_evaluation")
+                arrays[key] for key in ("images", "alphabet", "alphabet_id", "is_evaluation")
             )
     except (TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{call}: {path} is damaged or is another file ({error}). Put the right one in its place."
+            f"{call}: {file} is damaged or is another file ({error}). Put the right one in its place."
         ) from error
     right = pixels.dtype == np.uint8 and pixels.shape[1:] == (20, 28, 28)
     if not right or not owner.shape == evaluation.shape == pixels.shape[:1]:
         raise DataError(
-            f"{call}: {path} holds images {pixels.shape} {pixels.dtype}, alphabet_id {owner.shape} and "
+            f"{call}: {file} holds images {pixels.shape} {pixels.dtype}, alphabet_id {owner.shape} and "
             f"is_evaluation {evaluation.shape}, but (n, 20, 28, 28) uint8, (n,) and (n,) are read. Put "
             "the right file in its place."
         )
@@ -202,6 +218,35 @@ def omniglot(
         evaluation[chosen].astype(bool),
         names,
     )
+
+
+def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
+    """a9a: 32,561 + 16,281 people of the Adult census data in 123 binary features, in file order.
+
+    directory: the folder that holds `libsvm/` with the two files `a9a` and `a9a.t`; None takes
+        the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+
+    Returns a Table of zeros and ones; label 1 is an income above 50,000 dollars (+1 in the file).
+    Raises DataError where a file is missing or its md5 is not the original's.
+
+    >>> a9a("path/to/data").train_inputs.shape  # doctest: +SKIP
+    (32561, 123)
+
+    Source: J. Platt, Fast training of support vector machines using sequential minimal
+    optimization, 1998; R. Kohavi, UCI, 1996.
+    """
+    from sklearn.datasets import load_svmlight_file  # here, since it takes a second to import
+
+    call = f"a9a(directory={directory!r})"
+    arrays = []
+    for file, expected in _A9A.items():
+        content = _read(call, directory, "libsvm", file, expected, "its two files a9a and a9a.t")
+        rows, signs = load_svmlight_file(
+            io.BytesIO(content), n_features=_A9A_FEATURES, dtype=np.float32, zero_based=False
+        )
+        arrays += [rows.toarray(), (signs > 0).astype(np.int32)]
+    train_inputs, train_labels, test_inputs, test_labels = arrays
+    return Table(train_inputs, train_labels, test_inputs, test_labels, "a9a", 2)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -275,40 +320,11 @@ def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> j
     return epochs.reshape(-1, batch_size)[:steps]
 
 
-def _way_out(name: str, files: str) -> str:
-    return (
-        f"Pass directory=, or set the environment variable HYPERGRAD_DATA, to the folder that "
-        f"holds {name}/ with {files}."
-    )
-
-
-def _folder(call: str, name: str, directory: str | os.PathLike[str] | None, files: str) -> Path:
-    root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
-    if root is None:
-        raise DataError(
-            f"{call}: no directory was given and HYPERGRAD_DATA is not set. {_way_out(name, files)}"
-        )
-    return Path(root, name)
-
-
 def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dataset:
-    files = "its four original *-ubyte.gz files"
-    folder, arrays = _folder(call, name, directory, files), []
+    arrays = []
     for file, expected in zip(_FILES, _MD5[name]):
-        path = folder / file
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{call}: looked for {path} ({error.strerror}). {_way_out(name, files)}"
-            ) from error
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != expected:
-            raise DataError(
-                f"{call}: {path} has md5 {found}, but the original has {expected}: the file is "
-                "damaged or is another version. Put the original in its place."
-            )
-        arrays.append(_parse_idx(f"{call}: {path}", content, compressed=True))
+        content = _read(call, directory, name, file, expected, "its four original *-ubyte.gz files")
+        arrays.append(_parse_idx(f"{call}: {file}", content, compressed=True))
     train_images, train_labels, test_images, test_labels = arrays
     return Dataset(
         train_images.astype(np.float32) / 255,
@@ -318,6 +334,36 @@ def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dat
         name,
         10,
     )
+
+
+def _read(
+    call: str,
+    directory: str | os.PathLike[str] | None,
+    folder: str,
+    file: str,
+    expected: str | None,
+    files: str,
+) -> bytes:
+    """The content of a file of a data set, if its md5 is the original's, where there is one."""
+    root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
+    way_out = (
+        f"Pass directory=, or set the environment variable HYPERGRAD_DATA, to the folder that "
+        f"holds {folder}/ with {files}."
+    )
+    if root is None:
+        raise DataError(f"{call}: no directory was given and HYPERGRAD_DATA is not set. {way_out}")
+    path = Path(root, folder, file)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{call}: looked for {path} ({error.strerror}). {way_out}") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if expected not in (None, found):
+        raise DataError(
+            f"{call}: {path} has md5 {found}, but the original has {expected}: the file is "
+            "damaged or is another version. Put the original in its place."
+        )
+    return content
 
 
 def _parse_idx(call: str, content: bytes, compressed: bool) -> np.ndarray:

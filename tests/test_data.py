@@ -199,7 +199,7 @@ def test_error_omniglot_damaged(tiny_omniglot, how):
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         path.write_bytes({"cut": content[:-9], "flipped": flipped, "text": b"a,b,c\n"}[how])
     message = omniglot_error(root)
-    assert str(path) in message and "is damaged or is another file" in message
+    assert f"{path.name} is damaged or is another file" in message
 
 
 @pytest.mark.parametrize("name", ["images", "alphabet_id", "is_evaluation"])
@@ -249,6 +249,55 @@ def test_error_checksum(tiny_mnist, file):
         data.mnist(tiny_mnist)
     assert str(path) in str(caught.value)
     assert hashlib.md5(content).hexdigest() in str(caught.value)
+
+
+# ---- a9a
+
+
+@needs("libsvm")
+def test_a9a():
+    table = data.a9a()
+    assert (table.name, table.classes) == ("a9a", 2)
+    assert table.train_inputs.shape == (32561, 123) and table.test_inputs.shape == (16281, 123)
+    assert table.train_inputs.dtype == np.float32 and table.train_labels.dtype == np.int32
+    assert set(np.unique(table.train_inputs)) == {0, 1}
+    assert table.train_labels.sum() == 7841 and table.test_labels.sum() == 3846
+    assert np.flatnonzero(table.train_inputs[0]).tolist() == [
+        *(2, 10, 13, 18, 38, 41, 54, 63, 66, 72, 74, 75, 79, 82)
+    ]
+
+
+@pytest.fixture
+def tiny_a9a(tmp_path, monkeypatch):
+    (tmp_path / "libsvm").mkdir()
+    contents = {"a9a": b"-1 1:1 123:1 \n+1 2:1 \n", "a9a.t": b"+1 3:1 \n"}
+    for name, content in contents.items():
+        (tmp_path / "libsvm" / name).write_bytes(content)
+        monkeypatch.setitem(data._A9A, name, hashlib.md5(content).hexdigest())
+    return tmp_path
+
+
+def test_a9a_from_tiny_files(tiny_a9a):
+    table = data.a9a(tiny_a9a)
+    expected = np.zeros((2, 123), np.float32)
+    expected[[0, 0, 1], [0, 122, 1]] = 1
+    np.testing.assert_array_equal(table.train_inputs, expected, strict=True)
+    assert table.train_labels.tolist() == [0, 1] and table.test_labels.tolist() == [1]
+    assert np.flatnonzero(table.test_inputs[0]).tolist() == [2]
+
+
+def test_a9a_errors(tiny_a9a, monkeypatch):
+    monkeypatch.delenv("HYPERGRAD_DATA", raising=False)
+    with pytest.raises(
+        data.DataError, match=r"a9a\(directory=None\): no directory .* holds libsvm/ with its two"
+    ):
+        data.a9a()
+    (tiny_a9a / "libsvm" / "a9a.t").write_bytes(b"+1 4:1 \n")
+    with pytest.raises(data.DataError, match=r"a9a\(.*a9a.t has md5 .* damaged or is another version"):
+        data.a9a(tiny_a9a)
+    (tiny_a9a / "libsvm" / "a9a").unlink()
+    with pytest.raises(data.DataError, match=r"a9a\(.*: looked for "):
+        data.a9a(tiny_a9a)
 
 
 # ---- read_idx
