@@ -27,7 +27,7 @@ def square(w: Any, meta: Any, step: Any) -> Any:
     return jnp.sum((w - 1.0) ** 2)
 
 
-@pytest.mark.parametrize("optimizer", TYPICAL)
+@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adam", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_stored_in_float64(optimizer: str) -> None:
     """Under jit by every adjoint; and without it, where the factors are known."""

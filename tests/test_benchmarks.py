@@ -28,6 +28,7 @@ def measured():
     return rows, gradients
 
 
+@pytest.mark.slow
 def test_all_contestants_agree(measured):
     rows, gradients = measured
     expected = [(o, c) for o in bench.OPTIMIZERS for c in bench.CONTESTANTS]
@@ -47,6 +48,7 @@ def test_all_contestants_agree(measured):
             np.testing.assert_allclose(gradients[key] / scale, reference / scale, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", bench.OPTIMIZERS)
 def test_hypergradient_is_the_finite_difference(measured, optimizer):
     training = bench.OPTIMIZERS[optimizer]
@@ -98,6 +100,7 @@ def test_where_the_run_is_long_only_some_are_called(monkeypatch):
     assert [key.contestant for key in gradients] == ["plain training"]
 
 
+@pytest.mark.slow
 def test_plot_and_texts(measured, tmp_path):
     rows, _ = measured
     report = {"machine": bench.describe_machine(), "rows": rows, "verdict": bench.verdict(rows, 36)}

@@ -15,6 +15,7 @@ def digits():
     return experiment.load("digits", None)
 
 
+@pytest.mark.slow
 def test_figures_and_files_are_written(tmp_path, digits, quick_compile):
     small = experiment.Config(model="logistic", meta_steps=3, seeds=1, steps=3, inits=1)
     outcome = experiment.main(small, output=str(tmp_path), full=False)

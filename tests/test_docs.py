@@ -4,8 +4,10 @@ import doctest
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import hypergrad
@@ -14,6 +16,15 @@ ROOT = Path(__file__).parent.parent
 MODULES = ["hypergrad", *(m.name for m in pkgutil.walk_packages(hypergrad.__path__, "hypergrad."))]
 README = (ROOT / "README.md").read_text()
 PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/**/*.md"))]
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Compile with little effort."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.parametrize("name", MODULES)

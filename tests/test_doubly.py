@@ -147,6 +147,7 @@ def problem(asynchrony: Any, schedules: Any) -> Any:
     return objective, everything
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_doubly_factored_hypergradients() -> None:
     """In everything, reversed; against `Stored`, and that against finite differences."""
@@ -162,6 +163,7 @@ def test_doubly_factored_hypergradients() -> None:
     assert_agrees_with_finite_differences(value, everything, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_late_hypergradients() -> None:
     """Through the rings; and `Reversible` refuses them by name."""

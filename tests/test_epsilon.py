@@ -162,6 +162,7 @@ def once(make: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
+@pytest.mark.slow
 def test_resumes_to_the_same_results_with_the_stated_number_of_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

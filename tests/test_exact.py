@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hypergrad import exact
 
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
 FACTORS = st.one_of(

@@ -15,6 +15,7 @@ from experiments.data_weights import examples
 SMALL = experiment.Config(data="digits", hidden=3, steps=5, batch_size=50, curvature_examples=50)
 
 
+@pytest.mark.slow
 def test_influence_with_much_damping_is_an_inner_product() -> None:
     e, _ = examples(SMALL, None)
     e = e._replace(images=e.images[:20], labels=e.labels[:20])

@@ -134,7 +134,7 @@ def randomised(params, seed=0):
     return structure.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
 
 
-@pytest.mark.parametrize(("shape", "depth"), [((8, 8, 1), 3), ((9, 28, 3), 3)])
+@pytest.mark.parametrize(("shape", "depth"), [((8, 8, 1), 3), ((9, 12, 3), 2)])
 @pytest.mark.usefixtures("x64")
 def test_convnet_is_equinoxs(shape, depth):
     init, apply = nets.convnet(shape, 10, width=5, depth=depth)
@@ -194,6 +194,7 @@ def test_convnet_has_finite_derivatives_at_constant_images():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(derivatives(params, images)))
 
 
+@pytest.mark.slow
 def test_convnet_trains_reversibly():
     init, apply = nets.convnet((8, 8, 1), 3, width=8, depth=2)
     start = init(jax.random.key(0))

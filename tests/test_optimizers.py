@@ -47,7 +47,21 @@ SHAPES = {"matrix": (4, 3), "vector": (3,), "kernel": (2, 2, 3)}
 # Derivatives.
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+COSTLY = {
+    "adamw",
+    "radam",
+    "lamb",
+    "lars",
+    "shampoo",
+    "nadam",
+    "adamax",
+    "amsgrad",
+    "rmsprop_momentum(centered=True)",
+}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in COSTLY else []) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("optimizer", EACH)
 @pytest.mark.usefixtures("x64")
 def test_derivatives_in_everything(optimizer: str) -> None:
     """By every adjoint, against `Stored`, and `Stored` against finite differences.

@@ -49,6 +49,7 @@ def compiled_memory(problem: dict[str, Any], adjoint: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_predicts_what_the_compiled_programs_take_and_chooses_by_it() -> None:
     given = problem()
     made = hg.plan(**given, budget=1e12)

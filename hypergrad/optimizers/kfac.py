@@ -104,7 +104,7 @@ def kfac(
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> from hypergrad import curvature, nets
-    >>> init, apply = nets.mlp((2, 3, 2))
+    >>> init, apply = nets.mlp((2, 2))
     >>> x, y = jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.array([0, 1])
     >>> loss = lambda w, meta, step: nets.cross_entropy(apply(w, x), y)
     >>> network = lambda w, meta, step, probes: apply(w, x, probes)
@@ -327,7 +327,7 @@ def adaptive_kfac(
 
     >>> import jax, jax.numpy as jnp, hypergrad as hg
     >>> from hypergrad import curvature, nets
-    >>> init, apply = nets.mlp((2, 3, 2))
+    >>> init, apply = nets.mlp((2, 2))
     >>> x, y = jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.array([0, 1])
     >>> loss = lambda w, meta, step: nets.cross_entropy(apply(w, x), y)
     >>> network = lambda w, meta, step, probes: apply(w, x, probes)
@@ -335,7 +335,7 @@ def adaptive_kfac(
     >>> def final(damping):
     ...     arguments = {"steps": 10, "optimizer": optimizer, "adjoint": hg.Checkpointed()}
     ...     return hg.train(loss, init(jax.random.key(0)), {"damping": damping}, **arguments).losses[-1]
-    >>> bool(final(1.0) < 0.1), bool(jax.grad(final)(1.0) > 0)
+    >>> bool(final(1.0) < 0.3), bool(jax.grad(final)(1.0) > 0)
     (True, True)
     """
     call = f"adaptive_kfac(refresh={refresh}, adapt={adapt})"
