@@ -3,7 +3,6 @@
 from typing import Any
 
 import hypothesis
-import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ FACTORS = st.one_of(
     st.floats(2.0**-7, 1.0),
     st.sampled_from([1.0, 2.0**-7, 0.5, 0.9, 0.999, 1 - 2.0**-32, 1 - 2.0**-20, 0.75]),
 )
-SHAPES = hypothesis.extra.numpy.array_shapes(min_dims=0, max_dims=3, max_side=4)
+SHAPES = st.sampled_from([(), (1,), (4,), (3, 1, 2)])
 
 
 def integers(shape: tuple[int, ...], seed: int, bits: int = 61) -> Any:
@@ -62,7 +61,7 @@ def test_scales_and_shifts_are_undone_bit_for_bit(shape: Any, factors: list[floa
     assert exact.is_empty(buffer)
 
 
-@hypothesis.given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 2**31))
+@hypothesis.given(st.sampled_from([1, 3, 12]), st.integers(1, 20), st.integers(0, 2**31))
 def test_factors_by_element_are_undone_bit_for_bit(size: int, steps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     start = integers((size,), seed)
