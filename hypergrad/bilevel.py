@@ -12,8 +12,8 @@ solver            ``u`` in the step of ``θ``             work          use it
 `f2sa`            none; off by ``O(1/λ)``                3 T + 3       Situational: no second derivatives
 `unrolled`        ``α Σ_{k<T} (I - α A)^k ∂g/∂w``        3 T + 1       Situational: runs that stop early
 `truncated`       its first ``K`` terms                  T + 2 K + 1   Situational: cheaper, and biased
-`t1_t2`           ``α ∂g/∂w``                            T + 3         Not recommended: the most biased
-`darts`           ``ξ ∂g/∂w``                            5             Not recommended: the same
+`t1_t2`           ``α ∂g/∂w``                            T + 3         Situational: cheap, most biased
+`darts`           ``ξ ∂g/∂w``                            5             Situational: the same
 `darts(order=1)`  0                                      2             Not recommended: direct effects only
 ================  =====================================  ============  ====================================
 
@@ -77,8 +77,9 @@ class Problem:
     Args:
       inner: ``inner(params, hypers, rows) -> scalar``, a JAX function, ``rows`` being ``(b,)`` int32.
       outer: ``outer(params, hypers, rows) -> scalar``, on examples of its own.
-      inner_size: number of examples of the inner function; 1 if it ignores the rows.
-      outer_size: number of examples of the outer function.
+      inner_size: number of examples of the inner function; None if it does not look at the rows.  Rows
+        beyond the arrays it looks into would be read as the last, as JAX does: give their length.
+      outer_size: number of examples of the outer function, likewise.
       batch_size: rows of a minibatch, of either kind; it divides both numbers.  None for all of them.
 
     Raises:
@@ -96,45 +97,45 @@ class Problem:
 
     inner: Callable[[PyTree, PyTree, Array], Array]
     outer: Callable[[PyTree, PyTree, Array], Array]
-    inner_size: int = 1
-    outer_size: int = 1
+    inner_size: int | None = None
+    outer_size: int | None = None
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"inner_size": self.inner_size, "outer_size": self.outer_size}
-        call = f"Problem(inner, outer, {', '.join(f'{name}={size}' for name, size in sizes.items())}"
-        call += f", batch_size={self.batch_size})"
+        call, sizes = str(self), {"inner_size": self.inner_size, "outer_size": self.outer_size}
+        for name, number in (sizes | {"batch_size": self.batch_size}).items():
+            if number is not None:
+                check_whole(call, name, number, 1, None)
         for name, size in sizes.items():
-            check_whole(call, name, size, 1, None)
-        if self.batch_size is None:
-            return
-        check_whole(call, "batch_size", self.batch_size, 1, None)
-        for name, size in sizes.items():
-            if size % self.batch_size:
+            if self.batch_size is not None and size is not None and size % self.batch_size:
                 raise ValueError(
                     f"{call}: batch_size must divide {name}, or the mean over blocks is not that over "
                     f"examples; leave out {size % self.batch_size} of the examples, or take another one"
                 )
 
+    def __str__(self) -> str:
+        sizes = f"inner_size={self.inner_size}, outer_size={self.outer_size}, batch_size={self.batch_size}"
+        return f"Problem(inner, outer, {sizes})"
+
     @property
     def inner_batch(self) -> int:
         """Rows in a block of the inner function."""
-        return self.batch_size or self.inner_size
+        return 1 if self.inner_size is None else self.batch_size or self.inner_size
 
     @property
     def outer_batch(self) -> int:
         """Rows in a block of the outer function."""
-        return self.batch_size or self.outer_size
+        return 1 if self.outer_size is None else self.batch_size or self.outer_size
 
     @property
     def inner_blocks(self) -> int:
         """Number of blocks of the inner function."""
-        return self.inner_size // self.inner_batch
+        return (self.inner_size or 1) // self.inner_batch
 
     @property
     def outer_blocks(self) -> int:
         """Number of blocks of the outer function."""
-        return self.outer_size // self.outer_batch
+        return (self.outer_size or 1) // self.outer_batch
 
     def inner_rows(self, block: Array) -> Array:
         """Rows of a block of the inner function, ``(b,)`` int32."""
@@ -260,15 +261,22 @@ def solve(
     if not isinstance(key, Array) or key.ndim != (not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"{call}: key must be one key, such as jax.random.key(0)")
     params, hypers = floats(call, "params", params), floats(call, "hypers", hypers)
-    for role, function, batch in (
-        ("inner", problem.inner, problem.inner_batch),
-        ("outer", problem.outer, problem.outer_batch),
+    for role, function, batch, size in (
+        ("inner", problem.inner, problem.inner_batch, problem.inner_size),
+        ("outer", problem.outer, problem.outer_batch, problem.outer_size),
     ):
-        result = jax.eval_shape(function, params, hypers, jnp.zeros(batch, jnp.int32))
+        rows = jnp.zeros(batch, jnp.int32)
+        closed, result = jax.make_jaxpr(function, return_shape=True)(params, hypers, rows)
         scalar = isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()
         if not scalar or not jnp.issubdtype(result.dtype, jnp.floating):
             raise ValueError(
                 f"{call}: {role} must return one scalar float, and returned {describe(result)}"
+            )
+        looked_at = any(closed.jaxpr.invars[-1] is v for eqn in closed.jaxpr.eqns for v in eqn.invars)
+        if size is None and looked_at:
+            raise ValueError(
+                f"{call}: {role} looks at its rows, and {problem} does not say how many there are; give "
+                f"{role}_size, the number of its examples"
             )
 
     def step(state: State, _: None) -> tuple[State, None]:
@@ -363,7 +371,10 @@ class Reduced(NamedTuple):
 
 
 def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> Solver:
-    """`soba` with variance reduction: constant rates, and linear convergence on minibatches.
+    """`soba` with variance reduction: constant rates on minibatches; linear convergence where ``h`` allows.
+
+    It is linear where ``h(θ) = g(w*(θ), θ)`` satisfies the Polyak-Łojasiewicz inequality, for rates that
+    are small enough; larger ones diverge, sometimes late.
 
     Each of ``∂f/∂w``, ``A u``, ``M u``, ``∂g/∂w`` and ``∂g/∂θ`` is replaced by
     ``x_i - table_i + mean(table)``, where ``x_i`` is that of the block drawn; then ``table_i <- x_i``.
@@ -421,7 +432,8 @@ def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
 
     def work(problem: Problem) -> Work:
         return Work(
-            2 * problem.inner_size + problem.outer_size, 2 * problem.inner_batch + problem.outer_batch
+            2 * problem.inner_blocks * problem.inner_batch + problem.outer_blocks * problem.outer_batch,
+            2 * problem.inner_batch + problem.outer_batch,
         )
 
     return Solver(name, init, step, work)
@@ -432,7 +444,8 @@ def amortized(
 ) -> Solver:
     """Alternating, warm-started: ``T`` steps of ``w``, ``U`` steps of ``u``, one of ``θ``.
 
-    The steps are those of `soba`, each on its own minibatch; ``w`` and ``u`` go on from where they were.
+    The steps are those of `soba`, each on its own minibatch of ``f`` and all on one of ``g``; ``w`` and
+    ``u`` go on from where they were.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -807,10 +820,15 @@ def _called(name: str, *, whole: dict[str, int] | None = None, **rates: Rate) ->
     shown = [f"{key}={_shown(rate)}" for key, rate in rates.items()]
     call = f"{name}({', '.join([*shown, *(f'{key}={number!r}' for key, number in whole.items())])})"
     for key, rate in rates.items():
-        if callable(rate) or isinstance(rate, jax.core.Tracer):
-            continue
-        known = isinstance(rate, int | float | np.generic | np.ndarray | Array)
-        if not known or jnp.ndim(rate) or not rate > 0:
+        # Of a schedule, and of a number under jit, only shape and type are known.
+        value: Any = jax.eval_shape(rate, jnp.int32(0)) if callable(rate) else rate
+        known = isinstance(value, int | float | np.generic | np.ndarray | Array | jax.ShapeDtypeStruct)
+        kinds = (jnp.floating, jnp.integer)
+        one = (
+            known and jnp.ndim(value) == 0 and any(jnp.issubdtype(jnp.result_type(value), k) for k in kinds)
+        )
+        unknown = callable(rate) or isinstance(rate, jax.core.Tracer)
+        if not one or not (unknown or 0 < value < np.inf):
             raise ValueError(f"{call}: {key} must be one number above 0, or a schedule: count -> number")
     for key, number in whole.items():
         check_whole(call, key, number, 1, None)

@@ -408,6 +408,14 @@ def test_functions_are_traced_a_fixed_number_of_times() -> None:
             r"soba\(.*: linear_rate must be one number above 0",
         ),
         (lambda: bilevel.f2sa(rate=1.0, hyper_rate=1.0, penalty=0), r"f2sa\(.*: penalty must be one"),
+        (lambda: bilevel.soba(rate=float("inf"), hyper_rate=1.0), r"soba\(rate=inf.*: rate must be one"),
+        (lambda: bilevel.soba(rate=True, hyper_rate=1.0), r"soba\(rate=True.*: rate must be one"),
+        (lambda: bilevel.soba(rate=1j, hyper_rate=1.0), r"soba\(rate=1j.*: rate must be one"),
+        (
+            lambda: bilevel.soba(rate=1.0, hyper_rate=lambda count: count * jnp.ones(2)),
+            r"soba\(.*hyper_rate=<schedule>.*: hyper_rate must be one number above 0, or a schedule",
+        ),
+        (lambda: bilevel.soba(rate=lambda count: None, hyper_rate=1.0), r"soba\(.*: rate must be one"),
         (lambda: bilevel.darts(rate=1.0, hyper_rate=1.0, order=3), r"darts\(.*order=3\): order must be 1"),
         (
             lambda: bilevel.darts(rate=1.0, hyper_rate=1.0, order=1, lookahead=0.1),
@@ -429,7 +437,8 @@ def test_functions_are_traced_a_fixed_number_of_times() -> None:
         (lambda: bilevel.Problem(max, max, 4, 6, 4), r"Problem\(.*batch_size=4\): batch_size must divide"),
         (lambda: bilevel.Problem(max, max, 4, 6, 0), r"Problem\(.*: batch_size must be a whole number"),
     ],
-    ids=["rate", "none", "hyper_rate", "shape", "linear_rate", "penalty", "order", "lookahead",
+    ids=["rate", "none", "hyper_rate", "shape", "linear_rate", "penalty", "infinite", "bool", "complex",
+         "schedule", "nothing", "order", "lookahead",
          "inner_steps", "window", "whole", "size", "divides", "batch_size"],
 )  # fmt: skip
 def test_settings_that_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -460,12 +469,30 @@ def test_settings_that_are_refused(make: Callable[[], Any], message: str) -> Non
             ValueError,
             r"outer must return one scalar float",
         ),
+        (
+            {"problem": ("inner_size", None)},
+            ValueError,
+            r"inner looks at its rows, and Problem\(inner, outer, inner_size=None, .* give inner_size",
+        ),
+        ({"problem": ("outer_size", None)}, ValueError, "outer looks at its rows, .* give outer_size"),
     ],
-    ids=["steps", "divides", "every", "key", "params", "hypers", "inner", "outer"],
+    ids=[
+        "steps",
+        "divides",
+        "every",
+        "key",
+        "params",
+        "hypers",
+        "inner",
+        "outer",
+        "inner_size",
+        "outer_size",
+    ],
 )
 def test_calls_that_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     data, state = logistic()
     functions: Any = {"inner": data.inner, "outer": data.outer}
+    functions |= dict.fromkeys(("inner_size", "outer_size"), len(data.X))
     if "problem" in changes:
         functions |= dict([changes.pop("problem")])
     start: dict[str, Any] = {"params": state.params, "hypers": state.hypers}
