@@ -1,15 +1,17 @@
 """Bilevel solvers beside each other, by time and by gradient evaluations, on two problems.
 
 Data hyper-cleaning: half of the training labels of MNIST are replaced by random ones, and a softmax
-classifier ``w`` minimises ``f = mean_i sigmoid(θ_i) loss_i(w) + penalty/2 |w|²``.  The ``θ``, one for
-each of 20,000 examples, are to minimise the loss ``g`` on clean examples; shown is the test error.
+classifier ``w`` minimises ``f = mean_i sigmoid(θ_i) loss_i(w) + penalty/2 |w|²``, biases not penalised.
+The ``θ``, one for each of 20,000 examples, are to minimise the loss ``g`` on 5,000 clean examples; shown is
+the test error, beside that of a classifier trained on the clean examples alone.
 
 Regularisation selection: logistic regression on a9a, ``f = mean_i loss_i(w) + ½ Σ_k exp(θ_k) w_k²``, and
 ``g`` is the loss on examples held out.  Shown is the suboptimality of ``h(θ) = g(w*(θ))``, the inner
 problem being solved to the end for every point that is drawn.
 
 Every method has the same budget of gradient evaluations (see `hypergrad.bilevel` for how they count), and
-constant step sizes that are the best of the same grid, with other seeds.  "reversible" is `hg.train` from
+constant step sizes that are the best of a grid, with other seeds; the grid begins alike for all, and grows
+where the best is at its edge.  "reversible" is `hg.train` from
 the start for every hypergradient, played backwards bit for bit.  The first order of DARTS never moves ``θ``
 here, since ``g`` does not depend on it directly: it is training without hyperparameter optimisation.
 
@@ -19,10 +21,11 @@ here, since ``g`` does not depend on it directly: it is training without hyperpa
 
 import argparse
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +36,14 @@ import numpy as np
 import optax
 import scipy.optimize
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad import bilevel, data, implicit, nets, plots
 
 # Seeds of the grid, used for nothing else: rates are the best for the first, and must not diverge for any.
 TUNED_ON = (1000, 1001, 1002, 1003, 1004)
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 8) for digit in (1, 3))
 
 
 METHODS: dict[str, Callable[..., bilevel.Solver]] = {
@@ -63,13 +68,14 @@ class Config:
     examples: tuple[int, int]  # of the inner and the outer function
     batch_size: int
     budget: int  # gradients of single examples in a run
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # neighbours on the ladder
     hyper_rates: tuple[float, ...]
     reversible_steps: int
+    widened: int = 8  # how often the grid may grow
     points: int = 12  # of a curve, beside its start
     seeds: int = 10
-    wrong: float = 0.5  # share of the training labels that are replaced by a random one
-    penalty: float = 1e-3
+    wrong: float = 0.5  # share of the training labels that are replaced by a random one, in hyper-cleaning
+    penalty: float = 1e-3  # in hyper-cleaning
     methods: tuple[str, ...] = ALL
 
 
@@ -101,6 +107,7 @@ SMALL: dict[str, Any] = {
     "budget": 60_000,
     "rates": (0.1,),
     "reversible_steps": 20,
+    "widened": 0,
     "points": 3,
     "seeds": 2,
 }
@@ -146,14 +153,16 @@ class Task(NamedTuple):
       start: from examples to parameters and hyperparameters.
       inner: ``f`` of examples, parameters, hyperparameters and rows.
       outer: ``g``, likewise.
-      quality: of examples, parameters and hyperparameters, a dictionary of numbers; "tuned" is the one by
-        which step sizes are chosen, and sees no test examples.
+      quality: of examples, parameters and hyperparameters, a dictionary of numbers, which are NaN for a run
+        that diverged; "tuned" is the one by which step sizes are chosen, and sees no test examples.
+      references: what is reached without a bilevel problem, by name.
     """
 
     start: Callable[[Examples], tuple[Any, Any]]
     inner: Callable[..., Array]
     outer: Callable[..., Array]
     quality: Callable[[Examples, Any, Any], dict[str, Array]]
+    references: Callable[[Examples], dict[str, float]]
 
     def problem(self, config: Config, e: Examples) -> bilevel.Problem:
         """The description that all solvers work on."""
@@ -189,12 +198,30 @@ def cleaning(config: Config) -> Task:
         return jnp.mean(losses(w, e.outer_inputs[rows], e.outer_labels[rows]))
 
     def quality(e: Examples, w: nets.Dense, theta: Array) -> dict[str, Array]:
-        return {
-            "tuned": jnp.mean(losses(w, e.outer_inputs, e.outer_labels)),
-            "shown": nets.error_rate(logits(w, e.test_inputs), e.test_labels),
-        }
+        tuned = jnp.mean(losses(w, e.outer_inputs, e.outer_labels))
+        error = nets.error_rate(logits(w, e.test_inputs), e.test_labels)
+        return {"tuned": tuned, "shown": jnp.where(jnp.isfinite(tuned), error, jnp.nan)}
 
-    return Task(start, inner, outer, jax.jit(quality))
+    @jax.jit
+    def slope(e: Examples, w: nets.Dense) -> tuple[Array, nets.Dense]:
+        def f(w: nets.Dense) -> Array:
+            penalty = config.penalty / 2 * jnp.sum(w.weights**2)
+            return jnp.mean(losses(w, e.outer_inputs, e.outer_labels)) + penalty
+
+        return jax.value_and_grad(f)(w)
+
+    def references(e: Examples) -> dict[str, float]:
+        zero, unravel = ravel_pytree(start(e)[0])
+
+        def evaluate(w: np.ndarray) -> tuple[float, np.ndarray]:
+            value, found = slope(e, unravel(jnp.asarray(w, jnp.float32)))
+            return float(value), np.asarray(ravel_pytree(found)[0], np.float64)
+
+        found = scipy.optimize.minimize(evaluate, np.asarray(zero, np.float64), jac=True, method="L-BFGS-B")
+        error = nets.error_rate(logits(unravel(jnp.float32(found.x)), e.test_inputs), e.test_labels)
+        return {"clean examples alone": float(error)}
+
+    return Task(start, inner, outer, jax.jit(quality), references)
 
 
 def regularisation(config: Config) -> Task:
@@ -214,10 +241,12 @@ def regularisation(config: Config) -> Task:
 
     def quality(e: Examples, w: Array, theta: Array) -> dict[str, Array]:
         solved = minimum(inner, e, w, theta)
+        slope = jax.grad(lambda w: inner(e, w, theta, jnp.arange(len(e.labels))))(solved)
         value = jnp.mean(losses(solved, e.outer_inputs, e.outer_labels))
+        value = jnp.where(jnp.linalg.norm(slope) < 1e-4, value, jnp.nan)
         return {"tuned": value, "shown": value}
 
-    return Task(start, inner, outer, jax.jit(quality))
+    return Task(start, inner, outer, jax.jit(quality), lambda e: {})
 
 
 def minimum(inner: Callable[..., Array], e: Examples, w: Array, theta: Array, steps: int = 2) -> Array:
@@ -270,8 +299,10 @@ def least(task: Task, e: Examples) -> float:
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
-            options={"maxiter": 200},
+            options={"maxiter": 1000},
         )
+    if not found.success:
+        raise RuntimeError(f"L-BFGS did not find the best penalties: {found.message}")
     return float(found.fun)
 
 
@@ -313,7 +344,7 @@ class Curve(NamedTuple):
     """A run of a method.
 
     Attributes:
-      seconds: at every point, beside what compiling and judging took.
+      seconds: at every point, beside what compiling and judging took; NaN for a run that was refused.
       evaluations: gradients of single examples up to there.
       shown: what the figure shows.
       tuned: by what step sizes are chosen, at the end; infinite for a run that diverged.
@@ -357,7 +388,8 @@ def runner(config: Config, task: Task, make: Callable[..., bilevel.Solver]) -> C
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             if "ReversalError" not in str(error):
                 raise
-            return Curve(evaluations, evaluations, np.full(len(evaluations), np.nan), np.inf)  # diverged
+            missing = np.full(len(evaluations), np.nan)
+            return Curve(missing, evaluations, missing, np.inf)  # diverged
         total = time.perf_counter() - begin
         places = range(len(evaluations)) if whole else [len(evaluations) - 1]
         judged = [task.quality(e, *jax.tree.map(lambda x, k=k: x[k], recorded)) for k in places]
@@ -372,48 +404,82 @@ def runner(config: Config, task: Task, make: Callable[..., bilevel.Solver]) -> C
 class Result(NamedTuple):
     """What came out for one problem: by method, the rates and a curve for every seed."""
 
-    rates: dict[str, tuple[float, float]]
+    rates: dict[str, "Tuned"]
     curves: dict[str, list[Curve]]
     least: float  # subtracted from what is shown
+    references: dict[str, list[float]]
 
 
 Runs = dict[str, Callable[..., Curve]]
+Pair = tuple[float, float]
 
 
-def tune(config: Config, run: Runs, directory: str | None) -> dict[str, tuple[float, float]]:
-    """The best rates of the grid for every method."""
+class Tuned(NamedTuple):
+    """The rates of ``w`` and ``θ`` that were chosen, and all that were tried."""
+
+    pair: Pair
+    rates: tuple[float, ...]
+    hyper_rates: tuple[float, ...]
+
+
+def tune(config: Config, run: Runs, directory: str | None) -> dict[str, Tuned]:
+    """The best rates for every method, of a grid that grows until they are not at its edge."""
     first, *others = ((seed, examples(config, directory, seed)) for seed in TUNED_ON)
-    grid = list(itertools.product(config.rates, config.hyper_rates))
-    rates = {}
+    found = {}
     for name, timed in run.items():
 
-        def reached(pair: tuple[float, float], seed: int, e: Examples, timed: Any = timed) -> float:
+        @cache
+        def reached(pair: Pair, place: int = 0, timed: Any = timed) -> float:
+            seed, e = (first, *others)[place]
             return timed(e, pair, seed, whole=False).tuned
 
-        tuned = {pair: reached(pair, *first) for pair in grid}
-        ranked = sorted(grid, key=lambda pair: tuned[pair])
-        stable = (pair for pair in ranked if all(reached(pair, *other) < np.inf for other in others))
-        rates[name] = next(stable, ranked[0])
-        print(
-            f"{config.task}: {name:<20} rates {rates[name]}, tuned to {tuned[rates[name]]:.5f}", flush=True
-        )
-    return rates
+        axes = [config.rates, config.hyper_rates]
+        for widened in range(config.widened + 1):
+            ranked = sorted(itertools.product(*axes), key=reached)
+            stable = (p for p in ranked if all(reached(p, 1 + k) < np.inf for k in range(len(others))))
+            best = next(stable, ranked[0])
+            wider = [beyond(values, k, best, reached) for k, values in enumerate(axes)]
+            if wider == axes or widened == config.widened:
+                break
+            axes = wider
+        found[name] = Tuned(best, *axes)
+        edge = "" if wider == axes else ", at the edge of the grid"
+        print(f"{config.task}: {name:<20} rates {best}, tuned to {reached(best):.5f}{edge}", flush=True)
+    return found
+
+
+def beyond(
+    values: tuple[float, ...], axis: int, best: Pair, reached: Callable[[Pair], float]
+) -> tuple[float, ...]:
+    """The values of an axis, and one more if the best is the last and better than the one before.
+
+    An axis of one value is held.
+    """
+    for end, step in ((0, -1), (-1, 1)) if len(values) > 1 else ():
+        other = list(best)
+        other[axis] = values[end - step]
+        if best[axis] == values[end] and not reached(best) >= reached((other[0], other[1])):
+            new = LADDER[LADDER.index(values[end]) + step]
+            return (new, *values) if step < 0 else (*values, new)
+    return values
 
 
 def compare(
-    config: Config, run: Runs, rates: dict[str, tuple[float, float]], directory: str | None
+    config: Config, task: Task, run: Runs, rates: dict[str, Tuned], directory: str | None
 ) -> Result:
     """Runs of all methods, compiled before, from new seeds; the methods take turns."""
     curves: dict[str, list[Curve]] = {name: [] for name in run}
+    references = []
     for seed in range(config.seeds):
         e = examples(config, directory, seed)
+        references.append(task.references(e))
         for name, timed in run.items():
-            curves[name].append(timed(e, rates[name], seed))
+            curves[name].append(timed(e, rates[name].pair, seed))
     floor = 0.0
     if config.task == "regularisation":
-        found = least(regularisation(config), e)
+        found = least(task, e)
         floor = min(found, *(np.nanmin(c.shown) for each in curves.values() for c in each))
-    return Result(rates, curves, float(floor))
+    return Result(rates, curves, float(floor), {k: [each[k] for each in references] for k in references[0]})
 
 
 def summary(config: Config, result: Result) -> dict[str, Any]:
@@ -424,14 +490,22 @@ def summary(config: Config, result: Result) -> dict[str, Any]:
         # One of the seeds, so that a run that diverged, infinite from there, is not averaged with another.
         low, median, high = np.quantile(shown, (0.25, 0.5, 0.75), axis=0, method="nearest")
         methods[name] = {
-            "rates": list(result.rates[name]),
+            "rates": list(result.rates[name].pair),
+            "grid": {k: list(getattr(result.rates[name], k)) for k in ("rates", "hyper_rates")},
             "evaluations": curves[0].evaluations.tolist(),
-            "seconds": np.median([curve.seconds for curve in curves], axis=0).tolist(),
+            "seconds": _numbers(np.nanmedian([curve.seconds for curve in curves], axis=0)),
             "median": _numbers(median),
             "quartiles": [_numbers(low), _numbers(high)],
             "diverged": int(np.isinf(shown[:, -1]).sum()),
         }
-    return {"config": asdict(config), "least": result.least, "methods": methods}
+    references = {name: float(np.median(each)) for name, each in result.references.items()}
+    return {
+        "config": asdict(config),
+        "cores": os.cpu_count(),
+        "least": result.least,
+        "references": references,
+        "methods": methods,
+    }
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
@@ -447,7 +521,7 @@ def main(
         task = TASKS[config.task](config)
         run = {name: runner(config, task, make) for name, make in methods(config).items()}
         rates = tune(config, run, directory)
-        record[config.task] = summary(config, compare(config, run, rates, directory))
+        record[config.task] = summary(config, compare(config, task, run, rates, directory))
     for name, each in record.items():
         unit = "test error" if name == "hyper-cleaning" else "suboptimality"
         print(f"\n{name}: {unit} at the end, median [quartiles] of {each['config']['seeds']} seeds")
@@ -458,6 +532,8 @@ def main(
             )
             print(f"{method:<20}{middle:>10} [{low}, {high}]  {found['evaluations'][-1]:>9} evaluations, "
                   f"{found['seconds'][-1]:.2f} s, {found['diverged']} diverged")  # fmt: skip
+        for reference, value in each["references"].items():
+            print(f"{reference:<20}{value:>10.3g}")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         draw(Path(output) / "bilevel.png", record)
@@ -479,8 +555,11 @@ def draw(path: Path, record: dict[str, Any]) -> None:
             for place, x in zip(row, by):
                 place.plot(x, median, label=method, **look)
                 place.fill_between(x, low, high, color=shades[k], alpha=0.15, linewidth=0)
+        for (reference, value), place in itertools.product(each["references"].items(), row):
+            place.axhline(value, color="0.3", linewidth=0.9, linestyle=(0, (6, 4)), label=reference)
         cleaning, data = name == "hyper-cleaning", each["config"]["data"]
-        for place, xlabel in zip(row, ("gradients of single examples, millions", "time on one core, s")):
+        units = "gradients of single examples, millions", "time on the machine of the record, s"
+        for place, xlabel in zip(row, units):
             place.set(
                 title=f"Hyper-cleaning, {data}" if cleaning else f"Regularisation, {data}",
                 xlabel=xlabel,

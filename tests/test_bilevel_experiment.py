@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from experiments import bilevel as experiment
 
@@ -81,13 +82,46 @@ def test_rates_that_diverge_for_another_seed_are_not_chosen() -> None:
         diverged = pair[1] == 1e3 and seed == experiment.TUNED_ON[-1]
         return experiment.Curve(np.zeros(1), np.zeros(1), np.zeros(1), np.inf if diverged else pair[1])
 
-    assert experiment.tune(CLEANING, {"SOBA": timed}, None) == {"SOBA": (0.1, 3e3)}
+    assert experiment.tune(CLEANING, {"SOBA": timed}, None)["SOBA"].pair == (0.1, 3e3)
+
+
+def test_the_grid_grows_until_the_best_is_inside() -> None:
+    def timed(e: Any, pair: tuple[float, float], seed: int, whole: bool) -> experiment.Curve:
+        # The best rate is below the grid's; hyper-rates make no difference.
+        return experiment.Curve(np.zeros(1), np.zeros(1), np.zeros(1), abs(np.log(pair[0] / 0.01)))
+
+    config = replace(CLEANING, rates=(0.1, 0.3), hyper_rates=(1e3, 3e3), widened=5)
+    found = experiment.tune(config, {"SOBA": timed}, None)["SOBA"]
+    assert found == ((0.01, 1e3), (0.003, 0.01, 0.03, 0.1, 0.3), (1e3, 3e3))
+
+
+def test_a_run_without_numbers_diverged() -> None:
+    for config, task in ((CLEANING, experiment.cleaning), (REGULARISATION, experiment.regularisation)):
+        e = experiment.examples(config, None, 0)
+        run = experiment.runner(replace(config, budget=20_000), task(config), experiment.METHODS["SOBA"])
+        diverged = run(e, (1e4, 1e4), 0)
+        assert diverged.tuned == np.inf
+        assert np.isfinite(diverged.shown[0]) and np.isnan(diverged.shown[-1])
+
+
+def test_training_on_the_clean_examples_alone_is_at_its_minimum() -> None:
+    config = replace(CLEANING, penalty=0.1)
+    e = experiment.examples(config, None, 0)
+    (error,) = experiment.cleaning(config).references(e).values()
+    model = LogisticRegression(C=1 / (0.1 * len(e.outer_labels)), tol=1e-8, max_iter=1000)
+    model.fit(e.outer_inputs, e.outer_labels)
+    assert error == pytest.approx(
+        1 - model.score(e.test_inputs, e.test_labels), abs=0.5 / len(e.test_labels)
+    )
 
 
 def test_runs_that_diverge_count_as_infinite() -> None:
     places = np.arange(2)
     curves = [experiment.Curve(places, places, np.array([1.0, x]), 0.0) for x in (0.5, np.nan, 0.3)]
-    result = experiment.Result({"SOBA": (0.1, 1.0)}, {"SOBA": curves}, 0.1)
-    found = experiment.summary(CLEANING, result)["methods"]["SOBA"]
+    tuned = experiment.Tuned((0.1, 1.0), (0.1,), (1.0,))
+    result = experiment.Result({"SOBA": tuned}, {"SOBA": curves}, 0.1, {"clean": [0.3, 0.1, 0.2]})
+    record = experiment.summary(CLEANING, result)
+    assert record["references"] == {"clean": 0.2}
+    found = record["methods"]["SOBA"]
     assert found["median"] == [0.9, 0.4] and found["quartiles"][1] == [0.9, None]
     assert found["diverged"] == 1
