@@ -213,3 +213,19 @@ def assert_agrees_with_finite_differences(value: Callable[[Any], Array], at: Any
         found, expected = float(jnp.vdot(g, direction)), (4 * fine - coarse) / 3
         tolerance = 1e-6 * abs(expected) + 1e-9
         assert abs(found - expected) <= tolerance, (jax.tree_util.keystr(paths[k][0]), found, expected)
+
+
+def assert_reversed_hypergradients_agree(objective: Callable[..., Array], everything: Any) -> None:
+    """Of a run that is reversed, in everything; against `Stored`, and that against finite differences.
+
+    The objective is a function of everything, the adjoint, and a change to make to its optimizer.
+    """
+
+    def both(e: Any) -> Any:
+        return [jax.grad(objective)(e, adjoint) for adjoint in (hg.Stored(), hg.Reversible(bits=2))]
+
+    expected, found = quick_jit(both)(everything)
+    errors = relative_error(found, expected)
+    assert max(errors.values()) < 1e-9, errors
+    value = quick_jit(lambda e: objective(e, hg.Stored(), unrounded))
+    assert_agrees_with_finite_differences(value, everything, expected)
