@@ -394,13 +394,14 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
         values = np.array([[x.losses[name][k] for name in PAPER] for x in found])
         style = {"color": plots.GREYS[k], "linestyle": "none", "markersize": 6}
         places = np.arange(3) + 0.16 * (k - 0.5)
-        spread = values.std(axis=0)
+        spread = values.std(axis=0, ddof=1) if len(found) > 1 else None
         losses.errorbar(places, values.mean(axis=0), spread, marker="so"[k], capsize=3, label=word, **style)
         if not config.made_up:
             style |= {"marker": "_", "markersize": 22, "markeredgewidth": 2}
             losses.plot(places, [x[k] for x in PAPER.values()], **style, label=f"{word}, authors 2015")
     losses.set_xticks(range(3), list(PAPER))
-    losses.set(title=f"After training; mean ± std. dev., seeds: {len(found)}", xlim=(-0.5, 2.5))
+    title = f"mean ± std. dev., seeds: {len(found)}" if len(found) > 1 else "one seed"
+    losses.set(title=f"After training; {title}", xlim=(-0.5, 2.5))
     losses.set(xlabel="networks", ylabel="loss (nats)", ylim=(0, None))
     losses.grid(alpha=0.25)
     losses.legend(fontsize="small", loc="lower right")
@@ -467,13 +468,17 @@ def command(arguments: Sequence[str] | None = None) -> list[Found]:
     """Run as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m experiments.omniglot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, help="0 is the authors'")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default 1, the authors')")
     parser.add_argument("--data-dir", help="folder with omniglot/ (default $HYPERGRAD_DATA)")
     parser.add_argument("--checkpoints", help="folder to save progress to and resume from")
     parser.add_argument("--reference", help="folder of the authors' results (default $HYPERGRAD_REFERENCE)")
     parser.add_argument("--fast", action="store_true", help="small, on made-up scripts; writes nothing")
     parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
     given = parser.parse_args(arguments)
+    if given.seeds < 1:
+        parser.error(
+            f"--seeds {given.seeds}: without a seed nothing is learned; give 1, the authors', or more"
+        )
     config = replace(FAST if given.fast else Config(), seeds=given.seeds)
     reference = given.reference or os.environ.get("HYPERGRAD_REFERENCE")
     output = given.output or (None if given.fast else "figures")

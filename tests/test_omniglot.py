@@ -183,6 +183,15 @@ def test_status_is_one_where_the_order_fails(monkeypatch: Any, seeds: int) -> No
     assert len(experiment.command(["--fast"])) == seeds
 
 
+@pytest.mark.parametrize("seeds", ["0", "-1"])
+def test_no_seeds_are_refused(monkeypatch: Any, capsys: Any, seeds: str) -> None:
+    monkeypatch.setattr(experiment, "main", lambda *_: pytest.fail("it began to work"))
+    with pytest.raises(SystemExit):
+        experiment.command(["--seeds", seeds])
+    refused = f"--seeds {seeds}: without a seed nothing is learned; give 1, the authors', or more"
+    assert refused in capsys.readouterr().err
+
+
 def test_summary_counts_the_seeds_in_order() -> None:
     both = [PAPER, dict.fromkeys(PAPER, (0.0, 1.0))]
     text = experiment.summary([Found(np.zeros(0), x, np.zeros(0), np.zeros(0)) for x in both])
