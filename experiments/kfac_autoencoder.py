@@ -14,7 +14,7 @@ entropy of the pixels, below which nothing can get.  Three questions:
   their defaults, and against the adaptive variant.  Work is counted in plain training runs, of which a
   hypergradient takes several, as measured.
 
-    python -m experiments.kfac_autoencoder        # twenty minutes on two cores
+    python -m experiments.kfac_autoencoder        # a quarter of an hour on two cores
     python -m experiments.kfac_autoencoder --data mnist --data-dir folder
 """
 
