@@ -22,7 +22,7 @@ needs_both = pytest.mark.skipif(
     not REFERENCE or not os.environ.get("HYPERGRAD_DATA"),
     reason="HYPERGRAD_REFERENCE or HYPERGRAD_DATA is not set",
 )
-SMALL = Config(sizes=(16, 5, 6), drawings=(2, 1, 1), steps=3, meta_iterations=3, made_up=True)
+SMALL = Config(sizes=(16, 5, 6), drawings=(2, 1, 1), steps=3, meta_iterations=3, seeds=1, made_up=True)
 SHALLOW = replace(SMALL, sizes=(16, 6))
 
 
