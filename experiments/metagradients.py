@@ -68,7 +68,8 @@ class Found(NamedTuple):
       damping: that influence was given, for foretelling and for finding.
       actual: ``(retrained,)``, change of ``L`` where examples are left out.
       foretold: by score, ``(retrained,)``.
-      test_error: by score, for every share that was removed, ``(removed,)``; and of weights by name.
+      test_error: by score, for every share that was removed, ``(removed,)``.
+      trained_on: by name of the weights, test error after training with them.
       learning: ``(meta_iterations,)``, ``L`` on the half that is followed, while the weights are learned.
       choosing: by iterations made, ``L`` on the other half.
       slope: of ``L`` along a random direction: the metagradient's, and a finite difference.

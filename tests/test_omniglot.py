@@ -22,7 +22,7 @@ needs_both = pytest.mark.skipif(
     not REFERENCE or not os.environ.get("HYPERGRAD_DATA"),
     reason="HYPERGRAD_REFERENCE or HYPERGRAD_DATA is not set",
 )
-SMALL = Config(sizes=(16, 5, 6), drawings=(2, 1, 1), steps=3, meta_iterations=3, made_up=True)
+SMALL = Config(sizes=(16, 5, 6), drawings=(2, 1, 1), steps=3, meta_iterations=3, seeds=1, made_up=True)
 SHALLOW = replace(SMALL, sizes=(16, 6))
 
 
@@ -181,6 +181,15 @@ def test_status_is_one_where_the_order_fails(monkeypatch: Any, seeds: int) -> No
         experiment.command([])
     assert stop.value.code == 1
     assert len(experiment.command(["--fast"])) == seeds
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1"])
+def test_no_seeds_are_refused(monkeypatch: Any, capsys: Any, seeds: str) -> None:
+    monkeypatch.setattr(experiment, "main", lambda *_: pytest.fail("it began to work"))
+    with pytest.raises(SystemExit):
+        experiment.command(["--seeds", seeds])
+    refused = f"--seeds {seeds}: without a seed nothing is learned; give 1, the authors', or more"
+    assert refused in capsys.readouterr().err
 
 
 def test_summary_counts_the_seeds_in_order() -> None:
