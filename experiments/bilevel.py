@@ -11,9 +11,9 @@ problem being solved to the end for every point that is drawn.
 
 Every method has the same budget of gradient evaluations (see `hypergrad.bilevel` for how they count), and
 constant step sizes that are the best of a grid, with other seeds; the grid begins alike for all, and grows
-where the best is at its edge.  "reversible" is `hg.train` from
-the start for every hypergradient, played backwards bit for bit.  The first order of DARTS never moves ``θ``
-here, since ``g`` does not depend on it directly: it is training without hyperparameter optimisation.
+where the best is at its edge.  "reversible" is `hg.train` from the start for every hypergradient, played
+backwards bit for bit.  The first order of DARTS never moves ``θ`` here, since ``g`` does not depend on it
+directly: it is training without hyperparameter optimisation.
 
     python -m experiments.bilevel            # MNIST and a9a
     python -m experiments.bilevel --fast     # digits, to see that it runs
@@ -43,6 +43,8 @@ from hypergrad import bilevel, data, implicit, nets, plots
 
 # Seeds of the grid, used for nothing else: rates are the best for the first, and must not diverge for any.
 TUNED_ON = tuple(range(1000, 1010))
+
+# Where a grid goes on beyond its ends.
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 8) for digit in (1, 3))
 
 
@@ -243,6 +245,7 @@ def regularisation(config: Config) -> Task:
         solved = minimum(inner, e, w, theta)
         slope = jax.grad(lambda w: inner(e, w, theta, jnp.arange(len(e.labels))))(solved)
         value = jnp.mean(losses(solved, e.outer_inputs, e.outer_labels))
+        # A run that diverged may end at penalties with which there is no minimum to speak of.
         value = jnp.where(jnp.linalg.norm(slope) < 1e-4, value, jnp.nan)
         return {"tuned": value, "shown": value}
 
@@ -344,7 +347,7 @@ class Curve(NamedTuple):
     """A run of a method.
 
     Attributes:
-      seconds: at every point, beside what compiling and judging took; NaN for a run that was refused.
+      seconds: at every point, beside what compiling and judging took.
       evaluations: gradients of single examples up to there.
       shown: what the figure shows.
       tuned: by what step sizes are chosen, at the end; infinite for a run that diverged.
@@ -388,26 +391,18 @@ def runner(config: Config, task: Task, make: Callable[..., bilevel.Solver]) -> C
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             if "ReversalError" not in str(error):
                 raise
-            missing = np.full(len(evaluations), np.nan)
-            return Curve(missing, evaluations, missing, np.inf)  # diverged
-        total = time.perf_counter() - begin
+            recorded = None  # diverged
+        # All steps do the same work, so the clock is read once.
+        seconds = (time.perf_counter() - begin) * evaluations / evaluations[-1]
+        if recorded is None:
+            return Curve(seconds, evaluations, np.full(len(evaluations), np.nan), np.inf)
         places = range(len(evaluations)) if whole else [len(evaluations) - 1]
         judged = [task.quality(e, *jax.tree.map(lambda x, k=k: x[k], recorded)) for k in places]
         shown = np.array([float(q["shown"]) for q in judged])
         tuned = float(np.nan_to_num(judged[-1]["tuned"], nan=np.inf))
-        # All steps do the same work, so the clock is read once.
-        return Curve(total * evaluations / evaluations[-1], evaluations, shown, tuned)
+        return Curve(seconds, evaluations, shown, tuned)
 
     return timed
-
-
-class Result(NamedTuple):
-    """What came out for one problem: by method, the rates and a curve for every seed."""
-
-    rates: dict[str, "Tuned"]
-    curves: dict[str, list[Curve]]
-    least: float  # subtracted from what is shown
-    references: dict[str, list[float]]
 
 
 Runs = dict[str, Callable[..., Curve]]
@@ -420,6 +415,22 @@ class Tuned(NamedTuple):
     pair: Pair
     rates: tuple[float, ...]
     hyper_rates: tuple[float, ...]
+
+
+class Result(NamedTuple):
+    """What came out for one problem.
+
+    Attributes:
+      rates: by method.
+      curves: by method, one for every seed.
+      least: subtracted from what is shown.
+      references: by name, one for every seed.
+    """
+
+    rates: dict[str, Tuned]
+    curves: dict[str, list[Curve]]
+    least: float
+    references: dict[str, list[float]]
 
 
 def tune(config: Config, run: Runs, directory: str | None) -> dict[str, Tuned]:
@@ -493,7 +504,7 @@ def summary(config: Config, result: Result) -> dict[str, Any]:
             "rates": list(result.rates[name].pair),
             "grid": {k: list(getattr(result.rates[name], k)) for k in ("rates", "hyper_rates")},
             "evaluations": curves[0].evaluations.tolist(),
-            "seconds": _numbers(np.nanmedian([curve.seconds for curve in curves], axis=0)),
+            "seconds": np.median([curve.seconds for curve in curves], axis=0).tolist(),
             "median": _numbers(median),
             "quartiles": [_numbers(low), _numbers(high)],
             "diverged": int(np.isinf(shown[:, -1]).sum()),
