@@ -197,7 +197,13 @@ def test_clipping_is_that_of_optax(wrap: Any, bound: str, theirs: Any) -> None:
         assert float(jnp.max(jnp.abs(found - far))) > 1e-3
 
 
-@pytest.mark.parametrize("wrap", [hg.clip, hg.clip_by_global_norm], ids=["value", "norm"])
+CLIPPED = [
+    pytest.param(hg.clip, id="value", marks=pytest.mark.slow),
+    pytest.param(hg.clip_by_global_norm, id="norm"),
+]
+
+
+@pytest.mark.parametrize("wrap", CLIPPED)
 @pytest.mark.usefixtures("x64")
 def test_clipping_with_dropout_in_every_adjoint(wrap: Any) -> None:
     """The bound is learned too; keys of the dropout are in meta, closed over, and folded from the step."""

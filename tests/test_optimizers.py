@@ -49,6 +49,9 @@ SHAPES = {"matrix": (4, 3), "vector": (3,), "kernel": (2, 2, 3)}
 
 COSTLY = {
     "adamw",
+    "heavy_ball",
+    "rmsprop_momentum",
+    "adagrad_momentum",
     "radam",
     "lamb",
     "lars",

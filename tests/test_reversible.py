@@ -108,11 +108,12 @@ def test_truncated_refuses_no_steps() -> None:
 @pytest.mark.usefixtures("x64")
 def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
     """With factors for all weights and by weight, outside of jit, where tapes are cut to measure."""
-    hypers, meta = hypers_of("adam", STEPS), jnp.asarray(1.0)
-    hypers["b1"] = {"matrix": hypers["b1"][:, None, None] * jnp.ones((1, 4, 3)), "vector": 0.8}
+    hypers, meta = hypers_of("momentum", STEPS), jnp.asarray(1.0)
+    by_weight = hypers["momentum"][:, None, None] * jnp.ones((1, 4, 3))
+    hypers["momentum"] = {"matrix": by_weight, "vector": 0.8}
 
     def gradient(adjoint: Any, hypers: Any = hypers) -> Any:
-        return jax.grad(lambda h: end(h, meta, hg.adam(), adjoint))(hypers)
+        return jax.grad(lambda h: end(h, meta, hg.momentum(), adjoint))(hypers)
 
     expected = quick_jit(lambda h: gradient(hg.Stored(), h))(hypers)
     errors = relative_error(gradient(hg.Reversible(segments=5)), expected)
