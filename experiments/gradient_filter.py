@@ -96,9 +96,9 @@ def quadratic(steps: int, dimensions: int = 20, examples: int = 8) -> Quadratic:
 def unfiltered(optimizer: Whole) -> Whole:
     """A filter that forgets everything before each step: it believes the minibatch."""
 
-    def update(h: Any, examples: Any, state: Any, params: Any) -> Any:
+    def update(h: Any, examples: Any, state: Any, params: Any, here: Any) -> Any:
         forgotten = state.gradient._replace(variance=jnp.full_like(state.gradient.variance, 1e30))
-        return optimizer.update(h, examples, state._replace(gradient=forgotten), params)
+        return optimizer.update(h, examples, state._replace(gradient=forgotten), params, here)
 
     return replace(optimizer, update=update)
 
