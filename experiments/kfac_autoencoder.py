@@ -282,14 +282,14 @@ def ranked(run: Run, tried: Sequence[dict[str, float]], keys: Sequence[Array]) -
 
 
 def search(
-    config: Config, run: Run, tried: Sequence[dict[str, float]], first: Array, further: Sequence[Array]
+    config: Config, run: Run, order: Sequence[dict[str, float]], further: Sequence[Array]
 ) -> tuple[dict[str, float], int]:
-    """The best of those tried, and the runs made: all on one key, the best few again on further ones.
+    """The best of those ranked on one key, and the runs made: the first few again, on further keys.
 
     What is best on one seed owes that to luck in part; the mean over further seeds does not.
     """
-    finalists = ranked(run, tried, [first])[: config.finalists]
-    return ranked(run, finalists, further)[0], len(tried) + len(finalists) * len(further)
+    finalists = order[: config.finalists]
+    return ranked(run, finalists, further)[0], len(order) + len(finalists) * len(further)
 
 
 def edges(chosen: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> list[str]:
@@ -335,10 +335,11 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
     momenta = (0.5, 0.1, 0.25, 0.9)
     tried = grid(momentum=momenta, learning_rate=rates, damping=dampings)
     thinned = tried[:: config.thin]
-    constants, searched = search(config, run, thinned, searching, further)
+    order = ranked(run, thinned, [searching])
+    constants, searched = search(config, run, order, further)
     # Learning starts from the best at the first momentum, on one seed: fewer runs than the search.
     part = tried[: len(tried) // len(momenta) : config.thin]
-    before = ranked(run, part, [searching])[0]
+    before = next(hypers for hypers in order if hypers in part)
     hypers: dict[str, Any] = {name: jnp.full(steps, value) for name, value in before.items()}
     hypers |= {"decay": jnp.float32(0.95), "pi": (jnp.float32(1.0),) * count}
     share = constraints.interval(1 / 64, 1.0)  # what is less than 1 / 128 cannot be reversed
@@ -372,7 +373,8 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
     for name, batch_size in (("minibatches", config.learned_batch), ("all images", len(images))):
         contestant = adaptive(config)
         run = plain(contestant.optimizer, batch_size)
-        hand_set, runs = search(config, run, contestant.grid[:: config.thin], searching, further)
+        order = ranked(run, contestant.grid[:: config.thin], [searching])
+        hand_set, runs = search(config, run, order, further)
         judged[f"adaptive, {name}"] = judge(run, hand_set, runs)
     return Learned(optimized, constants, edges(constants, thinned), each, judged)
 
