@@ -190,27 +190,27 @@ def cleaning(config: Config) -> Task:
         zero = nets.Dense(jnp.zeros((e.inputs.shape[1], 10)), jnp.zeros(10))
         return zero, jnp.zeros(len(e.labels))
 
+    def penalty(w: nets.Dense) -> Array:
+        return config.penalty / 2 * jnp.sum(w.weights**2)
+
+    def clean(e: Examples, w: nets.Dense) -> Array:
+        return jnp.mean(losses(w, e.outer_inputs, e.outer_labels))
+
     def inner(e: Examples, w: nets.Dense, theta: Array, rows: Array) -> Array:
         weights = jax.nn.sigmoid(theta[rows])
-        return jnp.mean(weights * losses(w, e.inputs[rows], e.labels[rows])) + config.penalty / 2 * jnp.sum(
-            w.weights**2
-        )
+        return jnp.mean(weights * losses(w, e.inputs[rows], e.labels[rows])) + penalty(w)
 
     def outer(e: Examples, w: nets.Dense, theta: Array, rows: Array) -> Array:
         return jnp.mean(losses(w, e.outer_inputs[rows], e.outer_labels[rows]))
 
     def quality(e: Examples, w: nets.Dense, theta: Array) -> dict[str, Array]:
-        tuned = jnp.mean(losses(w, e.outer_inputs, e.outer_labels))
+        tuned = clean(e, w)
         error = nets.error_rate(logits(w, e.test_inputs), e.test_labels)
         return {"tuned": tuned, "shown": jnp.where(jnp.isfinite(tuned), error, jnp.nan)}
 
     @jax.jit
     def slope(e: Examples, w: nets.Dense) -> tuple[Array, nets.Dense]:
-        def f(w: nets.Dense) -> Array:
-            penalty = config.penalty / 2 * jnp.sum(w.weights**2)
-            return jnp.mean(losses(w, e.outer_inputs, e.outer_labels)) + penalty
-
-        return jax.value_and_grad(f)(w)
+        return jax.value_and_grad(lambda w: clean(e, w) + penalty(w))(w)
 
     def references(e: Examples) -> dict[str, float]:
         zero, unravel = ravel_pytree(start(e)[0])
@@ -361,9 +361,8 @@ class Curve(NamedTuple):
 
 def runner(config: Config, task: Task, make: Callable[..., bilevel.Solver]) -> Callable[..., Any]:
     """A run of a method, compiled at its first call, of examples, the two rates and a seed."""
-    few = Examples(*(jnp.zeros((n, 1)) if k % 2 == 0 else jnp.zeros(n, jnp.int32)
-                     for k, n in enumerate(np.repeat((*config.examples, 1), 2))))  # fmt: skip
-    work = make(rate=1.0, hyper_rate=1.0).work(task.problem(config, few))
+    sizes = bilevel.Problem(task.inner, task.outer, *config.examples, config.batch_size)
+    work = make(rate=1.0, hyper_rate=1.0).work(sizes)
     steps = (config.budget - work.start) // work.step
     every = max(1, steps // config.points)
     steps = steps // every * every
