@@ -14,6 +14,7 @@ from hypergrad.adjoints import Adjoint
 from hypergrad.optimizers.momentum import momentum
 from hypergrad.program import PARAMS, Leaf, Optimizer, Whole, with_defaults
 from hypergrad.reversible import Reversible
+from hypergrad.rules import has_custom_rule
 from hypergrad.run import Constants, Hoisted, Inputs, PyTree, Run, Snapshot, hoist, kept
 
 
@@ -148,6 +149,9 @@ def train(
         x64=jnp.result_type(float) == jnp.float64,
         arguments=jax.tree.structure(shapes[1:]),
         observe=observe,
+        names=tuple(names),
+        labels=labels,
+        custom=has_custom_rule(hoisted.jaxpr),
     )
     watch_consts: list[Array] = []
     if watch is not None:
