@@ -52,8 +52,8 @@ ROUNDING = 2.0**-21  # bits per scale: more than `_bound` is rounded by, and the
 UNSET = 1 << 20  # the radix of an array of zeros, for which none has been chosen yet
 LARGEST_RADIX = 900  # so that 2**radix and its neighbours are normal numbers of 64 bits
 
-# How far an array may outgrow the largest number it held when its radix was chosen, in binary digits, by the
-# number of its low words.  What is left of 62 + 32 words lies below that number.
+# How far an array may outgrow the largest number it held when its radix was chosen, in binary digits, by
+# the number of its low words.  What is left of 62 + 32 words lies below that number.
 HEADROOM = {1: 32, 2: 50}
 
 
@@ -110,8 +110,8 @@ def _by_row(x: Array) -> Array:
 def settled(radix: Array, x: Array, words: int) -> Array:
     """The radix of an array that is all zero so far, now that ``x`` is added to it; others keep theirs.
 
-    The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself in
-    every radix, so that on the way back the one in which it ended serves all along.
+    The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
+    in every radix, so that on the way back the one in which it ended serves all along.
     """
     with jax.enable_x64(True):
         largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
@@ -200,7 +200,9 @@ def shift_and_weigh(number: Fixed, amount: Array) -> tuple[Fixed, Rounding]:
         words = len(number.low)
         radix = settled(number.radix, amount, words)
         digits, rest = _digits(amount, radix, words)
-        moved = jnp.abs(sum(d.astype(jnp.float64) * float(BASE ** (words - k)) for k, d in enumerate(digits)))
+        moved = jnp.abs(
+            sum(d.astype(jnp.float64) * float(BASE ** (words - k)) for k, d in enumerate(digits))
+        )
         new = Fixed(*_carried([old + new for old, new in zip(_parts(number), digits)]), radix)
         own = jnp.abs(new.high.astype(jnp.float64)) * (float(BASE**words) * NEGLIGIBLE)
         return new, Rounding(_by_row(jnp.abs(rest)), _by_row(moved + own))
@@ -422,7 +424,8 @@ def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import exact
-    >>> buffer, tape = exact.push(jnp.array([2, 0]), 3, exact.empty((2,), ()), exact.blank_tape((2,), (), 1))
+    >>> tape = exact.blank_tape((2,), (), length=1)
+    >>> buffer, tape = exact.push(jnp.array([2, 0]), 3, exact.empty((2,), ()), tape)
     >>> exact.pop(3, buffer, tape)[0]
     Array([2, 0], dtype=int32)
     """
@@ -450,7 +453,7 @@ def _lower(word: Array) -> Array:
 
 
 def _next_bound(before: Array, after: Array) -> tuple[Array, Array]:
-    """Whether a byte leaves the register when its bits go from before to after, and its bound until then."""
+    """Whether a byte leaves the register as its bits go from before to after, and its bound until then."""
     full = spilled(after) > spilled(before)
     bound = _bound(after)
     return full, jnp.where(full, bound << 8, bound)

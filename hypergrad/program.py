@@ -306,7 +306,7 @@ def with_defaults(
 
 
 class ExactLeaf(NamedTuple):
-    """Exact state of one leaf: its variables, and one buffer for every `Scale` and `Keep` of the program."""
+    """Exact state of one leaf: its variables, and a buffer for every `Scale` and `Keep` of its program."""
 
     numbers: dict[str, exact.Fixed]
     buffers: list[exact.Buffer]
@@ -608,7 +608,7 @@ class Exact(NamedTuple):
         records: Sequence[Record],
         live: Array,
     ) -> list[Array]:
-        """By how much shift ``k`` of the programs moves the leaves of a group; arguments as for `factors`."""
+        """By how much shift ``k`` of the programs moves the leaves of a group; arguments as of `factors`."""
         variable = _moved(self.program(*at)[group[0]][k])
         others = [
             ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group

@@ -70,7 +70,7 @@ class _Health(NamedTuple):
     """How a run went.
 
     Attributes:
-      failed: ``(3,)``, the first step that failed or -1, why (an index into `Exact.troubles`), and the leaf.
+      failed: ``(3,)``, the first step that failed or -1, why (an index into `Exact.troubles`), and where.
       needed: tape, by what is taped.
       recovered: whether the start was.
       broken: ``(2,)``, the last step whose derivatives were no numbers or -1, and the leaf.
@@ -409,8 +409,8 @@ class _Playback:
           span: the steps of the segment.
 
         Returns:
-          Exact start of the segment, its cotangents, the sums, and what is broken; and the cotangents of the
-          inputs.
+          Exact start of the segment, its cotangents, the sums, and what is broken; and the cotangents of
+          the inputs.
         """
         run, integers, flags, (constants, inputs) = self.run, self.integers, self.flags, arrays
         wanted = sum(jax.tree.leaves(flags.constants.loss))
@@ -468,9 +468,7 @@ class _Playback:
         carry = (played.leaves, cotangents.end, sums, broken)
         return jax.lax.scan(unstep, carry, (span.steps(), played.records), reverse=True)
 
-    def forward(
-        self, start: list[Leaf], constants: Constants, inputs: Inputs
-    ) -> tuple[Solution, _Record]:
+    def forward(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> tuple[Solution, _Record]:
         """The run forwards: its solution, and what the way back needs."""
         arrays = (constants, inputs)
         whole, rest = divmod(self.run.steps, self.length)
@@ -618,8 +616,9 @@ class _Playback:
         whose = f"{name!r} of {place}" if name != PARAMS else place
         if kind == "loss":
             return (
-                f"{at}the loss, or what the optimizer remembers of the step, became NaN or infinite: either "
-                "training has diverged, which a lower learning rate cures, or the loss is undefined there"
+                f"{at}the loss, or what the optimizer remembers of the step, became NaN or infinite: "
+                "either training has diverged, which a lower learning rate cures, or the loss is undefined "
+                "there"
             )
         if kind == "factor":
             return (
@@ -633,9 +632,9 @@ class _Playback:
         words = self.run.optimizer.words_of(name)
         if kind == "rounding":
             return (
-                f"{at}rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: next "
-                "to the largest numbers in it, those are too small for exact arithmetic. Give them a leaf "
-                "of their own, or pass adjoint=Checkpointed()"
+                f"{at}rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
+                "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
+                "leaf of their own, or pass adjoint=Checkpointed()"
                 + ("" if given is None else f", or a larger radix than {given}")
             )
         if given is not None:
@@ -658,7 +657,8 @@ class _Playback:
         return (
             f"{self.run.call}: the information buffer of {taped.variable!r} would overflow: its factors "
             f"destroy {bits:.3g} bits per element and step, and room for "
-            f"{self.adjoint.bits_of(taped.variable):.3g} was reserved; pass Reversible(bits={enough}) or more"
+            f"{self.adjoint.bits_of(taped.variable):.3g} was reserved; pass Reversible(bits={enough}) or "
+            "more"
         )
 
     def not_recovered(self) -> str:
@@ -675,8 +675,8 @@ class _Playback:
         return (
             f"{self.run.call}: the run was recovered, but on the way back the derivative of step {step} in "
             f"{self.run.names[leaf]} became NaN or infinite. Either a second derivative of the loss is "
-            "undefined there (a norm or a root at 0, |w|**1.5), which a small constant under the root cures; "
-            "or hypergradients grow from step to step until they overflow: take fewer steps or a lower "
+            "undefined there (a norm or a root at 0, |w|**1.5), which a small constant under the root "
+            "cures; or hypergradients grow from step to step until they overflow: take fewer steps or a lower "
             "learning rate, or differentiate the last steps only with adjoint=Truncated(steps)"
         )
 
@@ -798,7 +798,8 @@ class Reversible:
             return rows * math.prod(each.factor_shape)
 
         return [
-            [room(each) if need is None else need for need, each in zip(*leaf)] for leaf in zip(known, taped)
+            [room(each) if need is None else need for need, each in zip(*leaf)]
+            for leaf in zip(known, taped)
         ]
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:

@@ -108,15 +108,25 @@ class Hoisted:
     out_tree: Any
 
     def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
-        """Evaluate on flat arguments."""
-        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, list(consts))
-        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*flat))
+        """Evaluate on flat arguments; those that were `widened` are made narrow again."""
+        narrow = [
+            [x.astype(v.aval.dtype) if x.dtype != v.aval.dtype else x for x, v in zip(given, variables)]
+            for given, variables in ((consts, self.jaxpr.constvars), (flat, self.jaxpr.invars))
+        ]
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrow[0])
+        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*narrow[1]))
+
+
+def widened(x: Array) -> Array:
+    """Floats of 16 bits or fewer as such of 32, in which derivatives are added over the steps."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x
 
 
 def hoist(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Hoisted, list[Array], Any]:
     """Trace a function once; return it hoisted, what it closed over, and the shapes it returns."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    consts = [jnp.asarray(c) if not isinstance(c, jax.Array) else c for c in closed.consts]
+    consts = [widened(jnp.asarray(c) if not isinstance(c, jax.Array) else c) for c in closed.consts]
     return Hoisted(closed.jaxpr, jax.tree.structure(shapes)), consts, shapes
 
 

@@ -124,7 +124,10 @@ def _needed(
     def add(carry: Any, x: Any) -> Any:
         (bits, needed), (hypers, t) = carry, x
         first = (t - steps[0]) % length == 0
-        grown = [jnp.where(first, e, b) + (0 if c is None else c) for e, b, c in zip(empty, bits, costs(hypers, t))]
+        grown = [
+            jnp.where(first, e, b) + (0 if c is None else c)
+            for e, b, c in zip(empty, bits, costs(hypers, t))
+        ]
         return (grown, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, grown)]), None
 
     nothing = [jnp.int64(0) for _ in empty]
