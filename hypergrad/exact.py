@@ -72,28 +72,6 @@ class Buffer(NamedTuple):
     bits: Array
 
 
-class Rounding(NamedTuple):
-    """What rounding took from numbers that were added to an array, and the sizes of these numbers.
-
-    Both are sums over rows of the array (see `_by_row`), in the unit of its last digit.  To the sizes is
-    added a part of the array's own that is too small to matter: where numbers are added that are nothing
-    next to it, nothing is lost.
-    """
-
-    lost: Array
-    moved: Array
-
-    def plus(self, other: "Rounding") -> "Rounding":
-        """Both together."""
-        with jax.enable_x64(True):
-            return Rounding(self.lost + other.lost, self.moved + other.moved)
-
-    def exceeds(self, part: float) -> Array:
-        """Whether rounding took more than this part from what was added to some row."""
-        with jax.enable_x64(True):
-            return jnp.any(self.lost > part * self.moved)
-
-
 NEGLIGIBLE = 2.0**-30
 ROWS = 256  # how many sums are kept of an array of many narrow rows
 WIDTH = 16  # the least of a row
@@ -127,32 +105,45 @@ def _power(exponent: Array) -> Array:
     return jax.lax.bitcast_convert_type(biased, jnp.float64)
 
 
-def _digits(x: Array, radix: Array, words: int) -> tuple[list[Array], Array]:
-    """``x`` as digits in base ``2**32``, all with the sign of ``x``, and what is left after rounding.
+MAGIC = 1.5 * 2.0**52  # the last bit of a float of this size counts ones
 
-    The first is what stands before the point of ``x 2**radix``.  NaN and overflow saturate.
+
+def _to_integer(x: Array) -> Array:
+    """The integer nearest to a float64 below ``2**51`` in size, as int64.
+
+    Compilers and processors convert words of 64 bits one by one; this is an addition, and a subtraction.
     """
+    ones = jax.lax.bitcast_convert_type(x + MAGIC, jnp.int64)
+    return ones - int(np.float64(MAGIC).view(np.int64))
+
+
+def _from_integer(x: Array) -> Array:
+    """An int64 below ``2**51`` in size as float64: `_to_integer` the other way."""
+    return jax.lax.bitcast_convert_type(x + int(np.float64(MAGIC).view(np.int64)), jnp.float64) - MAGIC
+
+
+def _from_word(x: Array) -> Array:
+    """The float64 nearest to an integer of 64 bits, signed or not."""
+    upper = _from_integer((x >> DIGITS).astype(jnp.int64))
+    return upper * BASE + _from_integer(_lower(x).astype(jnp.int64))
+
+
+def _digits(x: Array, radix: Array, words: int) -> tuple[Array, tuple[Array, ...]]:
+    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
     wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
     # A NaN must be seen as an overflow by `fits`, and not pass as the zero it would convert to.
     wide = jnp.clip(jnp.where(jnp.isnan(wide), jnp.inf, wide), -2.0 * LIMIT, 2.0 * LIMIT - 1024)
-    digits = []
-    for _ in range(words):
+    signed, wide = [], wide * (1.0 / BASE)
+    for _ in range(words + 1):
         whole = jnp.trunc(wide)
-        digits.append(whole.astype(jnp.int64))
+        signed.append(_to_integer(whole))
         wide = (wide - whole) * BASE  # exact: floats that begin with the same digits
-    last = jnp.round(wide)
-    return [*digits, last.astype(jnp.int64)], wide - last
-
-
-def _carried(digits: list[Array]) -> tuple[Array, tuple[Array, ...]]:
-    """Signed digits as a number: carries move to the left, low words come to lie in ``[0, 2**32)``."""
+    carry = _to_integer(wide)
     low: list[Array] = []
-    carry: Array | int = 0
-    for digit in reversed(digits[1:]):
-        digit = digit + carry
-        low.insert(0, digit.astype(jnp.uint32))
-        carry = digit >> DIGITS
-    return digits[0] + carry, tuple(low)
+    for digit in reversed(signed[1:]):
+        low.insert(0, carry.astype(jnp.uint32))
+        carry = digit + (carry >> DIGITS)
+    return (signed[0] << DIGITS) + carry, tuple(low)
 
 
 def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
@@ -166,17 +157,16 @@ def to_fixed(x: Array, radix: Array | int, words: int = 1) -> Fixed:
     """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
     with jax.enable_x64(True):
         radix = jnp.asarray(radix, jnp.int32)
-        digits, _ = _digits(x, radix, words)
-        return Fixed(*_carried(digits), radix)
+        return Fixed(*_digits(x, radix, words), radix)
 
 
 def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Array:
     """The float nearest to a fixed-point number, but for rounding twice."""
     with jax.enable_x64(True):
         radix = jnp.where(number.radix == UNSET, 0, number.radix)
-        total = number.high.astype(jnp.float64)
+        total = _from_word(number.high)
         for k, word in enumerate(number.low, start=1):
-            total += word.astype(jnp.float64) * 2.0 ** (-DIGITS * k)
+            total += _from_integer(word.astype(jnp.int64)) * 2.0 ** (-DIGITS * k)
         return (total * _power(-radix)).astype(dtype)
 
 
@@ -191,39 +181,55 @@ def shift(number: Fixed, amount: Array) -> Fixed:
 
     A number that has no radix yet is zero and takes the one that suits the amount.
     """
-    return shift_and_weigh(number, amount)[0]
-
-
-def shift_and_weigh(number: Fixed, amount: Array) -> tuple[Fixed, Rounding]:
-    """`shift`, and what rounding took from the amount."""
     with jax.enable_x64(True):
         words = len(number.low)
         radix = settled(number.radix, amount, words)
-        digits, rest = _digits(amount, radix, words)
-        moved = jnp.abs(
-            sum(d.astype(jnp.float64) * float(BASE ** (words - k)) for k, d in enumerate(digits))
-        )
-        new = Fixed(*_carried([old + new for old, new in zip(_parts(number), digits)]), radix)
-        own = jnp.abs(new.high.astype(jnp.float64)) * (float(BASE**words) * NEGLIGIBLE)
-        return new, Rounding(_by_row(jnp.abs(rest)), _by_row(moved + own))
-
-
-def no_rounding(number: Fixed) -> Rounding:
-    """What `shift_and_weigh` gives for adding nothing to zeros."""
-    with jax.enable_x64(True):
-        nothing = _by_row(jnp.zeros(number.high.shape, jnp.float64))
-        return Rounding(nothing, nothing)
+        high, low = _digits(amount, radix, words)
+        carry, sums = jnp.asarray(False), []
+        # Carries are told from what is new, so that it can be written over what was.
+        for old, new in reversed([*zip(number.low, low)]):
+            sums.insert(0, old + new + carry.astype(jnp.uint32))
+            carry = (sums[0] < new) | (carry & (sums[0] == new))
+        return Fixed(number.high + high + carry.astype(jnp.int64), tuple(sums), radix)
 
 
 def unshift(number: Fixed, amount: Array) -> Fixed:
     """Undo `shift` by the same amount."""
     with jax.enable_x64(True):
-        digits, _ = _digits(amount, number.radix, len(number.low))
-        return Fixed(*_carried([old - new for old, new in zip(_parts(number), digits)]), number.radix)
+        high, low = _digits(amount, number.radix, len(number.low))
+        borrow, rests = jnp.asarray(False), []
+        for old, new in reversed([*zip(number.low, low)]):
+            rests.insert(0, old - new - borrow.astype(jnp.uint32))
+            borrow = (rests[0] > ~new) | (borrow & (rests[0] == ~new))
+        high = number.high - high - borrow.astype(jnp.int64)
+        return Fixed(high, tuple(rests), number.radix)
 
 
-def _parts(number: Fixed) -> list[Array]:
-    return [number.high, *(word.astype(jnp.int64) for word in number.low)]
+def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
+    """By how much rounding takes more than a part of an amount, row by row: positive where it takes more.
+
+    ``Σ min(|a|, u/2) - part |a|`` over a row, with ``u`` the unit of the last digit.
+
+    Args:
+      radix: of the number that the amount was added to.
+      words: its low words.
+      amount: as given to `shift`.
+      part: of the amount that rounding may take.
+    """
+    with jax.enable_x64(True):
+        half = _power(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
+        size = jnp.abs(amount.astype(jnp.float64))
+        return _by_row(jnp.minimum(size, half) - part * size)
+
+
+def matters(coarse: Array, number: Fixed, part: float, steps: int) -> Array:
+    """Whether shifts were too coarse by their sum, next to which the number itself is not large.
+
+    Where ``2**-30`` of the number at every step would be as much, it is: what is lost is nothing to it.
+    """
+    with jax.enable_x64(True):
+        own = _by_row(jnp.abs(to_float(number, jnp.float64)))
+        return jnp.any(coarse > part * NEGLIGIBLE * steps * own)
 
 
 def numerator(factor: Array) -> Array:
@@ -386,14 +392,15 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
         bits = buffer.bits + cost(n)
         full, bound = _next_bound(buffer.bits, bits)
         q = number.low[-1].astype(jnp.uint64) * _bound(buffer.bits) + buffer.register.astype(jnp.uint64)
-        digit = jax.lax.optimization_barrier(q // bound)
+        digit = _quotient(q, bound)
         register, tape = _spill(q - digit * bound, full, tape, buffer.bits)
         # Upper digits times n, plus the new one; carry + word * n < 2**64.
-        carry, low = digit, []
+        carry = digit
+        low: list[Array] = []
         for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
             total = word * n + carry
             low.insert(0, total.astype(jnp.uint32))
-            carry = total >> DIGITS
+            carry = (total - low[0]) >> DIGITS  # of what is new, as in `shift`
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
         return Fixed(high, tuple(low), number.radix), Buffer(register, bits), tape
 
@@ -403,17 +410,22 @@ def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed
     with jax.enable_x64(True):
         bits = buffer.bits - cost(n)
         full, bound = _next_bound(bits, buffer.bits)
-        # Long division by n, in base 2**32; the top digit is signed.
-        remainder = ((number.high >> DIGITS) % n.astype(jnp.int64)).astype(jnp.uint64)
+        # Long division by n, in base 2**32.  The top digit of what was scaled is below n in size and hence
+        # its own remainder, or n more.
+        top = number.high >> DIGITS
+        remainder = jnp.where(top < 0, top + n.astype(jnp.int64), top).astype(jnp.uint64)
         quotients = []
         for word in [_lower(number.high), *(w.astype(jnp.uint64) for w in number.low)]:
             dividend = (remainder << DIGITS) | word
-            quotients.append(jax.lax.optimization_barrier(dividend // n))
+            quotients.append(_quotient(dividend, n))
             remainder = dividend - quotients[-1] * n
-        high = (quotients[0] << DIGITS | _lower(quotients[1])).astype(jnp.int64)
-        q = remainder * bound + _unspill(buffer.register, full, tape, bits)
+        high = (quotients[0] << DIGITS | quotients[1]).astype(jnp.int64)
+        # The remainder once more, from what is new.
+        lowest = [high, *quotients[2:]][-1].astype(jnp.uint32)
+        last = number.low[-1] - lowest * n.astype(jnp.uint32)
+        q = last.astype(jnp.uint64) * bound + _unspill(buffer.register, full, tape, bits)
         old = _bound(bits)
-        word = jax.lax.optimization_barrier(q // old)
+        word = _quotient(q, old)
         low = [*(q.astype(jnp.uint32) for q in quotients[2:]), word.astype(jnp.uint32)]
         register = (q - word * old).astype(jnp.uint32)
         return Fixed(high, tuple(low), number.radix), Buffer(register, bits)
@@ -445,6 +457,19 @@ def pop(levels: int, buffer: Buffer, tape: Array) -> tuple[Array, Buffer]:
         longer = _unspill(buffer.register, full, tape, bits)
         register = longer // levels
         return (longer - register * levels).astype(jnp.int32), Buffer(register.astype(jnp.uint32), bits)
+
+
+def _quotient(dividend: Array, divisor: Array) -> Array:
+    """A quotient below ``2**32`` of unsigned 64-bit numbers, the divisor below ``2**62``.
+
+    By floats, whose quotient is out by one at most, and then put right: processors have no fast division of
+    integers.
+    """
+    quotient = _to_integer(_from_word(dividend) * (1.0 / divisor.astype(jnp.float64)))
+    signed = divisor.astype(jnp.int64)
+    remainder = dividend.astype(jnp.int64) - quotient * signed  # wraps twice, hence not at all
+    quotient += (remainder >= signed).astype(jnp.int64) - (remainder < 0).astype(jnp.int64)
+    return quotient.astype(jnp.uint64)
 
 
 def _lower(word: Array) -> Array:

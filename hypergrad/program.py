@@ -452,6 +452,24 @@ def factor_of(move: Scale, view: View) -> Any:
     return move.factor(view) if callable(move.factor) else move.factor
 
 
+def in_place(live: Array, function: Callable[..., PyTree], state: PyTree, *arguments: PyTree) -> PyTree:
+    """``function(state, *arguments)``, a state like the old one, in a computation of its own.
+
+    Compilers would rather compute integers anew from the old state wherever they are used than keep them, so
+    that old and new state of all leaves are in memory at the same time.  The body of a loop is compiled
+    apart, and what it carries stays where it is; this one is run once.
+
+    Args:
+      live: as for `isolated`.
+      function: a pure function.
+      state: what it changes.
+      arguments: what else it needs.
+    """
+    with jax.enable_x64(True):
+        once = live.astype(jnp.int32)
+        return jax.lax.fori_loop(0, once, lambda _, state: function(state, *arguments), state)
+
+
 def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Evaluate a function in a compiled computation of its own.
 
@@ -518,14 +536,14 @@ class Stepped(NamedTuple):
       leaves: the new state.
       tapes: of every leaf, one for every `Scale` and `Keep`.
       records: what was remembered, by leaf.
-      roundings: what rounding took, by leaf and variable.
+      coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
       wrong: what went wrong first and in which leaf, as indices into `Exact.troubles` and the leaves, or 0.
     """
 
     leaves: list[ExactLeaf]
     tapes: list[list[Array]]
     records: list[Record]
-    roundings: list[dict[str, exact.Rounding]]
+    coarse: list[dict[str, Array]]
     wrong: Array
 
 
@@ -608,7 +626,7 @@ class Exact(NamedTuple):
         records: Sequence[Record],
         live: Array,
     ) -> list[Array]:
-        """By how much shift ``k`` of the programs moves the leaves of a group; arguments as of `factors`."""
+        """By how much shift ``k`` of the programs moves the leaves of a group; arguments: see `factors`."""
         variable = _moved(self.program(*at)[group[0]][k])
         others = [
             ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group
@@ -640,7 +658,7 @@ class Exact(NamedTuple):
         now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
         new_tapes = [list(leaf) for leaf in tapes]
         records: list[Record] = [{} for _ in leaves]
-        roundings: list[dict[str, exact.Rounding]] = [{} for _ in leaves]
+        coarse: list[dict[str, Array]] = [{} for _ in leaves]
         wrong = jnp.zeros(2, jnp.int32)
 
         def look(valid: Array, trouble: Trouble, leaf: int) -> Array:
@@ -673,23 +691,23 @@ class Exact(NamedTuple):
                     for i, n in zip(group, self.factors(k, group, at, now, records, live)):
                         wrong = look(exact.admissible(n), ("factor", v), i)
                         n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
-                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = exact.scale(
-                            now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped], n
+                        state = now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]
+                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = in_place(
+                            live, lambda state, n: exact.scale(*state, n), state, n
                         )
                     taped += 1
                 elif isinstance(move, Shift):
                     v = move.variable
                     for i, amount in zip(group, self.amounts(k, group, at, now, seen, records, live)):
-                        number, rounding = exact.shift_and_weigh(now[i].numbers[v], amount)
-                        now[i].numbers[v] = number
-                        before = roundings[i].get(v)
-                        roundings[i][v] = rounding if before is None else before.plus(rounding)
+                        now[i].numbers[v] = number = in_place(live, exact.shift, now[i].numbers[v], amount)
+                        more = exact.coarseness(number.radix, len(number.low), amount, LARGEST_LOSS)
+                        coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
                         wrong = look(exact.fits(number), ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
         scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
         kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
         scalars = [{name: x for name, x in record.items() if name not in kept} for record in scalars]
-        return Stepped(now, new_tapes, scalars, roundings, wrong)
+        return Stepped(now, new_tapes, scalars, coarse, wrong)
 
     def kept(
         self, at: PyTree, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
@@ -738,13 +756,18 @@ class Exact(NamedTuple):
                     taped -= 1
                     for i, n in zip(group, self.factors(k, group, at, now, records, live)):
                         n = jnp.maximum(n, jnp.ones_like(n))
-                        now[i].numbers[v], now[i].buffers[taped] = exact.unscale(
-                            now[i].numbers[v], now[i].buffers[taped], tapes[i][taped], n
+                        state = now[i].numbers[v], now[i].buffers[taped]
+                        now[i].numbers[v], now[i].buffers[taped] = in_place(
+                            live,
+                            lambda state, *rest: exact.unscale(*state, *rest),
+                            state,
+                            tapes[i][taped],
+                            n,
                         )
                 elif isinstance(move, Shift):
                     v = move.variable
                     for i, amount in zip(group, self.amounts(k, group, at, now, given, records, live)):
-                        now[i].numbers[v] = exact.unshift(now[i].numbers[v], amount)
+                        now[i].numbers[v] = in_place(live, exact.unshift, now[i].numbers[v], amount)
         return now
 
 

@@ -60,9 +60,14 @@ class LaneWarning(RuntimeWarning):
 
 
 class _Guard(NamedTuple):
-    """What rounding took from one variable of one leaf so far, and the step at which it first took much."""
+    """How coarse the shifts of one variable of one leaf were so far, and the step that first was too much.
 
-    rounding: exact.Rounding
+    Attributes:
+      total: by row, see `exact.coarseness`.
+      since: -1 for none.
+    """
+
+    total: Array
     since: Array
 
 
@@ -276,17 +281,17 @@ def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> S
 
 
 def _weighed(
-    guards: list[dict[str, _Guard]], roundings: list[dict[str, exact.Rounding]], step: Array
+    guards: list[dict[str, _Guard]], coarse: list[dict[str, Array]], step: Array
 ) -> list[dict[str, _Guard]]:
     """The guards after one more step."""
 
-    def after(guard: _Guard, rounding: exact.Rounding) -> _Guard:
-        now = (guard.since < 0) & rounding.exceeds(LARGEST_LOSS)
-        return _Guard(guard.rounding.plus(rounding), jnp.where(now, step, guard.since))
+    def after(guard: _Guard, now: Array) -> _Guard:
+        first = (guard.since < 0) & jnp.any(now > 0)
+        return _Guard(guard.total + now, jnp.where(first, step, guard.since))
 
     return [
-        guard | {name: after(guard[name], rounding) for name, rounding in each.items()}
-        for guard, each in zip(guards, roundings)
+        guard | {name: after(guard[name], now) for name, now in each.items()}
+        for guard, each in zip(guards, coarse)
     ]
 
 
@@ -327,9 +332,9 @@ class _Playback:
             for name, x in leaf.items():
                 words = self.run.optimizer.words_of(name)
                 zero = exact.zero(x.shape, words, radices.get(name, exact.UNSET))
-                numbers[name], rounding = exact.shift_and_weigh(zero, x)
-                much = rounding.exceeds(LARGEST_LOSS)
-                guard[name] = _Guard(rounding, jnp.where(much, 0, -1).astype(jnp.int32))
+                numbers[name] = exact.shift(zero, x)
+                coarse = exact.coarseness(numbers[name].radix, words, x, LARGEST_LOSS)
+                guard[name] = _Guard(coarse, jnp.where(jnp.any(coarse > 0), 0, -1).astype(jnp.int32))
             leaves.append(ExactLeaf(numbers, [exact.empty(s.shape, s.factor_shape) for s in taped]))
             guards.append(guard)
         if constants.exact is None:
@@ -382,7 +387,7 @@ class _Playback:
             failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
             snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
             outputs = Outputs(loss, run.watched(snapshot, constants))
-            guards = _weighed(guards, now.roundings, x.step)
+            guards = _weighed(guards, now.coarse, x.step)
             return (now.leaves, now.tapes, guards, failed), (outputs, now.records)
 
         carry, (outputs, records) = jax.lax.scan(step, (leaves, tapes, guards, failed), span.steps())
@@ -506,7 +511,7 @@ class _Playback:
                     outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
                 leaves, guards, failed, needed = carry
                 played = _Played(leaves, [], [], outputs, failed, guards)
-            failed = self.too_coarse(played.failed, played.guards)
+            failed = self.too_coarse(played)
             end, state = self.integers.floats(played.leaves), packed(played.leaves)
         fine = jnp.array([-1, 0], jnp.int32)
         health = _Health(failed, needed, jnp.asarray(True), fine)
@@ -518,14 +523,15 @@ class _Playback:
         """Length of tape that was needed, by what is taped."""
         return [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
 
-    def too_coarse(self, failed: Array, guards: list[dict[str, _Guard]]) -> Array:
+    def too_coarse(self, played: _Played) -> Array:
         """What has failed, rounding that took too much included."""
-        for i, each in enumerate(guards):
-            for name, guard in each.items():
+        failed = played.failed
+        for i, (guards, leaf) in enumerate(zip(played.guards, played.leaves)):
+            for name, guard in guards.items():
                 trouble = self.integers.troubles().index(("rounding", name))
                 found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
-                much = guard.rounding.exceeds(LARGEST_LOSS)
-                failed = jnp.where((failed[0] < 0) & much, found, failed)
+                wrong = exact.matters(guard.total, leaf.numbers[name], LARGEST_LOSS, self.run.steps)
+                failed = jnp.where((failed[0] < 0) & (guard.since >= 0) & wrong, found, failed)
         return failed
 
     def backward(
@@ -561,10 +567,7 @@ class _Playback:
                     end, bars, sums, broken, recovered = carry
                     leaves, first = at
                     span, unharmed = _Span(first, count), jnp.array([-1, 0, 0], jnp.int32)
-                    guards = [
-                        {v: _Guard(exact.no_rounding(x), jnp.int32(-1)) for v, x in leaf.numbers.items()}
-                        for leaf in leaves
-                    ]
+                    guards = self.begin(start, constants)[1]  # for their shapes
                     played = self.play(leaves, guards, unharmed, arrays, span, self.lengths)
                     again = _same(end, _torn_off(played.leaves))
                     now = cotangents._replace(end=bars)
@@ -676,8 +679,8 @@ class _Playback:
             f"{self.run.call}: the run was recovered, but on the way back the derivative of step {step} in "
             f"{self.run.names[leaf]} became NaN or infinite. Either a second derivative of the loss is "
             "undefined there (a norm or a root at 0, |w|**1.5), which a small constant under the root "
-            "cures; or hypergradients grow from step to step until they overflow: take fewer steps or a lower "
-            "learning rate, or differentiate the last steps only with adjoint=Truncated(steps)"
+            "cures; or hypergradients grow from step to step until they overflow: take fewer steps or a "
+            "lower learning rate, or differentiate the last steps only with adjoint=Truncated(steps)"
         )
 
 
