@@ -129,10 +129,9 @@ def _from_word(x: Array) -> Array:
 
 
 def _digits(x: Array, radix: Array, words: int) -> tuple[Array, tuple[Array, ...]]:
-    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
+    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; overflow saturates, NaN is anything."""
     wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
-    # A NaN must be seen as an overflow by `fits`, and not pass as the zero it would convert to.
-    wide = jnp.clip(jnp.where(jnp.isnan(wide), jnp.inf, wide), -2.0 * LIMIT, 2.0 * LIMIT - 1024)
+    wide = jax.lax.clamp(-2.0 * LIMIT, wide, 2.0 * LIMIT - 1024)
     signed, wide = [], wide * (1.0 / BASE)
     for _ in range(words + 1):
         whole = jnp.trunc(wide)
@@ -154,7 +153,7 @@ def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
 
 
 def to_fixed(x: Array, radix: Array | int, words: int = 1) -> Fixed:
-    """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
+    """The nearest fixed-point number with so many low words; overflow saturates, NaN is anything."""
     with jax.enable_x64(True):
         radix = jnp.asarray(radix, jnp.int32)
         return Fixed(*_digits(x, radix, words), radix)
@@ -465,7 +464,7 @@ def _quotient(dividend: Array, divisor: Array) -> Array:
     By floats, whose quotient is out by one at most, and then put right: processors have no fast division of
     integers.
     """
-    quotient = _to_integer(_from_word(dividend) * (1.0 / divisor.astype(jnp.float64)))
+    quotient = _to_integer(_from_word(dividend) / divisor.astype(jnp.float64))
     signed = divisor.astype(jnp.int64)
     remainder = dividend.astype(jnp.int64) - quotient * signed  # wraps twice, hence not at all
     quotient += (remainder >= signed).astype(jnp.int64) - (remainder < 0).astype(jnp.int64)

@@ -455,9 +455,10 @@ def factor_of(move: Scale, view: View) -> Any:
 def in_place(live: Array, function: Callable[..., PyTree], state: PyTree, *arguments: PyTree) -> PyTree:
     """``function(state, *arguments)``, a state like the old one, in a computation of its own.
 
-    Compilers would rather compute integers anew from the old state wherever they are used than keep them, so
-    that old and new state of all leaves are in memory at the same time.  The body of a loop is compiled
-    apart, and what it carries stays where it is; this one is run once.
+    Compilers would rather compute integers anew from the old state wherever they are used than keep them,
+    so that old and new state of all leaves are in memory at the same time.  The body of a loop is compiled
+    apart, and what it carries stays where it is; this one is run once.  What does not depend on its count
+    would be moved out of it again: all arguments are made to.
 
     Args:
       live: as for `isolated`.
@@ -465,9 +466,16 @@ def in_place(live: Array, function: Callable[..., PyTree], state: PyTree, *argum
       state: what it changes.
       arguments: what else it needs.
     """
+
+    def tied(count: Array, x: Array) -> Array:
+        number = jnp.issubdtype(x.dtype, jnp.floating) or (x.dtype == jnp.int32 and x.ndim == 0)
+        return x + count.astype(x.dtype) if number else x
+
+    def body(count: Array, state: PyTree) -> PyTree:
+        return function(state, *jax.tree.map(lambda x: tied(count, x), arguments))
+
     with jax.enable_x64(True):
-        once = live.astype(jnp.int32)
-        return jax.lax.fori_loop(0, once, lambda _, state: function(state, *arguments), state)
+        return jax.lax.fori_loop(0, live.astype(jnp.int32), body, state)
 
 
 def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
@@ -702,7 +710,8 @@ class Exact(NamedTuple):
                         now[i].numbers[v] = number = in_place(live, exact.shift, now[i].numbers[v], amount)
                         more = exact.coarseness(number.radix, len(number.low), amount, LARGEST_LOSS)
                         coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
-                        wrong = look(exact.fits(number), ("range", v), i)
+                        fine = exact.fits(number) & jnp.all(jnp.isfinite(amount))
+                        wrong = look(fine, ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
         scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
         kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}

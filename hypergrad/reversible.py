@@ -34,6 +34,7 @@ from hypergrad.program import (
     Optimizer,
     ReversalError,
     Seen,
+    in_place,
 )
 from hypergrad.run import (
     Constants,
@@ -232,14 +233,24 @@ def _at(tree: PyTree, step: Array) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), tree)
 
 
+def _all_equal(a: PyTree, b: PyTree) -> Array:
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
+    return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(same)]))
+
+
+def _live(start: Sequence[Leaf]) -> Array:
+    """True, which the compiler does not know; see `program.isolated`."""
+    numbers = [x for leaf in start for x in leaf.values() if x.size]
+    return jnp.ravel(numbers[0])[0] * 0 != 1 if numbers else jnp.asarray(True)
+
+
 def _same(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Array:
     """Whether two states are the same bits.  The radix of an array of zeros does not count."""
 
     def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
         return [([x[:2] for x in leaf.numbers.values()], leaf.buffers) for leaf in leaves]
 
-    same = jax.tree.map(lambda x, y: jnp.all(x == y), bits(a), bits(b))
-    return jnp.all(jnp.stack(jax.tree.leaves(same)))
+    return _all_equal(bits(a), bits(b))
 
 
 def _torn_off(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
@@ -321,34 +332,59 @@ class _Playback:
         return self.adjoint.length(self.run.steps)
 
     def begin(
-        self, start: list[Leaf], constants: Constants
+        self, start: list[Leaf], constants: Constants, live: Array
     ) -> tuple[list[ExactLeaf], list[dict[str, _Guard]]]:
         """The start as integers, and what rounding took from it."""
-        assert isinstance(self.run.optimizer, Optimizer)
-        radices = dict(self.adjoint.radix)
+        earlier = None if constants.exact is None else unpacked(constants.exact)
         leaves, guards = [], []
-        for leaf, taped in zip(start, self.taped):
+        for i, (leaf, taped) in enumerate(zip(start, self.taped)):
+            buffers = [exact.empty(s.shape, s.factor_shape) for s in taped]
             numbers, guard = {}, {}
             for name, x in leaf.items():
-                words = self.run.optimizer.words_of(name)
-                zero = exact.zero(x.shape, words, radices.get(name, exact.UNSET))
-                numbers[name] = exact.shift(zero, x)
-                coarse = exact.coarseness(numbers[name].radix, words, x, LARGEST_LOSS)
+                given = () if earlier is None else (earlier[i].numbers[name],)
+                zero = self.zero(name, x.shape)
+                numbers[name] = in_place(live, self.started, zero, x, *given)
+                radix, words = numbers[name].radix, len(numbers[name].low)
+                coarse = exact.coarseness(radix, words, x, LARGEST_LOSS)
                 guard[name] = _Guard(coarse, jnp.where(jnp.any(coarse > 0), 0, -1).astype(jnp.int32))
-            leaves.append(ExactLeaf(numbers, [exact.empty(s.shape, s.factor_shape) for s in taped]))
+            leaves.append(ExactLeaf(numbers, buffers if earlier is None else earlier[i].buffers))
             guards.append(guard)
-        if constants.exact is None:
-            return leaves, guards
-        # The integers behind the floats of an earlier run, where the floats are still those.
-        given = []
-        for leaf, fresh, earlier in zip(start, leaves, unpacked(constants.exact)):
-            numbers = {}
+        return leaves, guards
+
+    def zero(self, name: str, shape: tuple[int, ...]) -> exact.Fixed:
+        """A variable before anything is in it."""
+        assert isinstance(self.run.optimizer, Optimizer)
+        radix = dict(self.adjoint.radix).get(name, exact.UNSET)
+        return exact.zero(shape, self.run.optimizer.words_of(name), radix)
+
+    @staticmethod
+    def started(zero: exact.Fixed, x: Array, earlier: exact.Fixed | None = None) -> exact.Fixed:
+        """The start of a variable; the integers behind it, where it is still what an earlier run left."""
+        fresh = exact.shift(zero, x)
+        if earlier is None:
+            return fresh
+        known = jnp.all(exact.to_float(earlier, x.dtype) == x)
+        return jax.tree.map(lambda a, b: jnp.where(known, a, b), earlier, fresh)
+
+    def recovered(
+        self, start: list[Leaf], constants: Constants, found: Sequence[ExactLeaf], live: Array
+    ) -> Array:
+        """Whether the run backwards arrived at its start; looked at one variable after the other."""
+        earlier = None if constants.exact is None else unpacked(constants.exact)
+        same = []
+        for i, (leaf, now, taped) in enumerate(zip(start, found, self.taped)):
             for name, x in leaf.items():
-                pair = earlier.numbers[name], fresh.numbers[name]
-                known = jnp.all(exact.to_float(pair[0], x.dtype) == x)
-                numbers[name] = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), *pair)
-            given.append(ExactLeaf(numbers, earlier.buffers))
-        return given, guards
+                given = () if earlier is None else (earlier[i].numbers[name],)
+
+                def alike(_: Array, number: exact.Fixed, x: Array, *given: Any, name: str = name) -> Array:
+                    again = self.started(self.zero(name, x.shape), x, *given)
+                    return _all_equal(number[:2], again[:2])
+
+                unknown = jnp.asarray(False)
+                same.append(in_place(live, alike, unknown, now.numbers[name], x, *given))
+            buffers = [exact.empty(s.shape, s.factor_shape) for s in taped]
+            same.append(_all_equal(now.buffers, buffers if earlier is None else earlier[i].buffers))
+        return jnp.all(jnp.stack(same))
 
     def play(
         self,
@@ -478,14 +514,16 @@ class _Playback:
         arrays = (constants, inputs)
         whole, rest = divmod(self.run.steps, self.length)
         with jax.enable_x64(True):
-            leaves, guards = self.begin(start, constants)
+            live = _live(start)
+            leaves, guards = self.begin(start, constants, live)
             failed = jnp.array([-1, 0, 0], jnp.int32)
             for i, leaf in enumerate(leaves):
                 for name, x in leaf.numbers.items():
                     trouble = self.integers.troubles().index(("range", name))
                     step = inputs.step[0]
                     wrong = jnp.stack([step, jnp.int32(trouble), jnp.int32(i)])
-                    failed = jnp.where(exact.fits(x) | (failed[0] >= 0), failed, wrong)
+                    fine = exact.fits(x) & jnp.all(jnp.isfinite(start[i][name]))
+                    failed = jnp.where(fine | (failed[0] >= 0), failed, wrong)
             checkpoints: list[Any] = []
             if whole == 1 and rest == 0:
                 span = _Span(jnp.int32(0), self.length)
@@ -530,7 +568,12 @@ class _Playback:
             for name, guard in guards.items():
                 trouble = self.integers.troubles().index(("rounding", name))
                 found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
-                wrong = exact.matters(guard.total, leaf.numbers[name], LARGEST_LOSS, self.run.steps)
+
+                def matters(_: Array, *of: Any) -> Array:
+                    return exact.matters(*of, LARGEST_LOSS, self.run.steps)
+
+                fine, much = jnp.asarray(False), jnp.any(guard.total > 0)
+                wrong = in_place(much, matters, fine, guard.total, leaf.numbers[name])
                 failed = jnp.where((failed[0] < 0) & (guard.since >= 0) & wrong, found, failed)
         return failed
 
@@ -552,6 +595,7 @@ class _Playback:
         whole, rest = divmod(self.run.steps, self.length)
         ends = [x for leaf in cotangents.end for x in leaf.values()]
         given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in ends]))
+        live = _live(start)
         with jax.enable_x64(True):
             sums = [jnp.zeros_like(x) for x in fixed]
             # Where what came in was no number, nothing on the way is to blame.
@@ -560,14 +604,14 @@ class _Playback:
                 span = _Span(jnp.int32(0), self.length)
                 carry, steps = self.replay(played, cotangents, sums, broken, arrays, span)
                 found, bars, sums, broken = carry
-                recovered = _same(self.begin(start, constants)[0], found)
+                recovered = self.recovered(start, constants, found, live)
             else:
 
                 def segment(carry: Any, at: Any, count: int = self.length) -> Any:
                     end, bars, sums, broken, recovered = carry
                     leaves, first = at
                     span, unharmed = _Span(first, count), jnp.array([-1, 0, 0], jnp.int32)
-                    guards = self.begin(start, constants)[1]  # for their shapes
+                    guards = self.begin(start, constants, live)[1]  # for their shapes
                     played = self.play(leaves, guards, unharmed, arrays, span, self.lengths)
                     again = _same(end, _torn_off(played.leaves))
                     now = cotangents._replace(end=bars)
