@@ -80,8 +80,10 @@ WIDTH = 16  # the least of a row
 def _by_row(x: Array) -> Array:
     """Sums over the rows of an array: over all but its leading axis, or of as many parts as are useful."""
     rows = x.shape[0] if x.ndim else 1
-    if x.size >= WIDTH * rows or x.size <= ROWS:
-        return jnp.sum(x.reshape(rows, -1) if x.size >= WIDTH * rows else x.reshape(-1, 1), axis=1)
+    if x.size <= ROWS:
+        return x.ravel()
+    if x.size >= WIDTH * rows:
+        return jnp.sum(x.reshape(rows, -1), axis=1)
     return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
 
 
@@ -91,12 +93,17 @@ def settled(radix: Array, x: Array, words: int) -> Array:
     The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
     in every radix, so that on the way back the one in which it ended serves all along.
     """
-    with jax.enable_x64(True):
-        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
+
+    def fitting(count: Array, radix: Array) -> Array:
+        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
         usable = (largest > 0) & jnp.isfinite(largest)
         _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
-        fitting = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
-        return jnp.where((radix == UNSET) & usable, fitting.astype(jnp.int32), radix)
+        new = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
+        return jnp.where(usable, new.astype(jnp.int32), radix)
+
+    with jax.enable_x64(True):
+        # A loop that is run once or not at all: what is not needed costs nothing.
+        return jax.lax.fori_loop(0, (radix == UNSET).astype(jnp.int32), fitting, radix)
 
 
 def _power(exponent: Array) -> Array:
@@ -129,9 +136,11 @@ def _from_word(x: Array) -> Array:
 
 
 def _digits(x: Array, radix: Array, words: int) -> tuple[Array, tuple[Array, ...]]:
-    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; overflow saturates, NaN is anything."""
+    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
     wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
-    wide = jax.lax.clamp(-2.0 * LIMIT, wide, 2.0 * LIMIT - 1024)
+    # A NaN is not below the limit either: `fits` must see it.
+    limit = 2.0 * LIMIT - 1024
+    wide = jnp.maximum(jnp.where(wide < limit, wide, limit), -limit)
     signed, wide = [], wide * (1.0 / BASE)
     for _ in range(words + 1):
         whole = jnp.trunc(wide)
@@ -153,7 +162,7 @@ def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
 
 
 def to_fixed(x: Array, radix: Array | int, words: int = 1) -> Fixed:
-    """The nearest fixed-point number with so many low words; overflow saturates, NaN is anything."""
+    """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
     with jax.enable_x64(True):
         radix = jnp.asarray(radix, jnp.int32)
         return Fixed(*_digits(x, radix, words), radix)
@@ -204,7 +213,7 @@ def unshift(number: Fixed, amount: Array) -> Fixed:
         return Fixed(high, tuple(rests), number.radix)
 
 
-def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
+def coarseness(radix: Array, words: int, amount: Array, part: float, wanted: Array) -> Array:
     """By how much rounding takes more than a part of an amount, row by row: positive where it takes more.
 
     ``Σ min(|a|, u/2) - part |a|`` over a row, with ``u`` the unit of the last digit.
@@ -214,11 +223,17 @@ def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
       words: its low words.
       amount: as given to `shift`.
       part: of the amount that rounding may take.
+      wanted: whether to look at all; else zeros.
     """
-    with jax.enable_x64(True):
-        half = _power(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
+
+    def look(count: Array, nothing: Array) -> Array:
+        half = _power(-jnp.where(radix == UNSET, count, radix)) * 0.5 ** (DIGITS * words + 1)
         size = jnp.abs(amount.astype(jnp.float64))
-        return _by_row(jnp.minimum(size, half) - part * size)
+        return nothing + _by_row(jnp.minimum(size, half) - part * size)
+
+    with jax.enable_x64(True):
+        nothing = jnp.zeros(jax.eval_shape(_by_row, amount).shape, jnp.float64)
+        return jax.lax.fori_loop(0, wanted.astype(jnp.int32), look, nothing)
 
 
 def matters(coarse: Array, number: Fixed, part: float, steps: int) -> Array:

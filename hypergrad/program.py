@@ -661,8 +661,9 @@ class Exact(NamedTuple):
         tapes: Sequence[Sequence[Array]],
         seen: Sequence[Seen],
         live: Array,
+        guarded: Array,
     ) -> Stepped:
-        """One step on integers."""
+        """One step on integers, and if it is guarded how coarse it was."""
         now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
         new_tapes = [list(leaf) for leaf in tapes]
         records: list[Record] = [{} for _ in leaves]
@@ -708,10 +709,10 @@ class Exact(NamedTuple):
                     v = move.variable
                     for i, amount in zip(group, self.amounts(k, group, at, now, seen, records, live)):
                         now[i].numbers[v] = number = in_place(live, exact.shift, now[i].numbers[v], amount)
-                        more = exact.coarseness(number.radix, len(number.low), amount, LARGEST_LOSS)
+                        words = len(number.low)
+                        more = exact.coarseness(number.radix, words, amount, LARGEST_LOSS, guarded)
                         coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
-                        fine = exact.fits(number) & jnp.all(jnp.isfinite(amount))
-                        wrong = look(fine, ("range", v), i)
+                        wrong = look(exact.fits(number), ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
         scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
         kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
@@ -783,7 +784,7 @@ class Exact(NamedTuple):
 def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
     """Which of the levels every element is, and whether all are one of them."""
     same = jnp.stack([value == level for level in levels])
-    return jnp.argmax(same, axis=0).astype(jnp.int32), jnp.all(jnp.any(same, axis=0))
+    return jax.lax.argmax(same, 0, jnp.int32), jnp.all(jnp.any(same, axis=0))
 
 
 def _moved(move: Move) -> str:
