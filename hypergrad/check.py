@@ -277,13 +277,16 @@ def _floats(call: str, everything: PyTree) -> tuple[list[str], Leaves, Callable[
 
 @contextlib.contextmanager
 def _reversal_errors() -> Iterator[None]:
-    """Let a `ReversalError` out as one, also where a running program has wrapped it in another error."""
+    """Let a `ReversalError` out as one, also where a running program has wrapped it in another error.
+
+    A hyperparameter outside its domain is made one too: there is no run there.
+    """
     logger = logging.getLogger("jax._src.callback")  # would log what is caught here
     disabled, logger.disabled = logger.disabled, True
     try:
         yield
     except Exception as error:
-        wrapped = re.search(r"ReversalError: (.*)", str(error))
+        wrapped = re.search(r"(?:ReversalError|DomainError): (.*)", str(error))
         if isinstance(error, ReversalError) or wrapped is None:
             raise
         raise ReversalError(wrapped.group(1)) from error
