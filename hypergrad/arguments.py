@@ -4,7 +4,7 @@ Every function takes the user's call as text, which its messages quote.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -244,10 +244,18 @@ _PARTITION = (
 )
 
 
+def _known(x: Any) -> Any:
+    """The numbers of an array where they are known, as in ``jax.grad`` outside of ``jit``; else None."""
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    primal = jax.lax.stop_gradient(x)
+    return None if isinstance(primal, jax.core.Tracer) else primal
+
+
 def _check_finite(call: str, name: str, x: Array) -> None:
     """Refuse NaN and infinity where the numbers are known."""
-    known = jax.lax.stop_gradient(x)
-    if isinstance(known, jax.core.Tracer):
+    known = _known(x)
+    if known is None:
         return
     with jax.ensure_compile_time_eval():  # else jit would trace it
         finite = bool(jnp.all(jnp.isfinite(known)))
@@ -302,8 +310,8 @@ def flat_hypers(
                 dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
                 x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
                 _check_domain(where, x, domain)
-            elif not isinstance(now := jax.lax.stop_gradient(x), jax.core.Tracer):  # as in jax.grad
-                _check_domain(where, np.asarray(now), domain)
+            elif (known := _known(x)) is not None:
+                _check_domain(where, np.asarray(known), domain)
             if x.ndim == 0:
                 fixed[i][key] = x
                 continue
@@ -382,7 +390,7 @@ def checked_hypers(
     traced: dict[str, dict[int, Array]] = {}
     for leaf in (*fixed, *scheduled):
         for name, x in leaf.items():
-            if name in optimizer.domains and isinstance(jax.lax.stop_gradient(x), jax.core.Tracer):
+            if name in optimizer.domains and _known(x) is None:
                 traced.setdefault(name, {})[id(x)] = x
     if not traced:
         return fixed, scheduled
@@ -490,6 +498,12 @@ def start_of_whole(
 
 def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
     """The batches, if every array has the steps as its leading axis."""
+    stack = (
+        "Batches are arrays with the steps as their leading axis: stack those of a loader, "
+        "jnp.stack([next(loader) for _ in range(steps)])"
+    )
+    if isinstance(batches, Iterator):
+        raise TypeError(f"{call}: batches is {describe(batches)}, not an array. {stack}")
     paths = jax.tree_util.tree_flatten_with_path(batches)[0]
     if not paths:
         raise ValueError(
@@ -499,10 +513,7 @@ def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
     for path, x in paths:
         name = f"batches{jax.tree_util.keystr(path)}"
         if why := _no_array(x):
-            raise TypeError(
-                f"{call}: {name} is {why}. Batches are arrays with the steps as their leading axis: stack "
-                "those of a loader, jnp.stack([next(loader) for _ in range(steps)])"
-            )
+            raise TypeError(f"{call}: {name} is {why}. {stack}")
         if np.ndim(x) == 0 or np.shape(x)[0] != steps:
             raise ValueError(
                 f"{call}: {name} has shape {list(np.shape(x))}; its leading axis is the step and must have "
