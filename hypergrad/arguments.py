@@ -293,7 +293,8 @@ def flat_hypers(
     for key, given in complete.items():
         if given is None:
             raise ValueError(f"{call}: hypers[{key!r}] is None; give it a number, or leave it out")
-        value = jax.tree.map(_plain_array, given)
+        value = jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), given)
+        strong: dict[Any, Array] = {}  # what is one array for several leaves stays one
         try:
             spread = jax.tree.leaves(jax.tree.broadcast(value, params))
         except ValueError as error:
@@ -310,8 +311,12 @@ def flat_hypers(
                 dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
                 x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
                 _check_domain(where, x, domain)
-            elif (known := _known(x)) is not None:
-                _check_domain(where, np.asarray(known), domain)
+            else:
+                if (known := _known(x)) is not None:
+                    _check_domain(where, np.asarray(known), domain)
+                dtype = leaf.dtype if x.weak_type and x.ndim == 0 else x.dtype
+                x = strong.setdefault((id(x), dtype), jnp.asarray(x, dtype))
+            _check_promotion(where, x, leaf)
             if x.ndim == 0:
                 fixed[i][key] = x
                 continue
@@ -348,9 +353,14 @@ def _way_out(given: PyTree) -> str:
     return ""
 
 
-def _plain_array(x: Any) -> Any:
-    """What is known as a NumPy array; what is traced without the weak type of a Python number."""
-    return jnp.asarray(x, x.dtype) if isinstance(x, jax.core.Tracer) else np.asarray(x)
+def _check_promotion(where: str, x: Any, leaf: Array) -> None:
+    """Refuse two types of floats where the user has told JAX not to mix them."""
+    strict = jax.config.jax_numpy_dtype_promotion == "strict"  # type: ignore[attr-defined]
+    if strict and x.dtype != leaf.dtype:
+        raise TypeError(
+            f"{where} is {x.dtype}, and the leaf {leaf.dtype}, which jax.numpy_dtype_promotion('strict') "
+            f"does not let mix; pass it as {leaf.dtype}"
+        )
 
 
 def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None) -> None:
