@@ -420,9 +420,9 @@ def _slope(point: _Point, move: Move, noise: float, tolerance: float) -> _Slope:
     of them are taken.  Steps shrink until rounding exceeds truncation, or all is clear.
 
     A chaotic objective looks smooth again to differences coarser than its structure.  So an error counts
-    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.  And one that is rounded
-    on the way, as states are in exact arithmetic, is a staircase, flat to differences finer than its stairs:
-    where the change from ``C(4h)`` to ``C(h)`` has grown, times ``h`` it is the height of a stair, and an
+    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.  And one that is rounded on
+    the way, as states are in exact arithmetic, is a staircase, flat to differences finer than its stairs:
+    where the change from ``C(4h)`` to ``C(h)`` has grown, it is the height of a stair over ``h``, and an
     error counts only as far as it exceeds what such a one makes of a slope.
     """
     (k,) = move
