@@ -223,7 +223,7 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
         if why := _no_array(x):
             raise TypeError(f"{call}: {name} is {why}. {_PARTITION.format('pass arrays')}")
     leaves = [jnp.asarray(x) for _, x in paths]
-    for name, leaf in zip(names, leaves):
+    for name, (_, x), leaf in zip(names, paths, leaves):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{call}: {name} is {leaf.dtype}, which has no gradient; pass float32 or float64 "
@@ -234,7 +234,7 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
                 f"{call}: {name} is {leaf.dtype}; hypergradients of a whole run are noise below float32. "
                 "Pass float32 or float64 parameters (the loss may compute in lower precision inside)"
             )
-        _check_finite(call, name, leaf)
+        _check_finite(call, name, x)
     return leaves, structure, names
 
 
@@ -252,13 +252,16 @@ def _known(x: Any) -> Any:
     return None if isinstance(primal, jax.core.Tracer) else primal
 
 
-def _check_finite(call: str, name: str, x: Array) -> None:
+def _check_finite(call: str, name: str, x: Any) -> None:
     """Refuse NaN and infinity where the numbers are known."""
     known = _known(x)
     if known is None:
         return
-    with jax.ensure_compile_time_eval():  # else jit would trace it
-        finite = bool(jnp.all(jnp.isfinite(known)))
+    if isinstance(known, jax.Array):
+        with jax.ensure_compile_time_eval():  # else jit would trace it
+            finite = bool(jnp.all(jnp.isfinite(known)))
+    else:
+        finite = bool(np.all(np.isfinite(known)))
     if not finite:
         raise ValueError(
             f"{call}: {name} has NaN or infinity in it at the start, from where nothing can be learned; "
@@ -471,7 +474,7 @@ def start_of(
                     f"{list(default.shape)} is needed"
                 )
             start[i][name] = jnp.asarray(given[i], default.dtype)
-            _check_finite(call, f"state[{name!r}]", start[i][name])
+            _check_finite(call, f"state[{name!r}]", given[i])
     return start
 
 
