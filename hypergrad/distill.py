@@ -407,6 +407,9 @@ def distill(
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
     order = np.asarray(jax.random.permutation(shuffle_key, len(images)))
     inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
+    data.require_classes(
+        f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
+    )
     real = jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept])
     unseen = jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:])
 

@@ -431,6 +431,63 @@ def test_what_is_known_costs_no_callback() -> None:
     assert "pure_callback" not in str(program)
 
 
+# A strict session.
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "adjoint", "precision"),
+    [
+        (hg.momentum(), hg.Reversible(), jnp.float32),
+        (hg.adam(), hg.Reversible(), jnp.float64),
+        (hg.adam(), hg.Stored(), jnp.float32),
+        (hg.radam(), hg.Stored(), jnp.float64),
+    ],
+    ids=["momentum, float32", "adam, float64", "adam, stored", "radam, stored"],
+)
+def test_types_need_no_promotion(optimizer: Any, adjoint: Any, precision: Any) -> None:
+    """Rates of Python and schedules; against finite differences of the same run in a lenient session."""
+
+    def outer(rate: Any) -> Any:
+        w = jnp.linspace(0.5, 1.0, 2, dtype=precision)
+        settings = {"steps": 3, "optimizer": optimizer, "adjoint": adjoint}
+        return jnp.sum(hg.train(square, w, {"learning_rate": rate}, **settings).params ** 2)
+
+    with jax.enable_x64(precision == jnp.float64):
+        h = 1e-3
+        slope = (outer(0.1 + h) - outer(0.1 - h)) / (2 * h)
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            one = jax.grad(outer)(0.1)
+            many = jax.grad(outer)(jnp.full(3, 0.1, precision))
+        np.testing.assert_allclose(one, slope, rtol=2e-3)
+        np.testing.assert_allclose(jnp.sum(many), one, rtol=1e-5)
+
+
+def test_two_types_under_strict_promotion() -> None:
+    message = (
+        r"hypers\['learning_rate'\] for params\['a'\] is float64, and the leaf float32.*pass it as float32"
+    )
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), pytest.raises(TypeError, match=message):
+        train(params={"a": jnp.ones(2, jnp.float32)}, hypers={"learning_rate": jnp.full(4, 0.1)})
+
+
+def test_a_class_that_is_lost_when_data_are_split() -> None:
+    labels = np.array([0] * 19 + [1])
+    network = hg.nets.mlp((4, 2))
+    lost = [k for k in range(8) if _held_out(k, 20, 5, 19)]
+    assert lost
+    with pytest.raises(
+        ValueError, match=r"^distill\(.*validation=5: .* no example of class 1: .*Hold out fewer"
+    ):
+        settings = {"validation": 5, "key": jax.random.key(lost[0]), "progress": False}
+        hg.distill(network, np.eye(20, 4, dtype=np.float32), labels, **settings)
+
+
+def _held_out(seed: int, examples: int, validation: int, which: int) -> bool:
+    """Whether `distill` holds an example out, by the order in which it shuffles."""
+    _, key, _ = jax.random.split(jax.random.key(seed), 3)
+    return which in np.asarray(jax.random.permutation(key, examples))[-validation:]
+
+
 # Trees that can be called.
 
 
