@@ -335,7 +335,7 @@ def require_classes(call: str, part: str, labels: np.ndarray, classes: int) -> N
     lost = sorted(set(range(classes)) - set(np.asarray(labels).tolist()))
     if lost:
         raise ValueError(
-            f"{call}: {part} has no example of class {', '.join(map(str, lost))}: all of them went elsewhere "
+            f"{call}: {part} has no example of class {', '.join(map(str, lost))}: all went elsewhere "
             "when the data were split. Hold out fewer, pass more examples of it, or another key"
         )
 
