@@ -375,8 +375,8 @@ class Reversible:
         whole = isinstance(self.segments, int | np.integer) and not isinstance(self.segments, bool)
         if not (whole and self.segments >= 1):
             raise ValueError(
-                f"Reversible(segments={self.segments!r}): segments must be a whole number of at least one "
-                "segment"
+                f"Reversible(segments={self.segments!r}): there must be at least one segment, and a whole "
+                "number of them"
             )
         # Hashable, as what is static must be.
         object.__setattr__(self, "radix", tuple(dict(self.radix).items()))

@@ -290,7 +290,7 @@ KEYWORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "wrt as a string": (lambda: plan(wrt="meta"), r"wrt='meta' must be some of .* in a tuple"),
     "segments of Reversible": (
         lambda: hg.Reversible(segments=2.5),  # type: ignore[arg-type]
-        r"^Reversible\(segments=2\.5\): .*whole number of at least one segment",
+        r"^Reversible\(segments=2\.5\): .*at least one segment, and a whole number",
     ),
     "radix": (lambda: hg.Reversible(radix=50), r"^Reversible\(radix=50\): .*radix=\{\"params\": 40\}"),  # type: ignore[arg-type]
     "part of a radix": (
@@ -301,7 +301,7 @@ KEYWORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "part of bits": (lambda: hg.Reversible(bits={"mu": "few"}), r"^Reversible\(.*must lie in \(0, 7\]"),  # type: ignore[dict-item]
     "segments of Checkpointed": (
         lambda: hg.Checkpointed(segments="a"),  # type: ignore[arg-type]
-        r"^Checkpointed\(segments='a'\): .*whole number of at least one segment, or None",
+        r"^Checkpointed\(segments='a'\): .*at least one segment, and a whole number of them, or None",
     ),
     "steps of Truncated": (lambda: hg.Truncated(2.5), r"^Truncated\(steps=2\.5\): .*whole number"),  # type: ignore[arg-type]
     "limit of Forward": (lambda: hg.Forward(limit=0.5), r"^Forward\(limit=0\.5\): .*whole number"),  # type: ignore[arg-type]
