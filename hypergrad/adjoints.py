@@ -75,8 +75,8 @@ class Checkpointed:
     def __post_init__(self) -> None:
         if self.segments is not None and not is_whole(self.segments):
             raise ValueError(
-                f"Checkpointed(segments={self.segments!r}): there must be at least one segment, and a whole "
-                "number of them, or None for √T"
+                f"Checkpointed(segments={self.segments!r}): there must be at least one segment, and a "
+                "whole number of them, or None for √T"
             )
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
