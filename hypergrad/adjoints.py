@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from hypergrad.arguments import check_adjoint, is_whole
 from hypergrad.program import Leaf
 from hypergrad.run import Constants, Inputs, Run, Solution
 
@@ -98,8 +99,11 @@ class Checkpointed:
     segments: int | None = None
 
     def __post_init__(self) -> None:
-        if self.segments is not None and self.segments < 1:
-            raise ValueError(f"Checkpointed(segments={self.segments}): there must be at least one segment")
+        if self.segments is not None and not is_whole(self.segments):
+            raise ValueError(
+                f"Checkpointed(segments={self.segments!r}): there must be at least one segment, and a "
+                "whole number of them, or None for √T"
+            )
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
@@ -130,8 +134,12 @@ class Truncated:
     adjoint: Adjoint = field(default_factory=Stored)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Truncated(steps={self.steps}): at least one step must be differentiated")
+        if not is_whole(self.steps):
+            raise ValueError(
+                f"Truncated(steps={self.steps!r}): at least one step must be differentiated, and a whole "
+                "number of them"
+            )
+        check_adjoint(f"Truncated(steps={self.steps})", self.adjoint)
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
@@ -176,6 +184,10 @@ class Forward:
     """
 
     limit: int = 64
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.limit):
+            raise ValueError(f"Forward(limit={self.limit!r}): limit must be a whole number of at least one")
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""

@@ -109,10 +109,10 @@ def moved(image: Array, matrix: Array, shift: Array) -> Array:
     places = _places(image) @ matrix.T + (centre + shift)[None, None]
     corner = jnp.floor(places)
     part = places - corner
-    last = jnp.asarray(image.shape[:2])[None, None] - 1
+    last = jnp.asarray(image.shape[:2], jnp.int32)[None, None] - 1
     result = jnp.zeros_like(image)
     for step in np.ndindex(2, 2):  # the four pixels around a place
-        ahead = jnp.asarray(step)[None, None]
+        ahead = jnp.asarray(step, jnp.int32)[None, None]
         at = corner.astype(jnp.int32) + ahead
         weight = jnp.prod(jnp.where(ahead == 1, part, 1 - part), axis=-1)
         inside = jnp.all((at >= 0) & (at <= last), axis=-1)

@@ -277,13 +277,16 @@ def _floats(call: str, everything: PyTree) -> tuple[list[str], Leaves, Callable[
 
 @contextlib.contextmanager
 def _reversal_errors() -> Iterator[None]:
-    """Let a `ReversalError` out as one, also where a running program has wrapped it in another error."""
+    """Let a `ReversalError` out as one, also where a running program has wrapped it in another error.
+
+    A hyperparameter outside its domain is made one too: there is no run there.
+    """
     logger = logging.getLogger("jax._src.callback")  # would log what is caught here
     disabled, logger.disabled = logger.disabled, True
     try:
         yield
     except Exception as error:
-        wrapped = re.search(r"ReversalError: (.*)", str(error))
+        wrapped = re.search(r"(?:ReversalError|DomainError): (.*)", str(error))
         if isinstance(error, ReversalError) or wrapped is None:
             raise
         raise ReversalError(wrapped.group(1)) from error
@@ -399,6 +402,11 @@ class _Slope(NamedTuple):
         close = abs(self.error) <= max(tolerance * self.scale, self.uncertainty)
         return close and self.uncertainty <= max(tolerance, RESOLUTION) * self.scale
 
+    @property
+    def visible(self) -> bool:
+        """Whether differences see it at all."""
+        return self.uncertainty < self.scale
+
     def disagrees(self, tolerance: float) -> bool:
         """Whether it is wrong, beyond doubt: differences may agree with each other by chance."""
         return abs(self.error) > max(tolerance * self.scale, 10 * self.uncertainty)
@@ -412,7 +420,10 @@ def _slope(point: _Point, move: Move, noise: float, tolerance: float) -> _Slope:
     of them are taken.  Steps shrink until rounding exceeds truncation, or all is clear.
 
     A chaotic objective looks smooth again to differences coarser than its structure.  So an error counts
-    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.
+    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.  And one that is rounded on
+    the way, as states are in exact arithmetic, is a staircase, flat to differences finer than its stairs:
+    where the change from ``C(4h)`` to ``C(h)`` has grown, it is the height of a stair over ``h``, and an
+    error counts only as far as it exceeds what such a one makes of a slope.
     """
     (k,) = move
 
@@ -431,15 +442,20 @@ def _slope(point: _Point, move: Move, noise: float, tolerance: float) -> _Slope:
     typical = float(np.linalg.norm(point.gradient[k] * point.sizes[k]))
     best = _Slope(expected, math.nan, math.inf, typical)
     coarse = before = math.nan
+    stair, shift = 0.0, math.inf
     h = 4.0**-2
     while h >= max(4.0**-13, 64 * _epsilon(point.leaves[k].dtype)):
         central = (point.residual(move, h) - point.residual(move, -h)) / (2 * h)
         fourth = (16 * central - coarse) / 15
+        now = abs(central - coarse)
+        if now > 2 * shift:
+            stair = max(stair, now * h)
+        shift = now if math.isfinite(now) else math.inf
         if math.isfinite(fourth):
             truncation = abs(fourth - (before if math.isfinite(before) else coarse))
             rounding = 3 * 0.75 * noise / h
             if _Slope(expected, fourth, truncation + rounding, typical).disagrees(tolerance):
-                truncation += change(h)
+                truncation += change(h) + stair / h
             slope = _Slope(expected, fourth, truncation + rounding, typical)
             best = min(best, slope, key=lambda s: s.uncertainty)
             clear = slope.disagrees(tolerance) or slope.uncertainty <= 0.01 * tolerance * typical
@@ -481,6 +497,8 @@ def _finite_differences(
     total = np.linalg.norm([each[0].typical for each in slopes.values()])
     rest = np.linalg.norm([max(max(s.scale, s.uncertainty) for s in slopes[n]) for n in unclear])
     share = _part(float(rest), float(total))
+    # But what is large enough to be seen, and not to be resolved, is a part that nothing confirms.
+    unconfirmed = [n for n in unclear if all(s.visible for s in slopes[n])]
     pairs = np.array([(s.expected, s.expected + s.error) for each in slopes.values() for s in each])
     cosine = _cosine(*pairs[np.isfinite(pairs[:, 1])].T)
     measured = {
@@ -491,6 +509,7 @@ def _finite_differences(
         "noise": noise,
         "unclear": unclear,
         "unclear_share": share,
+        "unconfirmed": unconfirmed,
     }
     if wrong:
         worst = max(wrong, key=errors.__getitem__)
@@ -500,8 +519,8 @@ def _finite_differences(
             "Something on the way has a wrong derivative (a custom rule, a stop_gradient), or none here."
         )
         return Finding(name, "failed", measured, meaning)
-    if share > 0.1 or suspect:
-        worst = max(unclear, key=bounds.__getitem__)
+    if share > 0.1 or suspect or unconfirmed:
+        worst = max(unconfirmed or unclear, key=bounds.__getitem__)
         way_out = (
             "Shorten or calm the run."
             if epsilon < 1e-15

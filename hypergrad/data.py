@@ -320,6 +320,26 @@ def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> j
     return epochs.reshape(-1, batch_size)[:steps]
 
 
+def require_classes(call: str, part: str, labels: np.ndarray, classes: int) -> None:
+    """Refuse a part of split data in which a class has no example.
+
+    call: the user's call, for the message.
+    part: what the part is called.
+    labels: (n,) integers in [0, classes), of the part.
+    classes: the number of classes.
+
+    Raises ValueError that names the classes that are lost.
+
+    >>> require_classes("split(...)", "the training part", np.array([0, 1, 1]), classes=2)
+    """
+    lost = sorted(set(range(classes)) - set(np.asarray(labels).tolist()))
+    if lost:
+        raise ValueError(
+            f"{call}: {part} has no example of class {', '.join(map(str, lost))}: all went elsewhere "
+            "when the data were split. Hold out fewer, pass more examples of it, or another key"
+        )
+
+
 def _load(name: str, call: str, directory: str | os.PathLike[str] | None) -> Dataset:
     arrays = []
     for file, expected in zip(_FILES, _MD5[name]):

@@ -407,6 +407,9 @@ def distill(
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
     order = np.asarray(jax.random.permutation(shuffle_key, len(images)))
     inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
+    data.require_classes(
+        f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
+    )
     real = jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept])
     unseen = jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:])
 
@@ -521,6 +524,7 @@ def _trained(
     init_key, order_key, augment_key = jax.random.split(key, 3)
     steps = recipe.steps
     hypers = {"learning_rate": recipe.rates(), "momentum": recipe.momentum}
+    optimizer = momentum_optimizer()
     rows = recipe.rows(order_key, len(inputs))
     keys = jax.random.split(augment_key, steps)
     if length is not None:
@@ -530,6 +534,8 @@ def _trained(
             "learning_rate": jnp.where(t < 0, 0.0, hypers["learning_rate"][place]),
             "momentum": jnp.where(t < 0, 1.0, hypers["momentum"]),
         }
+        still = (0.0, 1.0 + 1e-6)  # so that a momentum of 1 is admitted
+        optimizer = dataclasses.replace(optimizer, domains={**optimizer.domains, "momentum": still})
         rows = rows[place]
     whole = rows.shape[1] == len(inputs)
     if jnp.ndim(labels) == 1:
@@ -555,7 +561,7 @@ def _trained(
         meta,
         (rows, keys),
         steps=steps,
-        optimizer=momentum_optimizer(),
+        optimizer=optimizer,
         adjoint=adjoint,
     ).params
 

@@ -34,9 +34,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hypergrad.adjoints import Adjoint, Checkpointed, Stored
+from hypergrad.arguments import checked_call, checked_steps
 from hypergrad.program import Leaf, Optimizer, Whole
 from hypergrad.reversible import ReversalError, Reversible
 from hypergrad.run import Constants, Inputs, Outputs, PyTree, Run, Solution, split
@@ -123,10 +125,17 @@ def plan(
     >>> hg.plan(loss, jnp.ones((100, 100)), hypers, steps=1000, budget=8e6).adjoint
     Reversible(bits=(('velocity', 0.171),), radix=(), segments=1)
     """
-    call = f"plan(steps={steps}, budget={budget:g})"
+    call = f"plan(steps={steps!r}, budget={budget!r})"
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number) or not budget > 0:
+        raise ValueError(f"{call}: budget must be a positive number of bytes, such as 1e9")
+    if optimizer is not None:
+        checked_call("plan", steps, optimizer, None)
+    checked_steps(call, steps)
     parts = {"params", "hypers", "meta", "batches"}
-    if not wrt or set(wrt) - parts:
-        raise ValueError(f"{call}: wrt={wrt!r} must be some of {sorted(parts)}")
+    if isinstance(wrt, str) or not wrt or set(wrt) - parts:
+        raise ValueError(
+            f'{call}: wrt={wrt!r} must be some of {sorted(parts)}, in a tuple such as ("hypers",)'
+        )
     seen: list[Any] = []
 
     def spy(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:

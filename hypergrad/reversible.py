@@ -730,6 +730,20 @@ class _Playback:
         )
 
 
+def _by_variable(name: str, given: Any) -> dict[str, Any]:
+    """A setting of `Reversible` by variable."""
+    try:
+        found = dict(given)
+    except (TypeError, ValueError):
+        found = {None: None}
+    if not all(isinstance(variable, str) for variable in found):
+        raise ValueError(
+            f"Reversible({name}={given!r}): {name} goes by variable of the optimizer, such as "
+            f'{name}={{"params": {"0.2" if name == "bits" else "40"}}}'
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Reversible:
     """The run is played backwards, bit for bit; memory holds only the bits that a step destroys.
@@ -773,11 +787,20 @@ class Reversible:
     segments: int = 1
 
     def __post_init__(self) -> None:
-        given = [self.bits] if isinstance(self.bits, int | float) else dict(self.bits).values()
-        if not all(0 < bits <= 7 for bits in given):
+        bits = {"all": self.bits} if isinstance(self.bits, int | float) else _by_variable("bits", self.bits)
+        if not all(isinstance(b, int | float | np.number) and 0 < b <= 7 for b in bits.values()):
             raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
-        if self.segments < 1:
-            raise ValueError(f"Reversible(segments={self.segments}): there must be at least one segment")
+        radix = _by_variable("radix", self.radix).values()
+        if not all(isinstance(r, int | np.integer) and not isinstance(r, bool) and r >= 0 for r in radix):
+            raise ValueError(
+                f"Reversible(radix={self.radix!r}): binary digits after the point are whole numbers from 0"
+            )
+        whole = isinstance(self.segments, int | np.integer) and not isinstance(self.segments, bool)
+        if not (whole and self.segments >= 1):
+            raise ValueError(
+                f"Reversible(segments={self.segments!r}): there must be at least one segment, and a whole "
+                "number of them"
+            )
         # Hashable, as what is static must be.
         object.__setattr__(self, "radix", tuple(dict(self.radix).items()))
         if not isinstance(self.bits, int | float):

@@ -36,6 +36,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from hypergrad.arguments import is_function, is_whole
+
 PyTree = Any
 
 
@@ -244,13 +246,17 @@ class OneCycle(NamedTuple):
         return PiecewiseLinear(positions, jnp.stack([low, peak, low, low / final_div]))(t)
 
 
+Schedule = Constant | PerStep | PiecewiseLinear | WarmupCosine | Triangular | OneCycle
+
+
 def values(schedules: PyTree, steps: int) -> PyTree:
     """The values ``η(0), ..., η(T - 1)`` of schedules over a run, as `hypergrad.train` takes them.
 
     Args:
         schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer; a
-            schedule is whatever can be called with a count, which is traced, and returns a scalar.
-            Numbers and arrays in the tree stay as they are.
+            schedule is one of the classes here, or a function of a count, which is traced, that returns
+            a scalar.  All else, callable pytrees such as modules included, are trees, and numbers and
+            arrays in them stay as they are.
         steps: T, at least 1.
 
     Returns:
@@ -267,11 +273,13 @@ def values(schedules: PyTree, steps: int) -> PyTree:
         >>> values({"learning_rate": Constant(0.5), "momentum": 0.9}, 2)
         {'learning_rate': Array([0.5, 0.5], dtype=float32), 'momentum': 0.9}
     """
-    if steps < 1:
-        raise ValueError(f"values(steps={steps!r}): a schedule has at least 1 step")
+    if not is_whole(steps):
+        raise ValueError(
+            f"values(steps={steps!r}): a schedule has at least 1 step, and a whole number of them"
+        )
 
     def value(schedule: Any) -> Any:
-        if not callable(schedule):
+        if not is_schedule(schedule):
             return schedule
         array = jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(steps))
         if array.ndim != 1:
@@ -281,7 +289,18 @@ def values(schedules: PyTree, steps: int) -> PyTree:
             )
         return array.astype(jnp.result_type(array, float))
 
-    return jax.tree.map(value, schedules, is_leaf=callable)
+    return jax.tree.map(value, schedules, is_leaf=is_schedule)
+
+
+def is_schedule(x: Any) -> bool:
+    """Whether a node of a tree is a schedule: one of ours, or a function, but no other callable tree.
+
+    A module is a tree of numbers, such as one rate for each of its arrays, though it can be called.
+
+    >>> is_schedule(Constant(0.5)), is_schedule(lambda count: 0.5 * count), is_schedule({"rate": 0.5})
+    (True, True, False)
+    """
+    return isinstance(x, Schedule) or is_function(x)
 
 
 def per_layer(schedule: Any, params: PyTree) -> PyTree:

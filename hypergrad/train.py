@@ -14,9 +14,12 @@ from hypergrad.adjoints import Adjoint
 from hypergrad.arguments import (
     EXACT,
     STEP,
+    check_arrays,
+    check_callable,
     check_examples,
     check_scalar,
     checked_batches,
+    checked_call,
     checked_steps,
     continued,
     flat_hypers,
@@ -95,8 +98,11 @@ def train(
       A `Trained`.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is; before any work starts.
-      TypeError: for parameters of a dtype in which a hypergradient would be noise.
+      ValueError: where an argument cannot be meant as it is; before any work starts.  Under ``jit`` the
+        running program raises `hypergrad.arguments.DomainError`, a ValueError, for a hyperparameter that
+        left its domain.
+      TypeError: for what is no array, function, optimizer or adjoint where one must be, and for parameters
+        of a dtype in which a hypergradient would be noise.
       ReversalError: where the run could not be, or was not, reversed exactly.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
@@ -112,8 +118,10 @@ def train(
     """
     optimizer = momentum() if optimizer is None else optimizer
     adjoint = Reversible() if adjoint is None else adjoint
-    call = f"train(steps={steps}, optimizer={optimizer.name}, adjoint={adjoint!r})"
+    call = checked_call("train", steps, optimizer, adjoint)
     steps = checked_steps(call, steps)
+    check_callable(call, "loss", loss, "params", "meta", "batch")
+    check_arrays(call, "meta", meta)
     leaves, structure, names = flat_params(call, params)
     given, split = params, lambda merged: merged
     if isinstance(optimizer, Optimizer) and optimizer.blocks is not None:
@@ -172,6 +180,7 @@ def train(
     )
     watch_consts: list[Array] = []
     if watch is not None:
+        check_callable(call, "watch", watch, "snapshot")
         number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
         scalar: Any = result
         variables = run.state_of(jax.tree.map(shape_of, start))

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from hypergrad.adjoints import Adjoint, Checkpointed
+from hypergrad.arguments import check_callable, checked_call, checked_steps, is_function
 from hypergrad.constraints import Constraint, interval, positive, real
 from hypergrad.meta import LBFGSB, History, optimize
 from hypergrad.optimizers.adam import adam
@@ -105,7 +106,13 @@ def tune(
     True
     """
     optimizer = adam() if optimizer is None else optimizer
-    call = f"tune(steps={steps}, optimizer={optimizer.name})"
+    call = checked_call("tune", steps, optimizer, adjoint)
+    checked_steps(call, steps)
+    if validation is not None:
+        check_callable(call, "validation", validation, "params")
+    for name, made in (("params", params), ("batches", batches)):
+        if is_function(made):
+            check_callable(call, name, made, "key")
     start = with_defaults(call, optimizer, hypers)
     if unknown := sorted(set(learn or ()) - set(start)):
         raise ValueError(f"{call}: learn={learn!r}, but {unknown} are none of {list(start)}")
@@ -129,10 +136,10 @@ def tune(
         init_key, batch_key = jax.random.split(key)
         trained = train(
             loss,
-            params(init_key) if callable(params) else params,
+            params(init_key) if is_function(params) else params,
             {**held, **learned},
             meta,
-            batches(batch_key) if callable(batches) else batches,
+            batches(batch_key) if is_function(batches) else batches,
             steps=steps,
             optimizer=optimizer,
             adjoint=adjoint,

@@ -197,6 +197,45 @@ def test_points_where_the_run_fails_are_left_out(momentum: float, caplog: pytest
     assert not caplog.records
 
 
+def test_a_part_that_is_seen_but_not_resolved_is_confirmed_by_nothing() -> None:
+    """Of a slope that rounding hides in part: right or wrong by 4%, nobody can tell or may trust."""
+    for factor in (1.0, 1.04):
+        objective = small_part(factor)
+        report = check(objective, {"eps": jnp.float32(1e-3), "rate": jnp.float32(1.0)})
+        numbers = report.finite_differences.numbers
+        assert numbers["unconfirmed"] == ["['eps']"] and numbers["unclear_share"] < 0.1
+        assert report.finite_differences.verdict == "warning" and not report.trusted
+        assert "Differences resolve the slope in ['eps'] to" in report.finite_differences.meaning
+
+
+def small_part(factor: float) -> Callable[..., Any]:
+    """``10 rate² + eps``, with a derivative in eps that is wrong by a factor."""
+
+    @jax.custom_vjp
+    def objective(e: Any) -> Any:
+        return 10 * e["rate"] ** 2 + 0.1 * e["eps"]
+
+    objective.defvjp(
+        lambda e: (objective(e), e["rate"]),
+        lambda rate, bar: ({"eps": 0.1 * factor * bar, "rate": 20 * rate * bar},),
+    )
+    return objective
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("stair", [1e-3, 1e-4])
+def test_a_staircase_that_follows_its_slope_is_not_condemned(stair: float) -> None:
+    """Rounded on the way, and flat between: differences finer than a stair say nothing of the slope."""
+
+    @jax.custom_jvp
+    def rounded(z: Any) -> Any:
+        return stair * jnp.round(z / stair)
+
+    rounded.defjvp(lambda z, u: (rounded(*z), u[0]))
+    report = check(lambda z: 0.9 * z + 0.1 * rounded(z), jnp.asarray(1.2345678))
+    assert report.finite_differences.verdict != "failed", str(report)
+
+
 # Exact recovery.
 
 
@@ -344,7 +383,7 @@ def test_a_step_beyond_the_optimum_is_curved_not_rough() -> None:
 @pytest.mark.usefixtures("x64")
 def test_waves_shorter_than_the_step_are_rough() -> None:
     report = check(lambda z: jnp.sum(z + 1e-3 * jnp.sin(3e4 * z)), START)
-    assert report.finite_differences.verdict == "ok"
+    assert report.finite_differences.verdict == "ok", str(report)
     assert report.metasmoothness.verdict == "failed" and "rough" in report.metasmoothness.meaning
     assert not report.trusted
 

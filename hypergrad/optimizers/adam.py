@@ -68,6 +68,7 @@ def weight(decay: Array, n: Array) -> Array:
     # Floats of 32 bits keep three digits of the difference at a decay of 0.9999, and `radam` fewer still.
     # Near 0 the logarithm has no derivative.
     large = decay > 0.25
+    n = jnp.asarray(n, jnp.result_type(decay))
     return jnp.where(
         large, -jnp.expm1(n * jnp.log(jnp.where(large, decay, 0.5))), 1 - jnp.where(large, 0.5, decay) ** n
     )
@@ -242,7 +243,8 @@ def radam() -> Optimizer:
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
         def step(s: Any) -> Array:
-            n, seen = t + 1, weight(h.b2, t + 1)
+            seen = weight(h.b2, t + 1)
+            n = jnp.asarray(t + 1, seen.dtype)
             longest = 2 / (1 - h.b2) - 1
             length = longest - 2 * n * (1 - seen) / seen
             rectified = length > 4
