@@ -108,7 +108,8 @@ def train(
         hypers = schedules.values(dict(hypers), steps)
     fixed, scheduled = _hypers(call, optimizer, hypers, params, leaves, names, steps)
     if isinstance(optimizer, Whole):
-        start, kept_structure = _start_whole(call, optimizer, state, params, leaves)
+        first = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
+        start, kept_structure = _start_whole(call, optimizer, state, params, leaves, first)
     else:
         start, kept_structure = _start(call, optimizer, state, leaves, structure), None
     if batches is None:
@@ -332,11 +333,15 @@ def _start_whole(
     state: Mapping[str, PyTree] | None,
     params: PyTree,
     leaves: list[Array],
+    hypers: Mapping[str, Array],
 ) -> tuple[list[Leaf], Any]:
-    """The same for an optimizer with one state for all parameters; also that state's tree structure."""
+    """The same for an optimizer with one state for all parameters; also that state's tree structure.
+
+    Its state may depend on the hyperparameters of the first step, and is differentiated in them.
+    """
     if state is not None and set(state) != {"state"}:
         raise ValueError(f"{call}: state has {sorted(state)}; {optimizer.name} keeps ['state']")
-    initial = optimizer.init(params)
+    initial = optimizer.start(hypers, params)
     given = initial if state is None else state["state"]
     like: Any = jax.tree.structure(initial)
     found: Any = jax.tree.structure(given)
