@@ -21,8 +21,9 @@ SHARE = (0.0, 1.0)
 NOT_NEGATIVE_NAMES = (
     "learning_rate", "max_learning_rate", "adam_learning_rate", "eps", "eps_root", "adam_eps_root",
     "weight_decay", "weight_decay_rate", "adam_weight_decay", "trust_coefficient", "min_norm", "max_norm",
-    "max_delta", "clip_threshold", "clipping_threshold", "l2_norm_clip", "noise_multiplier", "min_step_size",
-    "max_step_size", "initial_accumulator_value", "initial_scale", "estim_lr0", "estim_lr_coef", "s_init",
+    "max_delta", "clip_threshold", "clipping_threshold", "l2_norm_clip", "noise_multiplier",
+    "min_step_size", "max_step_size", "initial_accumulator_value", "initial_scale", "estim_lr0",
+    "estim_lr_coef", "s_init",
 )  # fmt: skip
 SHARE_NAMES = (
     "b1",
@@ -59,8 +60,8 @@ def from_optax(
     ``Stored()``.  Optimizers of this library are programs of moves instead; many of those are.
 
     Its update is given what optax's may ask for: ``value`` (the loss before the step), ``grad``,
-    ``value_fn``, ``obj_fn`` and ``grad_fn``, on the batch of the step.  Line searches are loops of unknown
-    length: only ``Forward()`` differentiates them.
+    ``value_fn``, ``obj_fn`` and ``grad_fn``, on the batch of the step.  A line search that is a loop of
+    unknown length has derivatives with ``Forward()`` only.
 
     An elementwise slope that is not finite counts as 0 (see `hypergrad.optimizers.finite`): the square root
     of a gradient that is always 0, and the branch of a `jax.numpy.where` that is not taken, do not make
@@ -81,9 +82,9 @@ def from_optax(
       An optimizer for `hypergrad.train`.
 
     Raises:
-      TypeError: where `build` must know a hyperparameter before the run, or its update needs what a training
-        run does not have.
-      ValueError: where a line search is differentiated in reverse.
+      TypeError: where `build` must know a hyperparameter before the run, or its update needs what a
+        training run does not have.
+      ValueError: where a loop of unknown length, such as a line search, is differentiated in reverse.
 
     >>> import hypergrad as hg
     >>> import jax, jax.numpy as jnp, optax
@@ -106,7 +107,7 @@ def from_optax(
             return optax.with_extra_args_support(build(**h))
         except jax.errors.ConcretizationTypeError as error:
             raise TypeError(
-                f"{call}: {name} must know one of {list(h)} before it runs, and so cannot be differentiated "
+                f"{call}: {name} must know one of {list(hypers)} before it runs, and so has no derivative "
                 "in it; leave that one out of hypers, and fix it with functools.partial. "
                 f"{str(error).splitlines()[0]}"
             ) from error

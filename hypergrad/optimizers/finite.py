@@ -89,7 +89,7 @@ def _entered(call: str, eqn: Any, inputs: list[Any]) -> list[Any] | None:
     if name in CALLS:
         inner = params[CALLS[name]]
         return function(inner)(*inputs)
-    if name == "checkpoint":
+    if name in {"checkpoint", "remat2"}:
         inner = jax.extend.core.ClosedJaxpr(params["jaxpr"], ())
         again = jax.checkpoint(function(inner), prevent_cse=params["prevent_cse"], policy=params["policy"])
         return again(*inputs)
