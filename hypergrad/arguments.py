@@ -525,6 +525,7 @@ def _check_state(call: str, state: Any, names: Any) -> None:
 def start_of_whole(
     call: str,
     optimizer: Whole,
+    hypers: Mapping[str, Array],
     state: Mapping[str, PyTree] | None,
     params: PyTree,
     leaves: list[Array],
@@ -534,7 +535,7 @@ def start_of_whole(
         _check_state(call, state, ["state"])
     if state is not None and set(state) != {"state"}:
         raise ValueError(f"{call}: state has {sorted(state)}; {optimizer.name} keeps ['state']")
-    initial = optimizer.init(params)
+    initial = optimizer.start(hypers, params)
     given = initial if state is None else state["state"]
     like: Any = jax.tree.structure(initial)
     found: Any = jax.tree.structure(given)

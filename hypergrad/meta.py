@@ -21,6 +21,7 @@ from tqdm import tqdm
 from hypergrad import files
 from hypergrad.constraints import constrain, is_constraint, real, unconstrain
 from hypergrad.run import PyTree, hoist
+from hypergrad.zeros import announce_zeros
 
 Objective = Callable[[PyTree, jax.Array], Any]
 
@@ -173,6 +174,7 @@ def optimize(
         `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError or a
         `jax.errors.JaxRuntimeError` other than out of memory, the run warns with
         `HypergradientExplosion` and returns the last values with a sound loss and gradient.
+        A `hypergrad.implicit.ZeroHypergradientWarning` names what the first hypergradient is exactly 0 in.
 
     Raises:
         TypeError: `hypers` are not floating-point, the objective does not return a floating-point
@@ -384,6 +386,8 @@ def _measure(run: _Run, raw: PyTree, iteration: int, norms: list[Any]) -> tuple[
         lines = str(error).strip().splitlines() or [""]
         return [], None, _explanation(run, iteration, f"raised {type(error).__name__}: {lines[-1]}")
     row = jax.device_get(row)
+    if iteration == 0:
+        announce_zeros("optimize", gradient)
     loss, norm = float(row.loss), float(row.gradient_norm)
     median = float(np.median(np.asarray(norms, float))) if len(norms) >= 3 else 0.0
     reason = ""

@@ -271,15 +271,21 @@ class Whole:
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
       per_example: whether `update` is given `Examples` in the gradient's place.
+      init_from_hypers: whether it is ``init(h, params)``, with the hyperparameters of the first step.
     """
 
     name: str
-    init: Callable[[PyTree], PyTree]
+    init: Callable[..., PyTree]
     update: Callable[[Mapping[str, Array], Any, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     per_example: bool = False
     reversible: bool = field(default=False, init=False)
+    init_from_hypers: bool = False
+
+    def start(self, h: Mapping[str, Array], params: PyTree) -> PyTree:
+        """The state before the first step, whose hyperparameters are ``h``."""
+        return self.init(h, params) if self.init_from_hypers else self.init(params)
 
 
 def with_defaults(

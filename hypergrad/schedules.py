@@ -132,7 +132,10 @@ class PiecewiseLinear(NamedTuple):
 
 
 class WarmupCosine(NamedTuple):
-    """Linear warm-up, then half a cosine down; as `optax.warmup_cosine_decay_schedule`.
+    """Linear warm-up, then half a cosine down.
+
+    For whole lengths and a peak other than 0, the values of `optax.warmup_cosine_decay_schedule`; from a
+    peak of 0, optax's stays at 0 and this one goes to `end_value`.
 
     ``η(t) = (1 - x) init + x peak,             x = t / warmup,                         t < warmup``
     ``η(t) = end + (peak - end) (1 + cos πx)/2, x = (t - warmup) / (decay - warmup),    t >= warmup``
@@ -204,7 +207,11 @@ class Triangular(NamedTuple):
 
 
 class OneCycle(NamedTuple):
-    """One cycle in three straight lines; as `optax.linear_onecycle_schedule`.
+    """One cycle in three straight lines.
+
+    Where ``pct_start T`` and ``pct_final T`` are whole numbers, the values of
+    `optax.linear_onecycle_schedule`.  Elsewhere optax cuts them to whole numbers, and this one does not,
+    which is why it has derivatives in them; ``floor(pct T) / T`` in their place gives optax's values.
 
     From ``peak / div`` up to ``peak`` at ``pct_start T``, back down to ``peak / div`` at ``pct_final T``,
     and on to ``peak / div / final_div`` at ``T``, which is held.

@@ -134,7 +134,8 @@ def train(
     fixed, scheduled = flat_hypers(call, optimizer, hypers, params, leaves, names, steps)
     labels = labels_of(call, optimizer, params, leaves)
     if isinstance(optimizer, Whole):
-        start, kept_structure = start_of_whole(call, optimizer, state, params, leaves)
+        at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
+        start, kept_structure = start_of_whole(call, optimizer, at_start, state, params, leaves)
         first, exact = np.int32(0), None
     else:
         start, kept_structure = start_of(call, optimizer, state, leaves, structure, labels), None

@@ -68,7 +68,9 @@ def tune(
     """Tune an optimizer's hyperparameters by hypergradients through whole training runs.
 
     ``minimise validation(train(loss, params, hypers)) over hypers``, in coordinates without bounds: the
-    logarithm of what is positive, the logit of what lies between 0 and 1.
+    logarithm of what is positive, the logit of what lies between 0 and 1.  A hyperparameter without
+    influence on the validation, or with none that has a slope (``b1`` in ``optax.lion``, which is inside of
+    a sign), cannot be learned so; the first meta-step announces it.
 
     Args:
       loss: ``loss(params, meta, batch) -> scalar``, as for `hypergrad.train`.
@@ -92,7 +94,8 @@ def tune(
       progress: show a progress bar.
 
     Returns:
-      A `Tuned`; ``tuned.optax()`` is an optax optimizer.
+      A `Tuned`; ``tuned.optax()`` is an optax optimizer.  A `hypergrad.implicit.ZeroHypergradientWarning`
+      names the hyperparameters in which the first hypergradient is exactly 0.
 
     Raises:
       ValueError: for names that the optimizer does not have, or a start outside the domain.
@@ -171,10 +174,25 @@ def _constraint(optimizer: Optimizer | Whole, name: str, value: PyTree) -> Const
     """What keeps a hyperparameter inside its domain."""
     low, high = optimizer.domains.get(name, (-np.inf, np.inf))
     if not np.isfinite(low):
-        return real
+        return real if not np.isfinite(high) else _beyond(high, -1)
     if not np.isfinite(high):
-        return positive
+        return positive if low == 0 else _beyond(low, 1)
     return interval(max(low, _lowest(value)) if optimizer.reversible else low, high)
+
+
+def _beyond(end: float, side: int) -> Constraint:
+    """Values above an end (side 1) or below it (side -1): ``value = end + side exp(raw)``."""
+
+    def to_constrained(raw: Array) -> Array:
+        # Rounding in the sum may land on the end itself.
+        nearest = jnp.nextafter(jnp.asarray(end, raw.dtype), jnp.asarray(side * np.inf, raw.dtype))
+        value = end + side * positive.to_constrained(raw)
+        return jnp.maximum(value, nearest) if side > 0 else jnp.minimum(value, nearest)
+
+    words = f"x > {end:g}" if side > 0 else f"x < {end:g}"
+    return Constraint(
+        to_constrained, lambda value: jnp.log(side * (value - end)), f"beyond({words})", words
+    )
 
 
 def _adjoint(optimizer: Optimizer | Whole, start: Mapping[str, PyTree]) -> Adjoint:

@@ -47,6 +47,35 @@ def test_is_optaxs(ours: Any, theirs: Any) -> None:
     assert len(set(found.tolist())) > 5 or isinstance(ours, Constant)
 
 
+@pytest.mark.parametrize("steps", [7, 10, 33])
+def test_one_cycle_is_optaxs_where_its_knots_are_cut_to_whole_counts(steps: int) -> None:
+    theirs = optax.linear_onecycle_schedule(steps, 0.9)
+    start, final = (np.floor(pct * steps) / steps for pct in (0.3, 0.85))
+    cut, plain = OneCycle(steps, 0.9, start, final), OneCycle(steps, 0.9)
+    found, smooth, expected = jax.jit(lambda: schedules.values((cut, plain, theirs), steps + 3))()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+    # Uncut, the three lines stand where the shares say.
+    by_hand = np.interp(
+        np.arange(steps + 3), [0, 0.3 * steps, 0.85 * steps, steps], [0.036, 0.9, 0.036, 0.036e-4]
+    )
+    np.testing.assert_allclose(smooth, by_hand, rtol=2e-5, atol=1e-8)
+    assert np.abs(smooth - expected).max() > 1e-3
+
+
+def test_one_cycle_with_a_peak_of_zero_is_optaxs() -> None:
+    both = OneCycle(20.0, 0.0, 0.25, 0.8), optax.linear_onecycle_schedule(20, 0.0, 0.25, 0.8)
+    found, expected = jax.jit(lambda: schedules.values(both, 25))()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_warmup_to_a_peak_of_zero_goes_on_to_the_end_value() -> None:
+    both = WarmupCosine(0.5, 0.0, 2.0, 6.0, 0.2), optax.warmup_cosine_decay_schedule(0.5, 0.0, 2, 6, 0.2)
+    found, theirs = jax.jit(lambda: schedules.values(both, 8))()
+    rising = [0.2 * (1 - np.cos(np.pi * k / 4)) / 2 for k in range(4)]
+    np.testing.assert_allclose(found, [0.5, 0.25, *rising, 0.2, 0.2], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(theirs, [0.5, 0.25, *[0.0] * 6], atol=1e-8)  # what the docstring says of it
+
+
 def test_one_cycle_may_end_in_a_jump() -> None:
     found = jax.jit(lambda: schedules.values(OneCycle(8.0, 1.0, 0.5, 1.0, 4.0, 2.0), 10))()
     assert found.tolist() == [0.25, 0.4375, 0.625, 0.8125, 1.0, 0.8125, 0.625, 0.4375, 0.125, 0.125]

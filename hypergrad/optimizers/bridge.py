@@ -1,5 +1,6 @@
 """Optimizers from optax, and ours for optax."""
 
+import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -8,13 +9,43 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.extend.core import Var
 
 from hypergrad import program
+from hypergrad.optimizers.finite import finite
 from hypergrad.program import PARAMS, Here, Optimizer, Whole, with_defaults
-from hypergrad.run import part
 
 PyTree = Any
+
+NOT_NEGATIVE = (0.0, float("inf"))
+SHARE = (0.0, 1.0)
+NOT_NEGATIVE_NAMES = (
+    "learning_rate", "max_learning_rate", "adam_learning_rate", "eps", "eps_root", "adam_eps_root",
+    "weight_decay", "weight_decay_rate", "adam_weight_decay", "trust_coefficient", "min_norm", "max_norm",
+    "max_delta", "clip_threshold", "clipping_threshold", "l2_norm_clip", "noise_multiplier",
+    "min_step_size", "max_step_size", "initial_accumulator_value", "initial_scale", "estim_lr0",
+    "estim_lr_coef", "s_init",
+)  # fmt: skip
+SHARE_NAMES = (
+    "b1",
+    "b2",
+    "b3",
+    "adam_b1",
+    "adam_b2",
+    "beta1",
+    "beta2",
+    "beta3",
+    "momentum",
+    "decay",
+    "rho",
+)
+
+# Where a hyperparameter lies that optax calls so; names that mean several things there are not among them.
+DOMAINS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(NOT_NEGATIVE_NAMES, NOT_NEGATIVE),
+    **dict.fromkeys(SHARE_NAMES, SHARE),
+    "eta_minus": SHARE,
+    "eta_plus": (1.0, float("inf")),
+}
 
 
 def from_optax(
@@ -24,19 +55,36 @@ def from_optax(
 ) -> Whole:
     """Any optax optimizer, differentiable in the hyperparameters it is built from.
 
-    Not reversible: differentiate with ``Checkpointed()`` or ``Stored()``.  Optimizers of this library are
-    programs of moves instead; many of those are.  Square roots are given the derivative 0 at 0, so that
-    coordinates whose gradients are always zero do not make hypergradients NaN.
+    ``w, s <- step_h(g, s, w),  s_0 = init_h(w_0)`` with the hyperparameters ``h`` of the step, and of the
+    first one in ``s_0``; differentiated in both.  Not reversible: differentiate with ``Checkpointed()`` or
+    ``Stored()``.  Optimizers of this library are programs of moves instead; many of those are.
+
+    Its update is given what optax's may ask for: ``value`` (the loss before the step), ``grad``,
+    ``value_fn``, ``obj_fn`` and ``grad_fn``, on the batch of the step.  A line search that is a loop of
+    unknown length has derivatives with ``Forward()`` only.
+
+    An elementwise slope that is not finite counts as 0 (see `hypergrad.optimizers.finite`): the square root
+    of a gradient that is always 0, and the branch of a `jax.numpy.where` that is not taken, do not make
+    hypergradients NaN.
 
     Args:
       build: from keyword arguments, one scalar for each of `hypers`, to an optax transformation; traced at
         every step with the hyperparameters of that step.  Its state must not depend on them in its shapes.
+        Of a schedule, what optax keeps in the state from the beginning (the ``learning_rate`` of
+        ``optax.rprop``, an ``initial_accumulator_value``) has the first value; what
+        `optax.inject_hyperparams` keeps there has that of the step.
       hypers: names and default values; None marks one that must be given to `hypergrad.train`.  They are
         numbers or ``(T,)`` schedules, and the same for all parameters.
-      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.  By
+        default, those in `DOMAINS` of the names that are there, such as ``[0, inf)`` for ``learning_rate``.
 
     Returns:
       An optimizer for `hypergrad.train`.
+
+    Raises:
+      TypeError: where `build` must know a hyperparameter before the run, or its update needs what a
+        training run does not have.
+      ValueError: where a loop of unknown length, such as a line search, is differentiated in reverse.
 
     >>> import hypergrad as hg
     >>> import jax, jax.numpy as jnp, optax
@@ -51,52 +99,93 @@ def from_optax(
     -8.0
     """
     name = getattr(build, "__name__", type(build).__name__)
+    call = f"from_optax({name})"
+    usual = {name: domain for name, domain in DOMAINS.items() if name in hypers}
 
     def built(h: Mapping[str, Array]) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(build(**h))
+        try:
+            return optax.with_extra_args_support(build(**h))
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{call}: {name} must know one of {list(hypers)} before it runs, and so has no derivative "
+                "in it; leave that one out of hypers, and fix it with functools.partial. "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
-    def init(params: PyTree) -> PyTree:
-        # The state may not depend on hyperparameters, so any values will do.
-        some = {k: 0.5 if value is None else value for k, value in hypers.items()}
-        return built({k: jnp.asarray(x, jnp.result_type(float)) for k, x in some.items()}).init(params)
+    def init(h: Mapping[str, Array], params: PyTree) -> PyTree:
+        return built(h).init(params)
 
     def update(
         h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree, here: Here
     ) -> tuple[PyTree, PyTree]:
-        def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-            updates, state = built(h).update(gradient, state, params)
+        def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> Array:
+            return here.loss(params)  # a line search refuses arguments that this function does not take
+
+        def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree, value: Any) -> Any:
+            transformation = built(h)
+            more = {
+                "value": value,
+                "grad": gradient,
+                "value_fn": value_fn,
+                "obj_fn": here.loss,
+                "grad_fn": lambda params, i: jax.grad(here.loss)(params),
+            }
+            if value is None:
+                del more["value"]
+            if _injected(state):
+                state = _refreshed(state, transformation.init(params))
+            updates, state = _updated(call, transformation, gradient, state, params, more)
             return optax.apply_updates(params, updates), state
 
-        return _with_safe_roots(step)(dict(h), gradient, state, params)
+        return finite(step, call)(dict(h), gradient, state, params, here.value)
 
-    return Whole(f"from_optax({name})", init, update, dict(hypers), dict(domains or {}))
+    return Whole(call, init, update, dict(hypers), usual | dict(domains or {}), init_from_hypers=True)
 
 
-def _with_safe_roots(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The same function, in which the derivative of a square root at 0 is 0 instead of infinite."""
+def _updated(
+    call: str,
+    transformation: optax.GradientTransformationExtraArgs,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    more: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """An update of optax, given of what there is as much as it takes."""
+    try:
+        return transformation.update(gradient, state, params, **more)
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused and refused[1] in more:
+            fewer = {name: x for name, x in more.items() if name != refused[1]}
+            return _updated(call, transformation, gradient, state, params, fewer)
+        if missing := re.search(r"missing \d+ required .*argument.*", str(error)):
+            raise TypeError(
+                f"{call}: its update is {missing[0]}; there is only {list(more)}. In optax's own loop the "
+                "loss must be handed on: update(gradient, state, params, value=..., value_fn=...)"
+            ) from error
+        raise
 
-    def evaluate(jaxpr: Any, consts: Any, arguments: Any) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments]))
-        for eqn in jaxpr.eqns:
-            inputs = [values[x] if isinstance(x, Var) else x.val for x in eqn.invars]
-            if eqn.primitive.name == "sqrt":
-                zero = inputs[0] == 0
-                outputs: Any = [jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, inputs[0])))]
-            elif eqn.primitive.name in {"jit", "pjit"}:
-                inner = eqn.params["jaxpr"]
-                outputs = evaluate(inner.jaxpr, inner.consts, inputs)
-            else:
-                read = {x: value for x, value in zip(eqn.invars, inputs) if isinstance(x, Var)}
-                outputs = part(jaxpr, list(read), [eqn], eqn.outvars)(*read.values())
-            values |= dict(zip(eqn.outvars, outputs))
-        return [values[x] if isinstance(x, Var) else x.val for x in jaxpr.outvars]
 
-    def safe(*arguments: PyTree) -> PyTree:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        results = evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(arguments))
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+def _is_injected(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "hyperparams") and hasattr(node, "inner_state")
 
-    return safe
+
+def _injected(state: PyTree) -> bool:
+    """Whether `optax.inject_hyperparams` keeps hyperparameters in the state."""
+    return any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected)))
+
+
+def _refreshed(state: PyTree, fresh: PyTree) -> PyTree:
+    """The state, with the hyperparameters that `optax.inject_hyperparams` keeps in it as they are now."""
+
+    def renew(old: Any, new: Any) -> Any:
+        if not _is_injected(old):
+            return old
+        return old._replace(
+            hyperparams=new.hyperparams, inner_state=_refreshed(old.inner_state, new.inner_state)
+        )
+
+    return jax.tree.map(renew, state, fresh, is_leaf=_is_injected)
 
 
 class ProgramState(NamedTuple):
@@ -119,8 +208,9 @@ def as_optax(
     Returns:
       An optax transformation, for use inside the user's own ``jit``, whose ``update(gradient, state,
       params)`` needs ``params``.  An optimizer that looks at the network (`hypergrad.kfac`) also needs what
-      its network takes, ``update(..., meta=, batch=)``; and one that tries out steps
-      (`hypergrad.adaptive_kfac`) ``value_fn=``, the loss as a function of the parameters.
+      its network takes, ``update(..., meta=, batch=)``; one that tries out steps
+      (`hypergrad.adaptive_kfac`) ``value_fn=``, the loss as a function of the parameters; and one of optax
+      that looks at the loss (``optax.polyak_sgd``) ``value=`` or ``value_fn=``.
 
     Raises:
       ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an
@@ -168,10 +258,18 @@ def as_optax(
     def merge(params: PyTree) -> PyTree:
         return params if blocks is None else blocks.merge(params)
 
+    def at(step: Array, x: Array) -> Array:
+        x = jnp.asarray(x)
+        return x if x.ndim == 0 else x[jnp.minimum(step, x.shape[0] - 1)]
+
+    def the_same(step: Array) -> dict[str, Array]:
+        """The hyperparameters of an optimizer for which they are the same for all parameters."""
+        return {name: at(step, value) for name, value in values.items()}
+
     def init(params: PyTree) -> ProgramState:
         step = jnp.zeros((), jnp.int32)
         if isinstance(optimizer, Whole):
-            return ProgramState(step, {"state": optimizer.init(params)})
+            return ProgramState(step, {"state": optimizer.start(the_same(step), params)})
         names = optimizer.variables.items()
         return ProgramState(step, {name: jax.tree.map(kept.init, merge(params)) for name, kept in names})
 
@@ -182,27 +280,28 @@ def as_optax(
         *,
         meta: PyTree = None,
         batch: PyTree = None,
+        value: Array | None = None,
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
     ) -> tuple[PyTree, ProgramState]:
         call = f"as_optax({optimizer.name}, hypers)"
         if params is None:
             raise ValueError(f"{call}: call update(gradient, state, params)")
+        after = optax.safe_increment(state.step)
+        if isinstance(optimizer, Whole):
+            here = _here(call, params, meta, batch, value, value_fn)
+            given = the_same(state.step), gradient, state.variables["state"], params, here
+            new, inner = optimizer.update(*given)
+            return jax.tree.map(jnp.subtract, new, params), ProgramState(after, {"state": inner})
         merged = merge(params)
         leaves = jax.tree.leaves(merged)
         structure: Any = jax.tree.structure(merged)
-
-        def at_step(value: PyTree) -> list[Array]:
-            spread = map(jnp.asarray, jax.tree.leaves(jax.tree.broadcast(value, merged)))
-            return [x if x.ndim == 0 else x[jnp.minimum(state.step, x.shape[0] - 1)] for x in spread]
-
-        now = {name: at_step(value) for name, value in values.items()}
-        if isinstance(optimizer, Whole):
-            first = {name: x[0] for name, x in now.items()}  # the same for all parameters
-            here = _here(call, params, meta, batch, value_fn)
-            new, inner = optimizer.update(first, gradient, state.variables["state"], params, here)
-            updates = jax.tree.map(jnp.subtract, new, params)
-            return updates, ProgramState(optax.safe_increment(state.step), {"state": inner})
+        if not leaves:  # all of them masked
+            return gradient, ProgramState(after, state.variables)
+        now = {
+            name: [at(state.step, x) for x in jax.tree.leaves(jax.tree.broadcast(tree, merged))]
+            for name, tree in values.items()
+        }
         hypers = [SimpleNamespace(**{k: x[i] for k, x in now.items()}) for i in range(len(leaves))]
         gradients = jax.tree.leaves(merge(gradient))
         if optimizer.transform is not None:
@@ -222,19 +321,24 @@ def as_optax(
         if blocks is not None:
             updates = blocks.split(updates, params)
         kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
-        return updates, ProgramState(optax.safe_increment(state.step), kept)
+        return updates, ProgramState(after, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _here(
-    call: str, params: PyTree, meta: PyTree, batch: PyTree, value_fn: Callable[[PyTree], Array] | None
+    call: str,
+    params: PyTree,
+    meta: PyTree,
+    batch: PyTree,
+    value: Any,
+    value_fn: Callable[[PyTree], Array] | None,
 ) -> Here:
-    """What an update was given besides the gradient."""
+    """What an update was given besides the gradient; its value is None where nobody gave it."""
 
     def missing(params: PyTree) -> Array:
         raise ValueError(f"{call}: the optimizer tries out steps; call update(..., value_fn=loss)")
 
-    if value_fn is None:
-        return Here(missing, jnp.zeros(()), meta, batch)
-    return Here(value_fn, value_fn(params), meta, batch)
+    if value is None and value_fn is not None:
+        value = value_fn(params)
+    return Here(missing if value_fn is None else value_fn, value, meta, batch)
