@@ -454,15 +454,12 @@ def _measure(
     except ArithmeticError as error:
         if iteration == 0:  # nothing has been followed yet: the call itself is at fault
             raise
-        what = f"{type(error).__name__}: {error}"
-        return (
-            [],
-            None,
-            (
-                f"optimize stopped at {run.unit} {iteration}: the objective raised {what}. The last good values "
-                "are returned; if the call itself is not at fault, go on from there with a smaller meta step."
-            ),
+        stopped = (
+            f"optimize stopped at {run.unit} {iteration}: the objective raised {type(error).__name__}: "
+            f"{error}. The last good values are returned; if the call itself is not at fault, go on from "
+            "there with a smaller meta step."
         )
+        return [], None, stopped
     gradient = measured[1]
     row, each = jax.device_get((measured[0], measured[2]))
     reason = _reason(run.explosion, row, norms)
@@ -534,8 +531,8 @@ def _warn_of_seeds(
     which = np.flatnonzero(row.failed).tolist()
     more = "; later ones are not announced, but counted in history.failed" if before == 2 else ""
     warnings.warn(
-        f"optimize at {run.unit} {iteration}: {_seeds(each, limit, which)}; the other "
-        f"{row.failed.size - len(which)} of {row.failed.size} seeds are averaged over without it{more}",
+        f"optimize at {run.unit} {iteration}: {_seeds(each, limit, which)}; the average is over "
+        f"the other {row.failed.size - len(which)} of {row.failed.size} seeds{more}",
         SeedFailure,
         stacklevel=5,  # at the call of optimize
     )
