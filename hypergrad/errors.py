@@ -63,8 +63,10 @@ def readable_errors() -> Iterator[None]:
     logger.addFilter(quiet)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        found = raised_inside(error)
+    except Exception as error:
+        # Where a result is used that was still being computed, NumPy passes the message on as a ValueError.
+        hidden = isinstance(error, jax.errors.JaxRuntimeError) or "CpuCallback error" in str(error)
+        found = raised_inside(error) if hidden else None
         if found is None:
             raise
         raise found from error
@@ -84,7 +86,7 @@ def raised_inside(error: BaseException) -> BaseException | None:
     """The error that a callback raised inside compiled code, or None if there was none or it is unknown.
 
     Args:
-      error: a ``JaxRuntimeError``.
+      error: a ``JaxRuntimeError``, or what passes its message on.
     """
     match = _RAISED.search(str(error).rstrip())
     if match is None:

@@ -26,6 +26,7 @@ _IDLE = {"name", "debug_info", "source_info", "name_and_src_info", "ctx_mesh"}
 # Rules for derivatives that were not asked for when the function was traced.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_thunk", "transpose_jaxpr_thunk"}
 _UNWATCHED = {"debug_callback", "debug_print"}  # nothing depends on them
+_OPAQUE = {"builtins", "jax", "jaxlib"}  # whose objects are what their repr says
 _SHARED = (  # what may be met often, or contain itself
     jax.Array,
     np.ndarray,
@@ -42,7 +43,8 @@ def digest(*things: Any) -> str:
 
     Args:
       things: arrays, jaxprs, and containers of them; numbers and strings; functions, by their code and
-        what they close over.
+        what they close over, not by globals (a traced function has its globals in its jaxpr, a callback
+        has not); other objects by their type, repr and attributes.
 
     >>> digest(np.arange(3)) == digest(np.arange(3)) != digest(np.arange(4))
     True
@@ -114,8 +116,13 @@ def _content(feed: Feed, x: Any, memo: Memo) -> None:
         elif dataclasses.is_dataclass(x):
             for field in dataclasses.fields(x):
                 inner(getattr(x, field.name, None))
-        elif kind.__repr__ is not object.__repr__:
-            feed(_plain(repr(x)))
+        elif hasattr(x, "__wrapped__"):  # such as what jax.jit returns
+            inner(x.__wrapped__)
+        else:
+            if kind.__repr__ is not object.__repr__:
+                feed(_plain(repr(x)))
+            if hasattr(x, "__dict__") and kind.__module__.partition(".")[0] not in _OPAQUE:
+                inner(vars(x))
 
 
 def _held(cell: Any) -> Any:

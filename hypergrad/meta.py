@@ -259,7 +259,7 @@ def optimize(
             checkpoint=checkpoint,
             checkpoint_every=int(checkpoint_every),
             fingerprint={
-                **(about or {}),
+                **{name: str(words) for name, words in (about or {}).items()},
                 "hypers": _describe(hypers),
                 "starting values (digest)": digest(hypers),
                 "constraints": ", ".join(
@@ -502,9 +502,10 @@ def _explanation(run: _Run, iteration: int, what: str) -> str:
             "start from lower learning rates or fewer training steps. The starting values are returned."
         )
     return stopped + (
-        "The values before it were sound, so the meta-step to these was too large, or training has become "
-        "chaotic: its learning rate is too large or its steps are too many. The last good values are "
-        "returned; from there use a smaller meta step, fewer training steps or lower learning rates."
+        "The values before it were sound: the meta-step to these was too large, or training has become "
+        "chaotic (its learning rate is too large or its steps are too many), or what is drawn at random "
+        "here is not finite. The last good values are returned; from there use a smaller meta step, fewer "
+        "training steps or lower learning rates."
     )
 
 
@@ -619,7 +620,12 @@ def _optax(
     def look(at: _Reached) -> _Reached:
         if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
             return at
-        score = run.score(at.raw)
+        try:
+            score = run.score(at.raw)
+        except ArithmeticError:
+            if at.made == 0:
+                raise
+            score = math.nan  # training fails there; the next hypergradient will say why
         better = math.isfinite(score) and not np.any(at.scores[:, 1] < score)
         scores = np.concatenate([at.scores, [[at.made, score]]])
         return at._replace(best=at.raw if better else at.best, scores=scores)

@@ -47,6 +47,16 @@ def test_errors_of_callbacks_come_out_as_what_they_are(error, caplog):
     assert not caplog.records
 
 
+def test_errors_that_come_with_the_use_of_a_result_are_found_too():
+    def check(x):
+        raise hg.ReversalError("late")
+
+    program = jax.jit(lambda x: jax.pure_callback(check, jax.ShapeDtypeStruct((), np.float32), x))
+    for use in (float, np.asarray, jax.device_get, jax.block_until_ready):
+        with pytest.raises(hg.ReversalError, match="late"), readable_errors():
+            use(program(jnp.float32(1)))
+
+
 @pytest.mark.parametrize("error", [StrangeError("mine"), SystemExit(3), StopIteration("end")])
 def test_other_errors_stay_as_they_are(error):
     with pytest.raises(jax.errors.JaxRuntimeError, match=type(error).__name__), readable_errors():

@@ -59,6 +59,14 @@ def traced(function):
     return digest(hoisted.jaxpr, consts)
 
 
+class Factor:
+    def __init__(self, number):
+        self.number = number
+
+    def __float__(self):
+        return float(self.number)
+
+
 def called(number):
     shape = jax.ShapeDtypeStruct((3,), np.float32)
     return lambda x: jax.pure_callback(lambda x: x * np.float32(number), shape, x)
@@ -83,6 +91,8 @@ DATA = np.arange(3, dtype=np.float32)
             lambda x: jax.lax.cond(x[0] > 0, lambda: x, lambda: 3 * x),
         ),
         (called(1), called(2)),
+        (called(Factor(1)), called(Factor(2))),
+        (called(jax.jit(lambda: 1)), called(jax.jit(lambda: 2))),
     ],
 )
 def test_other_functions_have_other_digests(one, other):
