@@ -259,7 +259,6 @@ def optimize(
             checkpoint=checkpoint,
             checkpoint_every=int(checkpoint_every),
             fingerprint={
-                **{name: str(words) for name, words in (about or {}).items()},
                 "hypers": _describe(hypers),
                 "starting values (digest)": digest(hypers),
                 "constraints": ", ".join(
@@ -276,6 +275,12 @@ def optimize(
             select_every=int(select_every),
             select_digest=judge,
         )
+        if taken := sorted(set(about or {}) & set(run.fingerprint)):
+            raise ValueError(
+                f"optimize(about=...): {taken} are names of what every checkpoint says; use others"
+            )
+        words = {name: str(said) for name, said in (about or {}).items()}
+        run = run._replace(fingerprint=words | run.fingerprint)  # first, for people to read
         if checkpoint is not None:
             exclusion = {"explosion": str(explosion)} if seeds > 1 and averaged else {}
             run = _known(run, **exclusion, **{"objective (digest)": digest(evaluate.jaxpr)})
