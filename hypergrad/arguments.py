@@ -16,7 +16,7 @@ from jax import Array
 
 from hypergrad.program import PARAMS, Leaf, Optimizer, Whole, with_defaults
 from hypergrad.reversible import refuse_if
-from hypergrad.run import PyTree, kept
+from hypergrad.run import PyTree, kept, widened
 
 STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
 

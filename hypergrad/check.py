@@ -17,11 +17,8 @@ symbol  name              meaning
 ======  ================  ==========================================================================
 """
 
-import contextlib
 import itertools
-import logging
 import math
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +28,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.errors import readable_errors
 from hypergrad.reversible import RECOVERED, ReversalError
 from hypergrad.run import PyTree, hoist, split
 
@@ -275,32 +273,13 @@ def _floats(call: str, everything: PyTree) -> tuple[list[str], Leaves, Callable[
     return names, [np.asarray(x) for x in leaves], merge
 
 
-@contextlib.contextmanager
-def _reversal_errors() -> Iterator[None]:
-    """Let a `ReversalError` out as one, also where a running program has wrapped it in another error.
-
-    A hyperparameter outside its domain is made one too: there is no run there.
-    """
-    logger = logging.getLogger("jax._src.callback")  # would log what is caught here
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    except Exception as error:
-        wrapped = re.search(r"(?:ReversalError|DomainError): (.*)", str(error))
-        if isinstance(error, ReversalError) or wrapped is None:
-            raise
-        raise ReversalError(wrapped.group(1)) from error
-    finally:
-        logger.disabled = disabled
-
-
 def _on_device(leaves: Leaves) -> list[jax.Array]:
     return [jnp.asarray(x) for x in leaves]
 
 
 def _program(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Leaves) -> _Program:
     """Trace the objective once and compile it on demand; refuses one that has no hypergradient."""
-    with _reversal_errors():
+    with readable_errors():
         hoisted, constants, result = hoist(objective, _on_device(leaves))
     if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
         what = f"{result.dtype}{list(result.shape)}" if hasattr(result, "shape") else type(result).__name__
@@ -315,7 +294,7 @@ def _program(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Leave
 
     def value(leaves: Leaves) -> float:
         try:
-            with _reversal_errors():
+            with readable_errors():
                 return float(compiled(_on_device(leaves), constants))
         except ReversalError:
             return math.nan
@@ -323,12 +302,12 @@ def _program(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Leave
     def gradient(leaves: Leaves) -> Leaves:
         at = _on_device(leaves)
         try:
-            with _reversal_errors():
+            with readable_errors():
                 found = jax.block_until_ready(derivative(at, constants))
         except ReversalError as error:
             if "would overflow" not in str(error):
                 raise
-            with _reversal_errors():  # without jit, buffers are as long as they must be
+            with readable_errors():  # without jit, buffers are as long as they must be
                 found = jax.block_until_ready(jax.grad(objective)(at))
         return [np.asarray(g).astype(np.float64) for g in found]
 

@@ -16,6 +16,7 @@ symbol  name                   meaning
 ``minimise  E H(f(w_T, x_real), y_real)``  over all that is learned, where ``H`` is the cross-entropy.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,6 +35,7 @@ from jax import Array
 from hypergrad import constraints, data, files, nets
 from hypergrad.adjoints import Adjoint, Stored, Truncated
 from hypergrad.augment import Augmentation
+from hypergrad.errors import readable_errors
 from hypergrad.meta import LBFGSB, Optimized, optimize
 from hypergrad.optimizers.momentum import momentum as momentum_optimizer
 from hypergrad.reversible import Reversible
@@ -50,6 +52,7 @@ NUMBERS = {  # those of a recipe that can be learned, and where they stay
 _BASES = ("bases", "coefficients")
 FORMAT = 1  # of saved sets
 LONG = 40  # steps from which on chaos is looked for
+LOOK_EVERY = 20  # meta-steps between two looks at the examples held out
 _UNSEEN = 2**31  # runs from here on are for judging, those before it for learning
 
 
@@ -100,6 +103,8 @@ class Recipe:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"Recipe({name}={value!r}): it must be a whole number, at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
+            raise ValueError(f"Recipe(seed={self.seed!r}): it must be a whole number")
         for name, low, high in (("learning_rate", 0, np.inf), ("momentum", 0, 1), ("l2", 0, np.inf)):
             value = getattr(self, name)
             if isinstance(value, jax.core.Tracer):
@@ -236,7 +241,12 @@ class Distilled:
 
         Args:
           path: of the file; its folder must exist.
+
+        Raises:
+          ValueError: images, labels and the rest do not fit each other, so that no one could read it.
+          OSError: the file cannot be written; an old one is as it was.
         """
+        _refuse_set(f"Distilled.save({os.fspath(path)!r})", self)
         recipe, given = self.recipe, dataclasses.asdict(self.recipe)
         named = {name: getattr(self, name) for name in ("images", "labels", "mean", "std", *_BASES)}
         arrays = {name: np.asarray(x) for name, x in (named | _numbers(recipe)).items() if x is not None}
@@ -262,7 +272,8 @@ def load_distilled(path: str | os.PathLike[str]) -> Distilled:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, is no distilled set, or is one of another format.
+      ValueError: the file is damaged, is no distilled set, or is one of another format; or what it holds
+        does not fit together.
 
     >>> import os, tempfile, numpy as np
     >>> made = Distilled(np.ones((2, 4)), np.arange(2), np.zeros(4), np.ones(4), Recipe(steps=3))
@@ -281,14 +292,57 @@ def load_distilled(path: str | os.PathLike[str]) -> Distilled:
             f"{FORMAT}; give one that Distilled.save wrote, or use the version that wrote this"
         )
     try:
-        settings = metadata["recipe"]
+        settings = dict(metadata["recipe"])
         augmentation = settings.pop("augmentation")
         numbers = {name: arrays.pop(name)[()] for name in NUMBERS}
         recipe = Recipe(**settings, **numbers, augmentation=augmentation and Augmentation(**augmentation))
         history = arrays.pop("history", {})
-        return Distilled(**arrays, recipe=recipe, history=history, about=metadata["about"])
-    except (KeyError, TypeError, ValueError) as error:
+        made = Distilled(**arrays, recipe=recipe, history=history, about=metadata["about"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{call}: the file is damaged ({type(error).__name__}: {error})") from error
+    _refuse_set(call, made)
+    return made
+
+
+def _refuse_set(call: str, made: Distilled) -> None:
+    """Refuse a set whose parts do not fit each other."""
+    shapes = {name: np.shape(getattr(made, name)) for name in ("images", "labels", "mean", "std", *_BASES)}
+    dtypes = {name: np.asarray(getattr(made, name)).dtype for name in shapes}
+    given = [name for name in shapes if getattr(made, name) is not None]
+    image, count = shapes["images"][1:], shapes["images"][:1]
+    whole = np.issubdtype(dtypes["labels"], np.integer)
+
+    def spreads(shape: tuple[int, ...]) -> bool:
+        try:
+            return np.broadcast_shapes(shape, image) == image
+        except ValueError:
+            return False
+
+    faults = {
+        "images must be (n, ...) with n >= 1": len(shapes["images"]) > 1 and min(shapes["images"]) > 0,
+        "labels must be one integer from 0 on, or a row of probabilities, for each image": (
+            shapes["labels"][:1] == count
+            and len(shapes["labels"]) == (1 if whole else 2)
+            and (bool(np.all(np.asarray(made.labels) >= 0)))
+        ),
+        "mean and std must broadcast against an image": spreads(shapes["mean"]) and spreads(shapes["std"]),
+        "std must not be 0": bool(np.all(np.asarray(made.std) != 0)),
+        "bases (k, ...) and coefficients (n, k) come together": all(n not in given for n in _BASES)
+        or (shapes["coefficients"] == (*count, *shapes["bases"][:1]) and shapes["bases"][1:] == image),
+        "all numbers must be finite": all(
+            dtypes[name].kind in "fiub" and bool(np.all(np.isfinite(getattr(made, name)))) for name in given
+        ),
+        "images must be floats": np.issubdtype(dtypes["images"], np.floating),
+        "history and about must be dictionaries": isinstance(made.history, Mapping)
+        and isinstance(made.about, Mapping),
+    }
+    wrong = [what for what, holds in faults.items() if not holds]
+    if wrong:
+        found = ", ".join(f"{name} {list(shapes[name])} of {dtypes[name]}" for name in given)
+        raise ValueError(
+            f"{call}: this is no whole distilled set: {'; '.join(wrong)}. It holds {found}; take one that "
+            "hypergrad.distill made, or put this one right"
+        )
 
 
 def centred(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -358,17 +412,23 @@ def distill(
       validation: how many real images are held out to choose, among the sets on the way, the one to return;
         by default a tenth of them, 0 for the last set.
       meta_steps: of the meta-optimizer.
-      optimizer: of `hypergrad.meta.optimize`, by default Adam at 0.02 with cosine decay.
+      optimizer: of `hypergrad.meta.optimize`, by default Adam at ``0.02 / sqrt(1 + t / 100)`` in meta-step
+        ``t``, which does not depend on how many there will be.
       adjoint: how the inner training is differentiated, by default `hypergrad.Reversible`.
       key: PRNG key, by default ``jax.random.key(0)``.
-      checkpoint: file to resume from and to write as it goes.
+      checkpoint: file to resume from and to write as it goes; with a larger `meta_steps` it goes on to the
+        same set as if that had been asked for at once.  Refused if it is of another network, recipe, data
+        or other settings.
       progress: show a progress bar.
 
     Returns:
       The `Distilled` set.  If the hypergradient explodes, a warning and the last good one.
 
     Raises:
-      ValueError: for arguments that do not fit each other; before any work.
+      ValueError: for arguments that do not fit each other, or a checkpoint of another call; before any
+        work.
+      ReversalError: where the first inner training cannot be reversed, as with a momentum of 0.
+      KeyboardInterrupt, OSError: see `hypergrad.meta.optimize`.
 
     Source: D. Maclaurin, D. Duvenaud, R. P. Adams, 2015, section 3.3; T. Wang et al., "Dataset
     distillation", 2018; Z. Deng, O. Russakovsky, "Remember the past", 2022 (momentum, bases); Y. Feng et
@@ -455,14 +515,18 @@ def distill(
 
         return jnp.mean(jax.lax.map(one, judges))
 
-    if recipe.steps >= LONG:
-        _look_for_chaos(call, objective, learned, meta_key, recipe.steps)
-    cosine = optax.cosine_decay_schedule(0.02, max(1, meta_steps))
+    if recipe.steps >= LONG and (checkpoint is None or not os.path.exists(checkpoint)):
+        guard: Any = contextlib.nullcontext()
+        if checkpoint is not None:  # one that cannot be written is found before this work
+            guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
+        with guard:
+            _look_for_chaos(call, objective, learned, meta_key, recipe.steps)
+    checksum = _checksum(images, labels)
     selects = held_out > 0 and not isinstance(optimizer, LBFGSB)
     result = optimize(
         objective,
         learned,
-        optimizer=optax.adam(cosine) if optimizer is None else optimizer,
+        optimizer=optax.adam(_meta_rate) if optimizer is None else optimizer,
         steps=meta_steps,
         constraints={name: NUMBERS.get(name, constraints.real) for name in learned},
         key=meta_key,
@@ -471,7 +535,18 @@ def distill(
         checkpoint_every=10,
         progress=progress,
         select=error if selects else None,
-        select_every=max(1, meta_steps // 20),
+        select_every=LOOK_EVERY,
+        about={
+            "recipe": _in_words(recipe),
+            "network": _shapes(network),
+            "real data (sha256)": checksum[:16],
+            "learn": ", ".join(sorted(learn)),
+            "images learned": str(count),
+            "bases": str(bases),
+            "window": str(window),
+            "real_batch": str(real_batch),
+            "held out": str(held_out),
+        },
     )
     x, y, ours = assembled(result.hypers)
     return Distilled(
@@ -486,7 +561,7 @@ def distill(
         about={
             "learned": list(learn),
             "initial weights": _described(network[0]),
-            "data checksum (sha256)": _checksum(images, labels),
+            "data checksum (sha256)": checksum,
             "real examples": {"learned from": kept, "held out to choose": held_out},
             "meta_steps": len(result.history.loss),
             "runs": runs,
@@ -495,6 +570,29 @@ def distill(
             "stopped": result.stopped,
             "versions": files.versions(),
         },
+    )
+
+
+def _meta_rate(t: Any) -> Any:
+    return 0.02 / jnp.sqrt(1 + t / 100)
+
+
+def _in_words(recipe: Recipe) -> str:
+    """A recipe for people to compare; of a long schedule its ends."""
+    parts = {**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}, **_numbers(recipe)}
+    shown = {
+        name: f"{x.flat[0]:g} ... {x.flat[-1]:g} {_checksum(x)[:8]}" if np.ndim(x) else str(x)
+        for name, x in parts.items()
+    }
+    return ", ".join(f"{name} {x}" for name, x in shown.items())
+
+
+def _shapes(network: Network) -> str:
+    """The parameters of a network, in words."""
+    params = jax.eval_shape(network[0], jax.random.key(0))
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}"
+        for path, x in jax.tree.leaves_with_path(params)
     )
 
 
@@ -704,10 +802,18 @@ def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, step
     """Warn where the hypergradient of a run is far larger than that of its first half."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def norm(learned: PyTree, length: Array) -> Array:
-        return optax.tree.norm(jax.grad(objective)(learned, key, length))
+    def evaluated(learned: PyTree, length: Array) -> tuple[Array, Array]:
+        loss, gradient = jax.value_and_grad(objective)(learned, key, length)
+        return loss, optax.tree.norm(gradient)
 
-    half, whole = (float(norm(learned, jnp.int32(length))) for length in (steps // 2, steps))
+    def at(length: int) -> tuple[float, float]:
+        with readable_errors():
+            loss, norm = jax.block_until_ready(evaluated(learned, jnp.int32(length)))
+        return float(loss), float(norm)
+
+    (first, half), (last, whole) = at(steps // 2), at(steps)
+    if not (np.isfinite([first, half, last]).all() and half > 0):
+        return  # it diverges or begins with nothing, and that is not chaos; `optimize` looks at it
     if not whole < 10 * half:
         warnings.warn(
             f"{call}: the hypergradient has the norm {half:.3g} after {steps // 2} steps and {whole:.3g} "

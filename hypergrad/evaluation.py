@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from hypergrad.distill import Distilled, Network, Recipe, class_means, rows_like
+from hypergrad.errors import readable_errors
 
 FULL_BATCH = 256
 FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # those of SGD on all the data that are tried
@@ -252,7 +253,11 @@ def _tested(
     def run(test: tuple[Array, Array], *given: Array) -> Array:
         return jax.lax.map(lambda each: one(test, each), given)
 
-    return lambda *given: np.asarray(run((test_inputs, test_labels), *given)) / len(test_labels)
+    def accuracies(*given: Array) -> np.ndarray:
+        with readable_errors():
+            return np.asarray(run((test_inputs, test_labels), *given)) / len(test_labels)
+
+    return accuracies
 
 
 def _anew(recipe: Recipe) -> Recipe:

@@ -1,16 +1,26 @@
 """Trees of arrays in files, written atomically."""
 
+import contextlib
+import errno
 import io
 import json
 import os
-import zipfile
-import zlib
+import re
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
 
 PyTree = Any
 
@@ -59,13 +69,14 @@ def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None
 
     Args:
         path: file to write; its folder must exist. No suffix is added. Being killed in the middle
-            of a write may leave a hidden `.tmp` file beside it, which can be deleted.
+            of a write may leave a hidden `.tmp` file beside it, which the next write removes.
         tree: dicts with string keys, lists, tuples and NamedTuples of arrays of numbers.
         metadata: anything `json.dumps` takes, under any names.
 
     Raises:
         TypeError: a leaf is not an array of numbers, a container is empty, a dict key is not a
             string, or the metadata is not JSON.
+        OSError: the file cannot be written; an old one is as it was.
 
     Example:
         >>> import os, tempfile, numpy as np
@@ -99,18 +110,152 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     Args:
         path: file to write; its folder must exist.
         content: of the file.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; an old file is as it was.
     """
-    target = Path(path)
+    target = _real(path)
+    _clear_orphans(target)
     # In the same folder, because os.replace is atomic only within one file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    maker = f"{_host()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = target.with_name(f".{target.name}.{maker}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        kept = "; the file from before is as it was" if target.exists() else ""
+        raise _because(error, f"cannot write {os.fspath(path)!r}, {len(content):,} bytes", kept) from error
+
+
+def _because(error: OSError, what: str, then: str) -> OSError:
+    """An error of the same kind that says what could not be done."""
+    reason = f"{what}: {error.strerror or error}{then}"
+    return OSError(error.errno, reason) if error.errno is not None else OSError(reason)
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Behind links: they stay, and two names of one file are one."""
+    return Path(os.path.realpath(path))
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+
+
+def _clear_orphans(target: Path) -> None:
+    """Remove what processes of this machine that were killed in the middle of a write have left."""
+    orphan = re.compile(re.escape(f".{target.name}.") + rf"(?:{_host()}-)?(\d+)(?:-\d+)?\.tmp")
+    with contextlib.suppress(OSError):  # a folder that may not be listed, or one that is missing
+        for entry in os.scandir(target.parent):
+            match = orphan.fullmatch(entry.name)
+            if match and int(match.group(1)) != os.getpid() and not _alive(int(match.group(1))):
+                os.unlink(entry.path)
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # os.kill would end it there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], call: str) -> Iterator[None]:
+    """Keep other processes from working on the same file; also finds out whether it can be written at all.
+
+    The lock is one of the operating system's on a hidden file beside it, and ends with the process, however
+    that ends.  On a file system without locks there is a warning, and nothing is kept out.
+
+    Args:
+        path: the file; it need not exist.
+        call: what the user called, with the path in it, for messages.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: the path is a folder.
+        BlockingIOError: another process holds the lock.
+        OSError: the folder is missing, or may not be written to.
+
+    Example:
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, locked(folder + "/run", "work()"):
+        ...     os.listdir(folder)
+        ['.run.lock']
+    """
+    target = _real(path)
+    if target.is_dir():
+        raise ValueError(
+            f"{call}: it is a folder; give the name of a file in it, such as "
+            f"{os.path.join(os.fspath(path), 'run.npz')!r}"
+        )
+    side = target.with_name(f".{target.name}.lock")
+    try:
+        descriptor = _lock(side)
+    except BlockingIOError as error:
+        holder = ""
+        with contextlib.suppress(OSError, ValueError):
+            holder = f" ({side.read_text().strip()})"
+        raise BlockingIOError(
+            error.errno,
+            f"{call}: another process{holder} works on it; wait until that has ended, or give another file",
+        ) from None
+    except OSError as error:
+        why = "; give a file in a folder that exists and may be written to"
+        raise _because(error, f"{call}: its folder cannot be written to", why) from error
+    try:
+        _clear_orphans(target)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        # In this order: who comes next must not get hold of a file that is about to be removed.
+        with contextlib.suppress(OSError):
+            side.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(side: Path) -> int:
+    """Descriptor of a file that we hold the lock of."""
+    while True:
+        descriptor = os.open(side, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _flock(descriptor, side)
+            # Whoever had the lock until now has removed the file; then there may be a new one.
+            if os.path.exists(side) and os.path.samestat(os.stat(side), os.fstat(descriptor)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, side: Path) -> None:
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "this system has no locks")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"The folder {os.fspath(side.parent)!r} has no file locks ({error.strerror or error}): nothing "
+            "keeps another process from the same file; do not give it to two",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
@@ -134,28 +279,23 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
         ...     load(os.path.join(folder, "run.npz"))
         ([array([1., 1.])], {'note': 'first'})
     """
+    name = os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"load({name!r}): it is a folder; give the path of a file in it")
+    content = io.BytesIO(Path(path).read_bytes())  # an error here is one of the file system
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             header = json.loads(str(archive[_HEADER]))
-            arrays = {name: archive[name] for name in archive.files if name != _HEADER}
+            arrays = {key: archive[key] for key in archive.files if key != _HEADER}
         if header["format"] != 1:
             raise ValueError(f"format {header['format']} is not one this version reads")
-        for name, dtype in header["dtypes"].items():
-            arrays[name] = arrays[name].view(np.dtype(dtype))
-        tree = _nest([(_parts(name), array) for name, array in arrays.items()])
-        return tree, header["metadata"]
-    except (
-        AttributeError,  # np.load of an .npy file gives an array, which has no files ...
-        TypeError,  # ... and is no context manager
-        EOFError,
-        IndexError,
-        KeyError,
-        ValueError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        for key, dtype in header["dtypes"].items():
+            arrays[key] = arrays[key].view(np.dtype(dtype))
+        tree = _nest([(_parts(key), array) for key, array in arrays.items()])
+        return tree, dict(header["metadata"])
+    except Exception as error:  # bytes at random can make NumPy and zipfile raise anything
         raise ValueError(
-            f"load({os.fspath(path)!r}): not a whole file written by hypergrad.files.save "
+            f"load({name!r}): not a whole file written by hypergrad.files.save "
             f"({type(error).__name__}: {error}); give the path of one that is"
         ) from error
 

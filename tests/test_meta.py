@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+import hypergrad as hg
 from hypergrad import constraints, files, meta
-from hypergrad.meta import LBFGSB, HypergradientExplosion
+from hypergrad.meta import LBFGSB, HypergradientExplosion, SeedFailure
 
 TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
 START = {"momentum": np.float32(0.5), "rate": np.ones(3, np.float32)}
@@ -192,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     with pytest.warns(HypergradientExplosion, match="iteration 3: the objective gave the loss nan"):
         best = run(lambda x, key: jnp.sqrt(x), 1.0, optimizer=optax.sgd(0.7), steps=9)
     assert best.stopped.startswith("optimize stopped at iteration 3")
-    assert "learning rate" in best.stopped
+    assert "training has become chaotic (its learning rate" in best.stopped
     assert "smaller meta step" in best.stopped
     assert np.isnan(best.history.loss).tolist() == [False, False, False, True]
     np.testing.assert_allclose(best.hypers, best.history.loss[2] ** 2, rtol=1e-6)
@@ -202,6 +203,8 @@ def test_a_gradient_that_is_not_finite_stops_with_the_start():
     with pytest.warns(HypergradientExplosion, match="iteration 0: .* hypergradient of norm inf"):
         best = run(lambda x, key: jnp.sqrt(x), 0.0)
     assert float(best.hypers) == 0.0
+    assert "No meta-step has been made" in best.stopped
+    assert "chaotic" not in best.stopped
 
 
 def cliff(x, key):
@@ -247,11 +250,33 @@ def test_errors_of_the_computation_stop_with_the_last_good_values(optimizer):
         best = run(objective, 1.0, optimizer=optimizer)
     assert float(best.hypers) >= 0.7
     assert np.isfinite(best.history.loss).all()
+    assert "chaotic" not in best.stopped
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.2), LBFGSB()])
+@pytest.mark.parametrize("error", [hg.ReversalError("impure: it is withheld"), ArithmeticError("broken")])
+def test_an_error_before_the_first_step_is_raised_as_it_is(optimizer, error):
+    with pytest.raises(type(error), match=str(error)) as found:
+        run(failing(error), 0.5, optimizer=optimizer)
+    assert type(found.value) is type(error)
+
+
+def test_an_error_that_is_not_arithmetic_is_raised_with_all_steps_saved(tmp_path):
+    path = tmp_path / "run.npz"
+    settings = {"optimizer": optax.sgd(0.2), "checkpoint": path, "checkpoint_every": 50}
+    with pytest.raises(ValueError, match="the callback is wrong"):
+        run(failing(ValueError("the callback is wrong")), 1.0, **settings)
+    assert files.load(path)[1]["rows"] == 2
 
 
 def test_running_out_of_memory_is_not_an_explosion():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"ran out of memory at iteration 0: RESOURCE_EXHAUSTED.*fewer seeds",
+    ):
         run(failing(RuntimeError("RESOURCE_EXHAUSTED: pretended")), 0.0)
+    with pytest.raises(MemoryError, match="ran out of memory at iteration 2: of the machine"):
+        run(failing(MemoryError("of the machine")), 1.0, optimizer=optax.sgd(0.2))
 
 
 def test_debugging_nans_changes_nothing():
@@ -260,6 +285,71 @@ def test_debugging_nans_changes_nothing():
         plain = run(lambda x, key: jnp.sqrt(x), 1.0, **settings)
     with jax.debug_nans(True), pytest.warns(HypergradientExplosion, match="the loss nan"):
         assert_same(run(lambda x, key: jnp.sqrt(x), 1.0, **settings)[:3], plain[:3])
+
+
+# Seeds that fail alone.
+
+
+def fragile(x, key):
+    """`(x - c)²` with a random c, and without a number for three seeds in ten."""
+    chance, centre = jax.random.uniform(key, (2,))
+    return jnp.where(chance < 0.3, jnp.nan, 1.0) * (x - centre) ** 2
+
+
+def test_a_seed_that_fails_is_named_and_the_others_are_averaged_over():
+    with pytest.warns(SeedFailure) as announced:
+        best = run(fragile, 0.0, optimizer=optax.sgd(0.1), seeds=5, steps=8)
+    x, losses, failed = 0.0, [], []
+    for iteration in range(8):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), iteration), 5)
+        chance, centre = np.array([jax.random.uniform(key, (2,)) for key in keys], np.float64).T
+        failed.append(chance < 0.3)
+        losses.append(np.mean((x - centre[~failed[-1]]) ** 2))
+        x -= 0.1 * np.mean(2 * (x - centre[~failed[-1]]))
+    np.testing.assert_array_equal(best.history.failed, failed)
+    np.testing.assert_allclose(best.history.loss, losses, rtol=1e-5)
+    np.testing.assert_allclose(best.hypers, x, rtol=1e-5)
+    assert best.stopped == ""
+    bad = [i for i, row in enumerate(failed) if row.any()]
+    assert len(announced) == min(3, len(bad)) == 3
+    for warning, iteration in zip(announced, bad):
+        assert warning.filename == __file__
+        named = ", ".join(f"seed {seed} gave the loss nan" for seed in np.flatnonzero(failed[iteration]))
+        left = 5 - np.sum(failed[iteration])
+        said = (
+            f"optimize at iteration {iteration}: {named}; the average is over the other {left} of 5 seeds"
+        )
+        assert str(warning.message).startswith(said)
+    assert str(announced[-1].message).endswith("counted in history.failed")
+
+
+def test_a_gradient_of_one_seed_that_explodes_is_left_out():
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(0), i), 3) for i in range(6)]
+    bad = np.asarray(jax.random.key_data(keys[4][1]))
+
+    def objective(x, key):
+        return x * jnp.where(jnp.all(jax.random.key_data(key) == bad), 1e9, 1.0)
+
+    with pytest.warns(SeedFailure, match=r"iteration 4: seed 1 gave a hypergradient of norm 1e\+09"):
+        best = run(objective, 1.0, optimizer=optax.sgd(0.1), seeds=3, steps=6)
+    np.testing.assert_allclose(best.hypers, 0.4, rtol=1e-5)
+    assert np.argwhere(best.history.failed).tolist() == [[4, 1]]
+    with pytest.warns(HypergradientExplosion, match="3e"):  # one seed: nothing to average over
+        alone = run(lambda x, key: jnp.where(x < 0.5, 3e8 * x, x), 1.0, optimizer=optax.sgd(0.1), steps=9)
+    assert not alone.history.failed.any()
+
+
+def test_when_no_seed_is_left_the_run_stops_and_names_them():
+    with pytest.warns(HypergradientExplosion, match="seed 0 gave the loss nan, seed 1 gave the loss nan"):
+        best = run(lambda x, key: jnp.sqrt(x), 1.0, optimizer=optax.sgd(0.7), seeds=2, steps=9)
+    assert not best.history.failed.any()
+    np.testing.assert_allclose(best.hypers, best.history.loss[2] ** 2, rtol=1e-6)
+
+
+def test_lbfgsb_does_not_compare_averages_over_different_seeds():
+    with pytest.warns(HypergradientExplosion, match=r"gave the loss nan; seed \d gave the loss nan"):
+        best = run(fragile, 0.0, optimizer=LBFGSB(), seeds=8)
+    assert float(best.hypers) == 0.0
 
 
 # Checkpoints.
@@ -339,6 +429,50 @@ def test_an_interrupt_loses_at_most_the_unsaved_steps(tmp_path, monkeypatch):
     assert_same(long_run("adam", **settings), long_run("adam", steps=12))
 
 
+def stopping(arm, stop):
+    """An objective from whose compiled code `stop` is called below 0.7, while a file is there."""
+
+    def check(x):
+        if x < 0.7 and arm.exists():
+            stop()
+        return x
+
+    def objective(x, key):
+        frozen = jax.lax.stop_gradient(x)
+        return x**2 + 0 * jax.pure_callback(check, jax.ShapeDtypeStruct((), np.float32), frozen)
+
+    return objective
+
+
+def control_c():
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(0.01)  # until it is noticed
+
+
+def raises():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stop", "optimizer"), [(control_c, "adam"), (raises, "adam"), (raises, "lbfgsb")])
+def test_an_interrupt_in_compiled_code_stops_and_says_how_to_go_on(tmp_path, stop, optimizer):
+    arm, path = tmp_path / "arm", tmp_path / "run.npz"
+    arm.touch()
+    optimizer = {"adam": optax.adam(0.1), "lbfgsb": LBFGSB()}[optimizer]
+    settings = {"optimizer": optimizer, "steps": 8}
+    saying = r"optimize was interrupted at \w+ [1-9]; '.*run.npz' holds \d \w+; the same call goes on"
+    with pytest.raises(KeyboardInterrupt, match=saying):
+        run(stopping(arm, stop), 1.0, checkpoint=path, checkpoint_every=50, **settings)
+    with pytest.raises(KeyboardInterrupt, match=r"nothing of it is kept; with checkpoint=\.\.\."):
+        run(stopping(arm, stop), 1.0, **settings)
+    reached = files.load(path)[1]["rows"]
+    arm.unlink()
+    resumed = run(stopping(arm, stop), 1.0, checkpoint=path, **settings)
+    whole = run(stopping(arm, stop), 1.0, **settings)
+    assert_same(resumed, whole)
+    assert 1 <= reached < len(whole.history.loss)
+    assert sorted(os.listdir(tmp_path)) == ["run.npz"]
+
+
 KILLED = {"noise": 100, "lbfgsb": 60}
 
 
@@ -377,6 +511,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         ({"key": jax.random.key(1)}, r"key there: .* \[0, 0\]; here: .* \[0, 1\]"),
         ({"resample": False}, "resample there: True; here: False"),
         ({"constraints": constraints.interval(-9, 9)}, r"constraints there: real; here: interval\("),
+        ({"optimizer": optax.adam(0.02)}, r"optimizer \(digest\) there"),
+        ({"optimizer": optax.adam(0.01, b1=0.8)}, r"optimizer \(digest\) there"),
+        ({"select": jnp.sum}, r"select \(digest\) there: None; here: "),
+        ({"about": {"data": "other"}}, "data there: None; here: other"),
+        ({"explosion": 99.0}, "explosion there: 10000.0; here: 99.0"),
         ({"optimizer": optax.sgd(0.1)}, r"optimizer state there: .*\.mu .*; here: \)"),
         ({"optimizer": LBFGSB()}, "optimizer there: None; here: LBFGSB"),
     ):
@@ -386,6 +525,125 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         run(rosenbrock, jnp.zeros(10), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings)
     with pytest.raises(ValueError, match="hypers there"):
         run(rosenbrock, jnp.zeros(9), seeds=2, has_aux=True, optimizer=optax.adam(0.01), **settings)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), LBFGSB()])
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path, optimizer):
+    settings = {"checkpoint": tmp_path / "run.npz", "steps": 2, "optimizer": optimizer}
+
+    def objective(factor, target):
+        return lambda x, key: factor * jnp.sum((x - target) ** 2)
+
+    first = run(objective(1.0, np.ones(3)), jnp.zeros(3), **settings)
+    assert_same(run(objective(1.0, np.ones(3)), jnp.zeros(3), **settings), first)
+    with pytest.raises(ValueError, match=r"it holds another run \(objective \(digest\) there"):
+        run(objective(2.0, np.ones(3)), jnp.zeros(3), **settings)
+    with pytest.raises(ValueError, match=r"it holds another run \(data of the objective \(digest\) there"):
+        run(objective(1.0, np.full(3, 2.0)), jnp.zeros(3), **settings)
+
+
+def test_what_other_versions_wrote_is_said_to_be(tmp_path):
+    path = tmp_path / "run.npz"
+    run(quadratic, START, steps=1, checkpoint=path)
+    arrays, metadata = files.load(path)
+    metadata["versions"]["jax"] = "0.0.1"
+    files.save(path, arrays, **metadata)
+    run(quadratic, START, steps=1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"perhaps because \{.*'jax': '0.0.1'.*wrote it"):
+        run(noisy, START, steps=1, checkpoint=path)
+
+
+def test_a_run_that_a_lower_limit_would_have_stopped_is_refused(tmp_path):
+    settings = {"checkpoint": tmp_path / "run.npz", "optimizer": optax.sgd(0.2), "steps": 6}
+    whole = run(cliff, 1.0, explosion=math.inf, **settings)
+    assert_same(run(cliff, 1.0, explosion=1e7, **settings), whole)
+    with pytest.raises(ValueError, match=r"optimize\(explosion=100, .*would have stopped at iteration 3, "):
+        run(cliff, 1.0, explosion=100.0, **settings)
+
+
+def test_more_steps_give_the_numbers_of_as_many_at_once(tmp_path):
+    def asked(steps, **saving):
+        return run(
+            noisy,
+            START,
+            optimizer=optax.adam(0.1),
+            steps=steps,
+            select=lambda h: jnp.abs(h["momentum"] - 0.6),
+            select_every=4,
+            **saving,
+        )
+
+    for steps in (3, 6, 7, 15):  # what 6 and 7 look at in the end, 15 at once would not
+        best = asked(steps, checkpoint=tmp_path / "run.npz", checkpoint_every=2)
+    whole = asked(15)
+    assert list(whole.scores) == [0, 4, 8, 12, 15]
+    assert best.scores == whole.scores
+    assert_same(best[:3], whole[:3])
+
+
+def test_a_checkpoint_with_a_part_missing_is_named(tmp_path):
+    path = tmp_path / "run.npz"
+    run(quadratic, START, steps=2, checkpoint=path)
+    arrays, metadata = files.load(path)
+    for missing in arrays:
+        files.save(path, {k: x for k, x in arrays.items() if k != missing}, **metadata)
+        with pytest.raises(ValueError, match=r"optimize\(checkpoint='.*run.npz'\): the file is damaged"):
+            run(quadratic, START, steps=2, checkpoint=path)
+    for rows in (3, "2", None):
+        files.save(path, arrays, **(metadata | {"rows": rows}))
+        with pytest.raises(ValueError, match="the file is damaged"):
+            run(quadratic, START, steps=2, checkpoint=path)
+
+
+def test_two_runs_do_not_share_a_checkpoint(tmp_path):
+    path = tmp_path / "run.npz"
+    with (
+        files.locked(path, "other()"),
+        pytest.raises(
+            BlockingIOError, match=r"optimize\(checkpoint='.*run.npz'\): another process .*works"
+        ),
+    ):
+        run(quadratic, START, steps=1, checkpoint=path)
+    run(quadratic, START, steps=1, checkpoint=path)
+
+
+def untouchable(hypers, key):
+    pytest.fail("work was started")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"optimize\(checkpoint='.*'\): it is a folder; give the name of a"
+    ):
+        run(untouchable, START, checkpoint=tmp_path)
+    with pytest.raises(TypeError, match=r"optimize\(checkpoint=3\): not a path"):
+        run(untouchable, START, checkpoint=3)
+    opened = os.open
+
+    def refused(path, *rest):
+        if os.fspath(path).startswith(os.fspath(tmp_path)):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError, match=r"optimize\(checkpoint='.*run.npz'\): its folder cannot be"):
+        run(untouchable, START, checkpoint=tmp_path / "run.npz")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.npz"
+    settings = {"checkpoint": path, "checkpoint_every": 2}
+    run(quadratic, START, steps=2, **settings)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write '.*run.npz', .*No space left.*is as it was"):
+        run(quadratic, START, steps=9, **settings)
+    monkeypatch.undo()
+    assert files.load(path)[1]["rows"] == 2
+    assert_same(run(quadratic, START, steps=9, **settings), run(quadratic, START, steps=9))
 
 
 def test_a_checkpoint_with_more_steps_is_refused(tmp_path):
@@ -427,6 +685,7 @@ def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
         ({"steps": 2.5}, r"optimize\(steps=2.5\): steps must be a whole number"),
         ({"seeds": 0}, r"optimize\(seeds=0\): seeds must be a whole number, at least 1"),
         ({"checkpoint_every": 0}, r"optimize\(checkpoint_every=0\): .* at least 1"),
+        ({"about": {"seeds": "3"}}, r"optimize\(about=...\): \['seeds'\] are names of what every"),
         ({"explosion": 1.0}, r"optimize\(explosion=1.0\): .*above 1; use math.inf"),
         ({"explosion": math.nan}, r"optimize\(explosion=nan\)"),
         ({"optimizer": optax.adam}, r"optimize\(optimizer=<function adam.*not an optax optimiser"),
@@ -452,7 +711,7 @@ def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
 )
 def test_bad_settings_are_refused(settings, message):
     def untouched(hypers, key):
-        if "optimizer" not in settings:
+        if not settings.keys() & {"optimizer", "about"}:
             pytest.fail("work was started")
         return quadratic(hypers, key)
 
@@ -525,6 +784,33 @@ def test_select_returns_the_best_values_and_not_the_last(tmp_path):
     resumed = run(20, tmp_path / "run")
     assert resumed.scores == whole.scores
     assert resumed.hypers == whole.hypers
+
+
+def test_a_score_that_cannot_be_computed_never_wins():
+    def select(hypers):
+        def check(x):
+            if x > 0.3:
+                raise hg.ReversalError("train(): diverged")
+            return -x
+
+        return jax.pure_callback(check, jax.ShapeDtypeStruct((), np.float32), hypers)
+
+    def run(start, steps):
+        return meta.optimize(
+            lambda hypers, key: (hypers - 1.0) ** 2,
+            jnp.float32(start),
+            optimizer=optax.sgd(0.1),
+            steps=steps,
+            select=select,
+            select_every=1,
+            progress=False,
+        )
+
+    best = run(0.0, 2)
+    np.testing.assert_allclose(best.hypers, 0.2, rtol=1e-6)
+    assert np.isnan(best.scores[2])
+    with pytest.raises(hg.ReversalError, match=r"train\(\): diverged"):
+        run(0.5, 2)
 
 
 def test_a_score_that_is_no_number_never_wins():

@@ -15,6 +15,7 @@ import pytest
 from experiments import omniglot as experiment
 from experiments.omniglot import PAPER, Config, Found
 from experiments.reproduce_2015 import authors
+from hypergrad import files
 from tests.problems import quick_jit
 
 REFERENCE = os.environ.get("HYPERGRAD_REFERENCE")
@@ -152,10 +153,22 @@ def test_sharing_is_learned_and_recorded(run: Any) -> None:
     assert (folder / "omniglot.png").stat().st_size > 10_000
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(run: Any, tmp_path: Path, quick_compile: None) -> None:
+def test_a_stopped_run_resumes_to_the_same_numbers(
+    run: Any, tmp_path: Path, quick_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ((found,), _), drawn = run, experiment.scripts(SHALLOW, None)
     given, file = experiment.split(SHALLOW, drawn, 0), str(tmp_path / "seed_0.npz")
-    experiment.learn(replace(SHALLOW, meta_iterations=1), given, 0, file)
+    save, saved = files.save, []
+
+    def interrupted(*arguments: Any, **metadata: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(*arguments, **metadata))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "save", interrupted)
+        experiment.learn(SHALLOW, given, 0, file)
+    assert files.load(file)[1]["rows"] == 1
     resumed = experiment.learn(SHALLOW, given, 0, file)
     np.testing.assert_array_equal(np.stack(resumed.hypers["sharing"]), found.sharing)
     np.testing.assert_array_equal(resumed.history.loss, found.held_out)
