@@ -26,6 +26,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
+from hypergrad.norms import norm, power
 from hypergrad.run import hoist
 
 PyTree = Any
@@ -140,7 +141,8 @@ def trace(
     if rank:
         sketch = jax.random.rademacher(sketch_key, (rank, flat.size), flat.dtype)
         # The estimate is unbiased for any fixed basis, and so is its derivative, without the basis's.
-        basis = jnp.linalg.qr(jax.lax.stop_gradient(mapped(chunk, product, sketch)).T)[0].T
+        products = jax.lax.stop_gradient(mapped(chunk, product, sketch))
+        basis = jnp.linalg.qr((products / power(products)).T)[0].T
         known = jnp.sum(basis * mapped(chunk, product, basis))
 
     def sample(key: Array) -> Array:
@@ -148,7 +150,8 @@ def trace(
         return _dot(g, product(g))
 
     rest = mapped(chunk, sample, jax.random.split(sample_key, samples))
-    return Trace(known + jnp.mean(rest), jnp.std(rest, ddof=1) / math.sqrt(samples))
+    scale = power(rest)  # a standard deviation squares
+    return Trace(known + jnp.mean(rest), scale * jnp.std(rest / scale, ddof=1) / math.sqrt(samples))
 
 
 class Ritz(NamedTuple):
@@ -215,27 +218,28 @@ def _lanczos(
         w = product(q)
         a = _dot(q, w)
         w = _without(basis, w)
-        squared = _dot(w, w)
+        b = norm(w)
         scale = jnp.maximum(scale, jnp.abs(a))
-        spent = squared <= (10 * eps * scale) ** 2
-        b = jnp.sqrt(jnp.where(spent, 1, squared))  # has a derivative at 0
+        spent = b <= 10 * eps * scale
 
         def again() -> Array:
             random = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), (d,), q.dtype)
             fresh = jax.lax.stop_gradient(_without(basis, random))
             return fresh / jnp.linalg.norm(fresh)
 
-        q = jax.lax.cond(spent, again, lambda: w / b)
+        q = jax.lax.cond(spent, again, lambda: w / jnp.where(spent, 1, b))
         b = jnp.where(spent, 0, b)
         return (basis, q, jnp.maximum(scale, b)), (a, b)
 
     empty = jnp.zeros((steps, d), start.dtype)
-    start = start / jnp.sqrt(_dot(start, start))
+    start = start / norm(start)
     (basis, _, _), (a, b) = jax.lax.scan(
         step, (empty, start, jnp.zeros((), start.dtype)), jnp.arange(steps)
     )
-    values, S = jnp.linalg.eigh(jnp.diag(a) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1))
-    return Ritz(values, S[0] ** 2, jnp.abs(b[-1] * S[-1]), jax.vmap(unravel)(_dot(S.T, basis)))
+    T = jnp.diag(a) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1)
+    size = power(T)
+    values, S = jnp.linalg.eigh(T / size)
+    return Ritz(size * values, S[0] ** 2, jnp.abs(b[-1] * S[-1]), jax.vmap(unravel)(_dot(S.T, basis)))
 
 
 class Spectrum(NamedTuple):
