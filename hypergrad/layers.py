@@ -262,8 +262,8 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
         if through and not passed and probe.size:
             raise ValueError(
                 f"{call}: the outputs of the network depend on the layer params{path}, and not on its "
-                "probe, so that G would be 0 whatever the slopes: add the probes, a tree like the layers, to "
-                "what each of them computes, as in x @ weights + biases + probe"
+                "probe, so that G would be 0 whatever the slopes: add the probes, a tree like the layers, "
+                "to what each of them computes, as in x @ weights + biases + probe"
             )
     z, pull_back, inputs = jax.vjp(outputs_of, probes, has_aux=True)
 

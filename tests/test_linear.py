@@ -134,14 +134,8 @@ def test_a_solver_of_the_users_own_needs_no_accept() -> None:
     assert found.tolist() == [0.5, 0.5, 0.5]
 
 
-SIZES = [1e-30, 1e-20, 1.0, 1e19, 1e30]
-
-
-@pytest.mark.parametrize("of_b", SIZES)
-@pytest.mark.parametrize("of_matrix", SIZES)
+@pytest.mark.parametrize("of_matrix, of_b", [(1e-30, 1e-30), (1e-20, 1e10), (1e19, 1e-10), (1e30, 1e30)])
 def test_systems_of_any_size_in_float32(of_matrix: float, of_b: float) -> None:
-    if not 1e-33 < of_b / of_matrix < 1e33:
-        pytest.skip("the solution is no float32")
     expected = np.linalg.solve(POSITIVE, B) * (of_b / of_matrix)
     for linear in (
         implicit.ConjugateGradients(),

@@ -51,7 +51,7 @@ def shampoo(limit: int = 1024) -> Optimizer:
       ValueError: where ε differs within a leaf, and for a limit below 0.
 
     Source: Gupta, Koren, Singer, "Shampoo: preconditioned stochastic tensor optimization", ICML 2018,
-    Algorithm 1; diagonal factors, section 5.
+    Algorithm 1; diagonal factors of long axes, as in its experiments.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
