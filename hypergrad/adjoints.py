@@ -14,9 +14,7 @@ adjoint            memory beside the parameters                 time, in plain t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad.arguments import check_adjoint, is_whole
 from hypergrad.program import Leaf
-from hypergrad.run import Constants, Inputs, Run, Solution
+from hypergrad.run import Constants, Inputs, Run, Solution, in_segments
 
 
 class Adjoint(Protocol):
@@ -55,31 +53,6 @@ class Stored:
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
         return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x), start, inputs)
-
-
-def in_segments(
-    run: Run,
-    segments: int,
-    start: list[Leaf],
-    constants: Constants,
-    inputs: Inputs,
-    gradient_of: Callable[..., Any] | None = None,
-) -> Solution:
-    """A run in so many segments, each of which is computed again on the way back; see `Run.step`."""
-    length = -(-run.steps // max(1, min(segments, run.steps)))
-    whole = run.steps // length
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def segment(leaves: list[Leaf], x: Inputs) -> Solution:
-        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient_of), leaves, x)
-
-    cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)
-    leaves, outputs = jax.lax.scan(segment, start, cut)
-    outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
-    if whole * length == run.steps:
-        return leaves, outputs
-    leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
-    return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ minibatches of one example.  A gradient, in parameters and hyperparameters toget
 second derivatives is 2, as usual, even where the gradient in it was kept and not computed again; but
 ``∂f/∂w``, ``A u`` and ``M u`` come out of one pass, and are not counted apart, as calls in papers are.
 
+Where ``f`` holds derivatives written by hand (``jax.custom_vjp`` and ``jax.custom_jvp``: straight-through,
+reversed, clipped gradients), ``∂f/∂w`` is what JAX gives, and ``A`` is the derivative of that, which need
+not be symmetric: ``Aᵀ`` stands in the place of ``A`` above.
+
 ========  ==============  ==================================================================
 symbol    name            meaning
 ========  ==============  ==================================================================
@@ -57,6 +61,7 @@ from hypergrad.adjoints import Adjoint, Stored, Truncated
 from hypergrad.linear import sub
 from hypergrad.optimizers.momentum import sgd
 from hypergrad.program import Optimizer
+from hypergrad.rules import has_custom_rule
 from hypergrad.spectra import PyTree, check_whole, describe, floats
 from hypergrad.train import train
 
@@ -756,7 +761,15 @@ def _first(function: Callable[..., Array], state: State, rows: Array) -> tuple[P
 def _second(
     inner: Callable[..., Array], state: State, rows: Array, u: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """``∂f/∂w``, ``A u`` and ``M u``; the work is 2."""
+    """``∂f/∂w``, ``A u`` and ``M u``; the work is 2.
+
+    Forward over reverse, as second derivatives are symmetric.  Those of functions with derivatives written
+    by hand are not: reverse over reverse gives ``Aᵀ u``, and ``M u`` of the gradient that ``w`` follows.
+    """
+    if has_custom_rule(jax.make_jaxpr(inner)(state.params, state.hypers, rows)):
+        slope_at = lambda w, h: jax.grad(inner)(w, h, rows)  # noqa: E731
+        slope, pull_back = jax.vjp(slope_at, state.params, state.hypers)
+        return slope, *pull_back(u)
 
     def gradient(params: PyTree) -> tuple[PyTree, PyTree]:
         return _first(inner, state._replace(params=params), rows)

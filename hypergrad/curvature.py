@@ -35,12 +35,14 @@ from jax import Array
 from jax.tree_util import Partial
 
 from hypergrad import nets
+from hypergrad.rules import linearized
 from hypergrad.spectra import (
     Matvec,
     PyTree,
     Ritz,
     Spectrum,
     Trace,
+    asymmetry,
     batched,
     called,
     check_chunk,
@@ -65,6 +67,7 @@ __all__ = [
     "Ritz",
     "Spectrum",
     "Trace",
+    "asymmetry",
     "batched",
     "bernoulli",
     "categorical",
@@ -88,6 +91,10 @@ __all__ = [
 
 def hessian(loss: Callable[..., Array], params: PyTree, *data: PyTree, chunk: int | None = None) -> Matvec:
     """The Hessian of a loss, ``v -> ∇²L(w) v``, forward over reverse.
+
+    With derivatives written by hand in the loss (``jax.custom_vjp``, ``jax.custom_jvp``), it is the matrix
+    ``jax.hessian(loss)`` as it is, how a gradient changes along ``v``, which need not be symmetric:
+    `asymmetry` tells.
 
     Args:
       loss: ``loss(params, *data) -> scalar``.
@@ -178,7 +185,7 @@ def _sandwich(
     v: PyTree,
 ) -> PyTree:
     """``Jᵀ M J v`` with the Jacobian of ``function(w, data)`` and ``middle(data, z, Jv) = M J v``."""
-    z, forwards = jax.linearize(lambda w: function(w, data), w)
+    z, forwards = linearized(lambda w: function(w, data), w)
     return jax.linear_transpose(forwards, w)(middle(data, z, forwards(v)))[0]
 
 

@@ -52,6 +52,7 @@ from hypergrad.linear import (
     sub,
 )
 from hypergrad.reversible import refuse_if
+from hypergrad.rules import has_custom_rule, linearized
 from hypergrad.run import Hoisted, hoist, split
 from hypergrad.spectra import PyTree, describe, floats, shapes_of, trace_once
 
@@ -101,9 +102,10 @@ def root(
     Returns:
       The decorator.  What it returns takes ``(init, *args, **settings)``, where ``init`` is like the
       parameters, ``args`` are pytrees of arrays that the optimality gets too, and ``settings`` are the
-      solver's own.  Derivatives of any order, forward and reverse, go through ``args`` and through what the
-      optimality closes over.  Those in ``init``, in ``settings`` and in arguments the optimality does not
-      depend on are 0, which is announced by a `ZeroHypergradientWarning` before anything is solved.
+      solver's own.  What the optimality has a parameter for may be given by that keyword as well, and is
+      then no setting.  Derivatives of any order, forward and reverse, go through ``args`` and through what
+      the optimality closes over.  Those in ``init``, in ``settings`` and in arguments the optimality does
+      not depend on are 0, which is announced by a `ZeroHypergradientWarning` before anything is solved.
 
       It raises ConvergenceError where the norm of ``F`` is above the tolerance, or the residual of the
       linear system above that of ``linear``; inside compiled code JAX raises a ``JaxRuntimeError`` that
@@ -122,7 +124,6 @@ def root(
     >>> jax.grad(square_root, argnums=1)(1.0, 4.0)
     Array(0.25, dtype=float32)
     """
-    linear = GMRES() if linear is None else linear
     return _decorator("root(optimality", "optimality", optimality, linear, tolerance, minimises=False)
 
 
@@ -134,7 +135,8 @@ def minimizer(
     Args:
       objective: ``objective(params, *args) -> scalar``, twice differentiable; a JAX function.
       linear: solver of the linear system, by default `ConjugateGradients`, for minima where the Hessian is
-        positive definite.
+        positive definite; `GMRES` where the objective holds derivatives written by hand, such as a
+        ``jax.custom_vjp``, since ``A`` then need not be symmetric.
       tolerance: the largest Euclidean norm of ``∂f/∂w`` at which a point counts as a minimum.
 
     Returns:
@@ -155,7 +157,6 @@ def minimizer(
     >>> round(float(slope), 3)
     0.143
     """
-    linear = ConjugateGradients() if linear is None else linear
     return _decorator("minimizer(objective", "objective", objective, linear, tolerance, minimises=True)
 
 
@@ -208,6 +209,7 @@ class _Condition:
       call: the user's call, for messages.
       function: ``F``, or ``f``; of what it closes over, and of the parameters and arguments, flat.
       minimises: whether it is ``f``.
+      symmetric: whether ``A`` is: that of ``f``, where all its derivatives are JAX's.
       captured: how many arrays it closes over, the first of the inputs ``θ``; the others are arguments.
       names: of the inputs, for messages.
       linear: the solver.
@@ -216,6 +218,7 @@ class _Condition:
     call: str
     function: Hoisted
     minimises: bool
+    symmetric: bool
     captured: int
     names: tuple[str, ...]
     linear: LinearSolver
@@ -234,12 +237,13 @@ def _decorator(
     start: str,
     role: str,
     function: Callable[..., PyTree],
-    linear: LinearSolver,
+    linear: LinearSolver | None,
     tolerance: float,
     *,
     minimises: bool,
 ) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
-    call = f"{start}, linear={named(linear)}, tolerance={tolerance})"
+    shown: LinearSolver = (ConjugateGradients() if minimises else GMRES()) if linear is None else linear
+    call = f"{start}, linear={named(shown)}, tolerance={tolerance})"
     if not tolerance > 0:
         raise ValueError(f"{call}: tolerance must be above 0")
 
@@ -247,17 +251,18 @@ def _decorator(
         @functools.wraps(solve)
         def solved(init: PyTree, *args: PyTree, **settings: Any) -> PyTree:
             init = floats(call, "init", init)
-            args = jax.tree.map(jnp.asarray, args)
-            condition, captured = _condition(call, role, function, init, args, linear, minimises)
+            named, settings = _by_name(function, len(args), settings)
+            given: Any = jax.tree.map(jnp.asarray, (args, named))
+            condition, captured = _condition(call, role, function, init, given, linear, minimises)
 
             # Flattened, a dictionary is sorted.
             names = [*condition.names, *_names({"init": init}), *_names(dict(sorted(settings.items())))]
-            everything = [captured, args, init, settings]
-            captured, args, init, settings = _announced(call, names, condition, _shapes(init), everything)
-            still = jax.tree.map(_stopped, (init, args, settings))
-            params = _like(call, solve(still[0], *still[1], **still[2]), init)
+            everything = [captured, given, init, settings]
+            captured, given, init, settings = _announced(call, names, condition, _shapes(init), everything)
+            start, (args, named), settings = jax.tree.map(_stopped, (init, given, settings))
+            params = _like(call, solve(start, *args, **named, **settings), init)
             params = jax.lax.stop_gradient(params)
-            inputs = [*captured, *jax.tree.leaves(args)]
+            inputs = [*captured, *jax.tree.leaves(given)]
             size = norm(condition(params, jax.lax.stop_gradient(inputs)))
             params, valid = _refuse_point(call, (params, jnp.ones(())), size, tolerance)
             return _implicit(condition, params, inputs, valid)
@@ -272,12 +277,15 @@ def _condition(
     role: str,
     function: Callable[..., PyTree],
     params: PyTree,
-    args: Sequence[PyTree],
-    linear: LinearSolver,
+    given: tuple[Sequence[PyTree], dict[str, PyTree]],
+    linear: LinearSolver | None,
     minimises: bool,
 ) -> tuple[_Condition, list[Array]]:
     """The condition for an objective or an optimality, and what that closes over."""
-    hoisted, captured, result = hoist(function, *_shapes((params, *args)))
+    args, named = given
+    _check_arguments(call, role, function, args, named)
+    at = lambda params, given: function(params, *given[0], **given[1])  # noqa: E731
+    hoisted, captured, result = hoist(at, *_shapes((params, given)))
     if minimises and not _is_scalar(result):
         raise ValueError(f"{call}: {role} must return one scalar float, and returned {describe(result)}")
     if not minimises and shapes_of(result) != shapes_of(params):
@@ -287,7 +295,46 @@ def _condition(
         )
     names = [f"an array of shape {list(x.shape)} that {role} closes over" for x in captured]
     names += _names(dict(zip(_parameters(function, len(args)), args)))
-    return _Condition(call, hoisted, minimises, len(captured), tuple(names), linear), captured
+    names += _names(dict(sorted(named.items())))
+    symmetric = minimises and not has_custom_rule(hoisted.jaxpr)
+    if linear is None:
+        linear = ConjugateGradients() if symmetric else GMRES()
+    condition = _Condition(call, hoisted, minimises, symmetric, len(captured), tuple(names), linear)
+    return condition, captured
+
+
+def _by_name(
+    function: Callable[..., Any], count: int, settings: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is given by keyword: what the condition has parameters for, and the solver's own settings."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return {}, settings
+    by_place = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    known -= set(by_place[:count])
+    named = {name: x for name, x in settings.items() if name in known}
+    return named, {name: x for name, x in settings.items() if name not in known}
+
+
+def _check_arguments(
+    call: str, role: str, function: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]
+) -> None:
+    """Refuse arguments that the condition has no parameters for, or too few."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None, *args, **named)
+    except TypeError as error:
+        raise TypeError(
+            f"{call}: the solver was called with init, {len(args)} more by place and {list(named)} by "
+            f"keyword, and {role}{signature} cannot be called with the same: {error}. What the solution "
+            f"depends on are parameters of {role}, in the same order or with the same names; other "
+            "keywords are settings of the solver"
+        ) from None
 
 
 def _is_scalar(result: Any) -> bool:
@@ -414,7 +461,7 @@ def _used(function: Callable[..., PyTree], leaves: Sequence[Any], params: PyTree
 
     def change(dots: list[Array], leaves: list[Array], params: PyTree) -> PyTree:
         moving, merge = split(flags, leaves)
-        return jax.jvp(lambda moving: function(merge(moving), params), (moving,), (dots,))[1]
+        return linearized(lambda moving: function(merge(moving), params), moving)[1](dots)
 
     jaxpr = jax.make_jaxpr(change)(moving, leaves, params).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -440,10 +487,10 @@ def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[P
     flags = [not isinstance(dot, SymbolicZero) for dot in tangents[1]]
     moving, merge = split(flags, inputs)
     dots = [dot for dot, flag in zip(tangents[1], flags) if flag]
-    change = jax.jvp(lambda moving: condition(params, merge(moving)), (moving,), (dots,))[1]
-    matvec = jax.linearize(lambda w: condition(w, inputs), params)[1]
+    change = linearized(lambda moving: condition(params, merge(moving)), moving)[1](dots)
+    matvec = linearized(lambda w: condition(w, inputs), params)[1]
     solve = partial(solve_or_refuse, condition.call, condition.linear)
-    minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.minimises)
+    minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.symmetric)
     return params, jax.tree.map(lambda x: -valid.astype(x.dtype) * x, minus)
 
 
@@ -486,7 +533,8 @@ def hypergradient(
       outer: ``g(params, hypers) -> scalar``.
       params: ``w``, a tree of floats.
       hypers: ``θ``, a tree of floats; there may be millions, at the cost of one more gradient.
-      linear: solver of the linear system, by default `ConjugateGradients`.
+      linear: solver of the linear system, by default `ConjugateGradients`; `GMRES` where the objective
+        holds derivatives written by hand, as for `minimizer`.
       tolerance: the largest norm of ``∂f/∂w`` at which the parameters count as a minimum.
       start: of the linear system, such as the adjoint at hyperparameters nearby; by default 0.
 
@@ -505,9 +553,12 @@ def hypergradient(
     >>> float(implicit.hypergradient(objective, outer, 1.5, 3.0).gradient)
     0.5
     """
-    linear = ConjugateGradients() if linear is None else linear
-    call = f"hypergradient(objective, outer, params, hypers, linear={named(linear)})"
+    shown = ConjugateGradients() if linear is None else linear
+    call = f"hypergradient(objective, outer, params, hypers, linear={named(shown)})"
     params, hypers = floats(call, "params", params), floats(call, "hypers", hypers)
+    by_hand = has_custom_rule(jax.make_jaxpr(objective)(params, hypers))
+    if linear is None:
+        linear = GMRES() if by_hand else shown
     objective, inner_shape = trace_once(objective, params, hypers)
     outer, outer_shape = trace_once(outer, params, hypers)
     for role, shape in {"objective": inner_shape, "outer": outer_shape}.items():
@@ -525,10 +576,18 @@ def hypergradient(
     used = _used(both, _shapes(leaves), _shapes(params))
     if not all(used):
         _warn_of_zeros(call, [name for name, u in zip(_names({"hypers": hypers}), used) if not u])
-    residual, matvec = jax.linearize(lambda w: jax.grad(objective)(w, hypers), params)
+    matvec: Callable[[PyTree], PyTree]
+    if by_hand:  # the matrix is not symmetric, and its transpose is wanted
+        slope = jax.grad(objective)
+        residual, pull_back = jax.vjp(slope, params, hypers)
+        matvec = lambda u: pull_back(u)[0]  # noqa: E731
+    else:
+        residual, matvec = jax.linearize(lambda w: jax.grad(objective)(w, hypers), params)
     result = jax.value_and_grad(outer, argnums=(0, 1))(params, hypers)
     value, (to_params, direct) = _refuse_point(call, result, norm(residual), tolerance)
     u = solve_or_refuse(call, linear, matvec, to_params, start)
+    if by_hand:
+        return Hypergradient(value, sub(direct, pull_back(u)[1]), u)
     # Along u first, backwards second: one gradient, whatever the number of hyperparameters.
     along = lambda h: jax.jvp(lambda w: objective(w, h), (params,), (u,))[1]  # noqa: E731
     return Hypergradient(value, sub(direct, jax.grad(along)(hypers)), u)
@@ -576,7 +635,7 @@ def hoag(
       tolerances: ``ε``, ``(K,)``, above 0, one outer step each; such as ``0.1 * 0.9 ** arange(K)``.
       optimizer: of the hyperparameters, by optax.
       linear: solver of the linear system, by default `ConjugateGradients`; its tolerance is replaced by
-        ``ε_k``, relative to the right-hand side.
+        ``ε_k``, relative to the right-hand side.  Where it sets ``accept``, that is left as it is.
 
     Returns:
       A `Hoag`.
@@ -597,7 +656,6 @@ def hoag(
     >>> bool(jnp.allclose(found.hypers, 2, atol=1e-3))
     True
     """
-    linear = ConjugateGradients() if linear is None else linear
     call = "hoag(objective, outer, hypers, init)"
     hypers, init = floats(call, "hypers", hypers), floats(call, "init", init)
     tolerances = jnp.asarray(tolerances)
@@ -607,6 +665,10 @@ def hoag(
         )
     if not isinstance(tolerances, jax.core.Tracer) and not (tolerances > 0).all():
         raise ValueError(f"{call}: tolerances must be above 0, and the least is {tolerances.min()}")
+
+    if linear is None:
+        by_hand = has_custom_rule(jax.make_jaxpr(objective)(init, hypers))
+        linear = GMRES() if by_hand else ConjugateGradients()
 
     def step(carry: tuple[PyTree, PyTree, PyTree, PyTree], tolerance: Array) -> tuple[Any, Array]:
         hypers, params, adjoint, state = carry

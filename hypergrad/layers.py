@@ -64,9 +64,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 
 from hypergrad.curvature import Likelihood
 from hypergrad.devices import Evaluate, in_turn
+from hypergrad.norms import power
 from hypergrad.program import Blocks
 
 PyTree = Any
@@ -107,7 +109,7 @@ def merge(params: PyTree) -> PyTree:
         *biases, weights = sorted(jax.tree.leaves(layer), key=jnp.ndim)
         if weights.ndim < 2:
             return weights
-        rows = weights.reshape(-1, weights.shape[-1])
+        rows = weights.reshape(math.prod(weights.shape[:-1]), weights.shape[-1])
         return jnp.concatenate([rows, biases[0][None]]) if biases else rows
 
     return jax.tree.map(block, params, is_leaf=_is_layer)
@@ -232,7 +234,7 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
       batch: passed on.
 
     Raises:
-      ValueError: where what the network returns does not fit its parameters.
+      ValueError: where what the network returns does not fit its parameters, or it adds no probe.
     """
     layers, structure = _layers(params)
     returned = jax.eval_shape(network, params, meta, batch, no_probes(params))
@@ -250,8 +252,19 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
 
     def outputs_of(probes: list[Array]) -> tuple[Array, list[Array]]:
         outputs, inputs = network(params, meta, batch, structure.unflatten(probes))
-        return outputs, [x.reshape(x.shape[0], -1, x.shape[-1]) for x in jax.tree.leaves(inputs)]
+        return outputs, [_by_places(x, 1) for x in jax.tree.leaves(inputs)]
 
+    def outputs_of_all(layers: list[PyTree], probes: list[Array]) -> Array:
+        return network(structure.unflatten(layers), meta, batch, structure.unflatten(probes))[0]
+
+    reached = _reached(outputs_of_all, layers, probes)
+    for path, through, passed, probe in zip(_paths(params), *reached, probes):
+        if through and not passed and probe.size:
+            raise ValueError(
+                f"{call}: the outputs of the network depend on the layer params{path}, and not on its "
+                "probe, so that G would be 0 whatever the slopes: add the probes, a tree like the layers, "
+                "to what each of them computes, as in x @ weights + biases + probe"
+            )
     z, pull_back, inputs = jax.vjp(outputs_of, probes, has_aux=True)
 
     def slopes(cotangents: Array) -> list[Array]:
@@ -259,9 +272,34 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
             found = [x[None] for x in pull_back(cotangents[0])[0]]
         else:
             (found,) = jax.vmap(pull_back)(cotangents)
-        return [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in found]
+        return [_by_places(x, 2) for x in found]
 
     return Tapped(z, inputs, slopes)
+
+
+def _by_places(x: Array, leading: int) -> Array:
+    """All axes but so many and the last as one."""
+    return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:-1]), x.shape[-1])
+
+
+def _reached(function: Callable[..., Array], *arguments: list[PyTree]) -> list[list[bool]]:
+    """For each tree in each list, whether the derivative of the function in it may differ from 0.
+
+    Seen in the jaxpr of the cotangents: where nothing passes they are zeros, made of nothing.
+    """
+    shapes = jax.eval_shape(function, *arguments)
+
+    def pulled(bar: Array) -> PyTree:
+        return jax.vjp(function, *arguments)[1](bar)
+
+    closed, found = jax.make_jaxpr(pulled, return_shape=True)(shapes)
+    passed = set(closed.jaxpr.invars)
+    for eqn in closed.jaxpr.eqns:
+        if any(isinstance(v, Var) and v in passed for v in eqn.invars):
+            passed.update(eqn.outvars)
+    flags = [isinstance(v, Var) and v in passed for v in closed.jaxpr.outvars]
+    marks = jax.tree.unflatten(jax.tree.structure(found), flags)
+    return [[any(jax.tree.leaves(tree)) for tree in trees] for trees in marks]
 
 
 def no_probes(params: PyTree) -> PyTree:
@@ -442,7 +480,7 @@ def _factors_of(layer: PyTree, rows: int, a: Array, left: Array, right: Array) -
         A, G = _factors_of_block(layer, a, left, right)
         return A, nothing, G
     n, places = a.shape[:2]
-    K, Ψ = rank_one(a.reshape(n * places, rows, -1))
+    K, Ψ = rank_one(a.reshape(n * places, rows, a.shape[-1] // rows))
     of_weights = dot(K.T, K) / n, dot(Ψ.T, Ψ) / (n * places), _of_slopes(left, right)
     parts: list[Array]
     structure: Any
@@ -459,7 +497,7 @@ def _factors_of_block(layer: PyTree, a: Array, left: Array, right: Array) -> tup
     if weights.ndim < 2:
         total = [jnp.sum(a[None] * g, axis=2) for g in (left, right)]
         return jnp.sum(total[0] * total[1], axis=(0, 1)) / n, jnp.zeros((0, 0), a.dtype)
-    a = a.reshape(n * places, -1)
+    a = a.reshape(n * places, a.shape[-1])
     A = dot(a.T, a)
     if biases:
         column = jnp.sum(a, axis=0)[:, None]
@@ -470,7 +508,7 @@ def _factors_of_block(layer: PyTree, a: Array, left: Array, right: Array) -> tup
 def _of_slopes(left: Array, right: Array) -> Array:
     """``G``."""
     count = left.shape[1] * left.shape[2]
-    left, right = (g.reshape(-1, g.shape[-1]) for g in (left, right))
+    left, right = (g.reshape(math.prod(g.shape[:-1]), g.shape[-1]) for g in (left, right))
     G = dot(left.T, right)
     return (G + G.T) / (2 * count)
 
@@ -501,6 +539,8 @@ def rank_one(matrices: Array) -> tuple[Array, Array]:
     >>> bool(jnp.allclose(K[:, :, None] * Psi[:, None], jnp.array([[[0.0, 0.0], [2.0, 2.0]]])))
     True
     """
+    scale = power(matrices)  # lest squares overflow, or are 0
+    matrices = matrices / scale
     squares = jnp.sum(matrices**2, axis=2)
     longest = jax.nn.one_hot(jnp.argmax(squares, axis=1), matrices.shape[1], dtype=matrices.dtype)
     v = jnp.einsum("mr,mrc->mc", longest, matrices, precision="highest")
@@ -508,7 +548,7 @@ def rank_one(matrices: Array) -> tuple[Array, Array]:
         u = _unit(jnp.einsum("mrc,mc->mr", matrices, v, precision="highest"))
         v = _unit(jnp.einsum("mrc,mr->mc", matrices, u, precision="highest"))
     fourth = jnp.sum(squares, axis=1)[:, None]
-    root = jnp.where(fourth > 0, fourth, 1) ** 0.25
+    root = jnp.sqrt(scale) * jnp.where(fourth > 0, fourth, 1) ** 0.25
     return root * u, root * v
 
 

@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
-from hypergrad.adjoints import in_segments
 from hypergrad.program import (
     BAD_LOSS,
     LARGEST_LOSS,
@@ -45,6 +44,7 @@ from hypergrad.run import (
     Solution,
     Static,
     freeze,
+    in_segments,
     instantiate,
     linearise,
     scatter,

@@ -8,12 +8,13 @@ reverse gives ``J v``, which costs less, is the same without such rules only, an
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+PyTree = Any
 ROOT = Path(jax.__file__).parent
 # What these do when differentiated is another function of the user's, that no jaxpr shows.
 BY_USERS = ("_custom_root",)
@@ -43,6 +44,47 @@ def has_custom_rule(jaxpr: Any) -> bool:
     False
     """
     return any(_is_custom(eqn) for eqn in _equations(jaxpr))
+
+
+def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, Callable[..., PyTree]]:
+    """``jax.linearize``, of functions with rules by hand too: value and products ``J v``.
+
+    ``jax.custom_vjp`` says only what ``Jᵀ u`` is; ``J v`` is then the transpose of that linear map.
+
+    Args:
+      function: of one tree.
+      at: where, a tree of floats.
+
+    Raises:
+      ValueError: where what a rule makes of a cotangent is not linear in it, so that there is no ``J``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> @jax.custom_vjp
+    ... def reverse(x):
+    ...     return x
+    >>> reverse.defvjp(lambda x: (x, None), lambda _, bar: (-bar,))
+    >>> value, forwards = linearized(lambda x: 3 * reverse(x), jnp.float32(2.0))
+    >>> float(value), float(forwards(1.0))
+    (6.0, -3.0)
+    """
+    closed = jax.make_jaxpr(function)(at)
+    if not any(eqn.primitive.name == "custom_vjp_call" for eqn in _equations(closed)):
+        return jax.linearize(function, at)
+    value, pull_back = jax.vjp(function, at)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), value)
+    transposed = jax.linear_transpose(lambda bar: pull_back(bar)[0], shapes)
+
+    def forwards(tangent: PyTree) -> PyTree:
+        try:
+            return transposed(tangent)[0]
+        except NotImplementedError as error:  # no operation that is not linear can be transposed
+            raise ValueError(
+                "forward derivatives are wanted of a function with a jax.custom_vjp whose backward rule is "
+                "not linear in the cotangent, as where gradients are clipped: it says what Jᵀ u is, and "
+                "there is no matrix J; take such a rule out of what is differentiated forwards"
+            ) from error
+
+    return value, forwards
 
 
 def _equations(value: Any) -> Iterator[Any]:

@@ -18,6 +18,7 @@ symbol    name                  meaning
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -414,6 +415,31 @@ class Run:
 
         evaluate.defvjp(forward, backward, symbolic_zeros=True)
         return evaluate(params, (loss_constants, batch))
+
+
+def in_segments(
+    run: Run,
+    segments: int,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    gradient_of: Callable[..., Any] | None = None,
+) -> Solution:
+    """A run in so many segments, each of which is computed again on the way back; see `Run.step`."""
+    length = -(-run.steps // max(1, min(segments, run.steps)))
+    whole = run.steps // length
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def segment(leaves: list[Leaf], x: Inputs) -> Solution:
+        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient_of), leaves, x)
+
+    cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)
+    leaves, outputs = jax.lax.scan(segment, start, cut)
+    outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
+    if whole * length == run.steps:
+        return leaves, outputs
+    leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
+    return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
 
 
 def gradients(seen: Sequence[Seen]) -> list[Array]:

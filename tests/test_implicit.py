@@ -1,5 +1,6 @@
 """Hypergradients at a solution: closed forms, finite differences, unrolled training, refusals."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -380,7 +381,7 @@ def test_a_right_hand_side_of_zero_or_of_tiny_numbers(name: str) -> None:
 
 def test_nystrom_alone_is_the_damped_inverse_of_a_matrix_of_low_rank(x64: None) -> None:
     low = jnp.asarray(np.random.default_rng(5).normal(size=(9, 3)))
-    alone = implicit.Nystrom(rank=3, damping=0.1, iterations=0, tolerance=10.0)
+    alone = implicit.Nystrom(rank=3, damping=0.1, iterations=0, accept=math.inf)
     b = jnp.linspace(1, 2, 9)
     found = quick_jit(lambda b: implicit.linear_solve(lambda v: low @ (low.T @ v), b, linear=alone))(b)
     np.testing.assert_allclose(found, jnp.linalg.solve(low @ low.T + 0.1 * jnp.eye(9), b), rtol=1e-8)
@@ -442,18 +443,20 @@ def test_a_system_that_is_not_solved_is_refused(name: str) -> None:
     linear, diagonal, way_out = BAD_SYSTEMS[name]
     matvec = lambda v: jnp.array(diagonal) * v  # noqa: E731
     solve = quick_jit(lambda b: implicit.linear_solve(matvec, b, linear=linear))
-    with pytest.raises(Exception, match=rf"left a relative residual of.*{way_out}.*larger tolerance"):
+    with pytest.raises(Exception, match=rf"left a relative residual of.*{way_out}.*accept=math.inf"):
         solve(jnp.array([1.0, 2.0, 1.0, 2.0])).block_until_ready()
 
 
 def test_an_approximate_hypergradient_is_accepted_by_its_tolerance() -> None:
     """Ten terms of the Neumann series are the unrolled derivative of ten steps of gradient descent."""
-    few = implicit.Neumann(step=0.1, terms=10, tolerance=0.5)
+    few = implicit.Neumann(step=0.1, terms=10, accept=0.5)
     fit = implicit.minimizer(lambda w, x: (w - x) ** 2 / 2, linear=few)(lambda init, x: x)
     np.testing.assert_allclose(jax.grad(fit, argnums=1)(0.0, 3.0), 1 - 0.9**10, rtol=1e-5)
     strict = implicit.minimizer(lambda w, x: (w - x) ** 2 / 2, linear=implicit.Neumann(0.1, 10))
     for gradient in (jax.grad, lambda *a, **k: jax.jit(jax.grad(*a, **k))):
-        with pytest.raises(Exception, match=r"Neumann.*residual of 0.35, above its tolerance of 0.00035"):
+        with pytest.raises(
+            Exception, match=r"Neumann.*residual of 0.35, above the 0.00035 that it accepts"
+        ):
             gradient(strict(lambda init, x: x), argnums=1)(0.0, 3.0)
 
 
@@ -470,7 +473,12 @@ def decorated(function: Any, solve: Any = lambda init, x: init, make: Any = impl
     [
         (lambda: implicit.ConjugateGradients(iterations=0), r"ConjugateGradients\(iterations=0.*least 1"),
         (lambda: implicit.ConjugateGradients(damping=-1.0), "damping must be at least 0"),
-        (lambda: implicit.NormalEquations(tolerance=0.0), "tolerance must be above 0"),
+        (lambda: implicit.NormalEquations(tolerance=-1.0), "tolerance must be at least 0"),
+        (lambda: implicit.ConjugateGradients(tolerance=10), r"tolerance=10.*below 1.*accept=math.inf"),
+        (lambda: implicit.GMRES(tolerance=math.inf), "tolerance must be below 1"),
+        (lambda: implicit.NormalEquations(tolerance=1.0), "tolerance must be below 1"),
+        (lambda: implicit.Nystrom(1, 0.1, tolerance=1.0), "tolerance must be below 1"),
+        (lambda: implicit.Direct(accept=0.0), "accept must be above 0; math.inf accepts"),
         (lambda: implicit.Neumann(step=-1.0, terms=1), "step must be at least 0"),
         (lambda: implicit.GMRES(restart=0), "restart must be at least 1"),
         (lambda: implicit.Nystrom(rank=2, damping=0.0), "damping must be above 0"),
@@ -525,7 +533,7 @@ def decorated(function: Any, solve: Any = lambda init, x: init, make: Any = impl
             "tolerances must be above 0",
         ),
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_messages(call: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError, implicit.ConvergenceError), match=message):

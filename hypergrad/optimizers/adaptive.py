@@ -280,8 +280,10 @@ def _covered(covers: Array, gradient: Array) -> Array:
 
 
 def _cover(s: Array) -> Array:
-    """All ``c_k``, one behind the other."""
+    """All ``c_k``, one behind the other; 0 for rows and columns without elements."""
     if s.ndim == 0:
         return s[None]
+    if not s.size:
+        return jnp.zeros(sum(s.shape), s.dtype)
     axes = range(s.ndim)
     return jnp.concatenate([jnp.max(s, axis=[k for k in axes if k != axis]) for axis in axes])

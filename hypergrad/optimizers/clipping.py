@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad.norms import norm
 from hypergrad.program import Optimizer
 
 Transform = Callable[[Sequence[Any], Sequence[Array]], list[Array]]
@@ -70,12 +71,13 @@ def clip_by_global_norm(optimizer: Optimizer) -> Optimizer:
     """
 
     def transform(hypers: Sequence[Any], gradient: Sequence[Array]) -> list[Array]:
-        squares = jnp.sum(jnp.stack([jnp.sum(g**2) for g in gradient]))
+        size = norm(list(gradient))
         clipped = []
         for h, g in zip(hypers, gradient):
-            short = squares <= h.max_norm**2
-            norm = jnp.sqrt(jnp.where(short, 1.0, squares))  # of a zero gradient: no derivative, not NaN
-            clipped.append(g * jnp.where(short, 1.0, h.max_norm / norm).astype(g.dtype))
+            short = size <= h.max_norm
+            # Divided first: the factor itself may be too small for a float.
+            by, to = jnp.where(short, 1.0, size), jnp.where(short, 1.0, h.max_norm)
+            clipped.append((g / by.astype(g.dtype)) * to.astype(g.dtype))
         return clipped
 
     return _with(optimizer, "clip_by_global_norm", "max_norm", transform)

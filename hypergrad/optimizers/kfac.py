@@ -26,6 +26,7 @@ Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored 
 ICLR 2017.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from jax import Array
 from hypergrad import layers
 from hypergrad.curvature import Likelihood
 from hypergrad.layers import Fisher, Network
+from hypergrad.norms import power
 from hypergrad.optimizers import asynchrony as late
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import unbiased
@@ -96,8 +98,8 @@ def kfac(
       asynchrony: how late statistics and inverses are, and on what devices; None for not at all.
 
     Raises:
-      ValueError: where the network's inputs do not fit its parameters, or a hyperparameter differs within
-        a layer, or inputs are no matrices of so many rows.
+      ValueError: where the network's inputs do not fit its parameters, or it forgets to add a probe, or a
+        hyperparameter differs within a layer, or inputs are no matrices of so many rows.
 
     Source: Martens and Grosse, ICML 2015, sections 3 to 6; Ba, Grosse, Martens, ICLR 2017, for the norm
     constraint, doubly factored layers and asynchrony.
@@ -193,7 +195,8 @@ def _start(name: str, block: Array) -> Array:
     """A factor of zeros; without elements where a block does not have it."""
     axes = AXES[block.ndim]
     width = block.shape[axes.index(name)] if name in axes else 0
-    return jnp.zeros((width,) * min(2, block.ndim) if width else (0, 0), block.dtype)
+    square = name not in axes or block.ndim > 1
+    return jnp.zeros((width, width) if square else (width,), block.dtype)
 
 
 def _ring(name: str, delay: int, period: int, block: Array) -> Array:
@@ -225,7 +228,7 @@ def damped(factors: Sequence[Array], damping: Array, pi: Array) -> tuple[Array, 
     """
     if len(factors) == 1:
         return (factors[0] + damping,)
-    means = [jnp.trace(factor) / len(factor) for factor in factors]
+    means = [jnp.trace(factor) / max(len(factor), 1) for factor in factors]
     alive = jnp.all(jnp.stack(means) > 0)
     means = [jnp.where(alive, mean, 1) for mean in means]
     if len(factors) == 2:
@@ -260,10 +263,11 @@ def precondition(inverses: Sequence[Array], gradient: Array) -> Array:
     """
     if len(inverses) == 1:
         return inverses[0] * gradient
-    along_rows = roots.dot(inverses[0], gradient.reshape(len(inverses[0]), -1)).reshape(gradient.shape)
+    rest = math.prod(gradient.shape[1:])
+    along_rows = roots.dot(inverses[0], gradient.reshape(len(inverses[0]), rest)).reshape(gradient.shape)
     if len(inverses) == 3:
         along_rows = roots.dot(inverses[1][None], along_rows)
-    last = along_rows.reshape(-1, gradient.shape[-1])
+    last = along_rows.reshape(math.prod(gradient.shape[:-1]), gradient.shape[-1])
     return roots.dot(last, inverses[-1]).reshape(gradient.shape)
 
 
@@ -375,7 +379,9 @@ def adaptive_kfac(
 
         due = (t % refresh == 0) | (t < 3)
         B = jax.lax.cond(due, inverted, lambda: state.inverses)
-        Δ = [-precondition(each, x) for each, x in zip(B, slope)]
+        # Near a minimum the products of these with themselves are too small for a float.
+        Δ = _near_one([-precondition(each, x) for each, x in zip(B, slope)])
+        δ0 = _near_one(δ0)
 
         F = _fisher_products(network, likelihood, params, here, [unmerged(Δ), unmerged(δ0)])
         M = F + (λ + η) * _inner_products([Δ, δ0], [Δ, δ0])
@@ -422,6 +428,12 @@ def _fisher_products(
     tangents = [forwards(v) for v in directions]
     products = [jax.vmap(likelihood.fisher)(z, t) for t in tangents]
     return _inner_products([[t] for t in tangents], [[f] for f in products]) / z.shape[0]
+
+
+def _near_one(direction: list[Array]) -> list[Array]:
+    """A direction whose length does not matter, with a largest number near 1."""
+    scale = power(direction)
+    return [(x / scale).astype(x.dtype) for x in direction]
 
 
 def _least(M: Array, b: Array) -> tuple[Array, Array]:

@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad.norms import norm
+
+__all__ = ["dot", "inverse", "inverse_root", "norm", "sqrt"]
+
 dot = partial(jnp.matmul, precision="highest")  # an accelerator's default keeps too few digits for roots
 
 
@@ -30,18 +34,8 @@ def sqrt(x: Array) -> Array:
     >>> [float(jax.grad(sqrt)(x)) for x in (0.0, 0.25)]
     [0.0, 1.0]
     """
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
-
-
-def norm(x: Array) -> Array:
-    """Euclidean norm of all elements, ``√Σ x²``, whose derivative at 0 is 0.
-
-    >>> import jax.numpy as jnp
-    >>> float(norm(jnp.array([[3.0], [4.0]])))
-    5.0
-    """
-    return sqrt(jnp.sum(x * x))
+    dead = x <= 0  # and so not NaN
+    return jnp.where(dead, 0, jnp.sqrt(jnp.where(dead, 1, x)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -104,6 +98,8 @@ def inverse(matrix: Array) -> Array:
            [0.    , 0.0625]], dtype=float32)
     """
     n = len(matrix)
+    if not n:
+        return matrix
     L = jnp.linalg.cholesky(matrix)
     size = 1 << (n - 1).bit_length()
     L = jnp.eye(size, dtype=L.dtype).at[:n, :n].set(L)
@@ -127,6 +123,8 @@ def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 def _eigen_root(matrix: Array, p: int) -> tuple[Array, Array]:
     """``r`` and ``Q``."""
+    if not matrix.size:
+        return jnp.zeros(0, matrix.dtype), matrix
     eigenvalues, Q = jnp.linalg.eigh((matrix + matrix.T) / 2, symmetrize_input=False)
     rounding = jnp.finfo(matrix.dtype).eps * jnp.max(eigenvalues)
     return jnp.maximum(eigenvalues, rounding) ** (1 / p), Q
