@@ -10,6 +10,7 @@ move                                   meaning                                  
 ``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
 ``Remember(name, value)``              ``name = value(everything)``, a scalar      reading it again
 ``Total(name, value)``                 the same, summed over all leaves            reading it again
+``Keep(name, value, levels)``          an array whose elements are levels          reading it again
 ``Assign(x, value)``                   ``x <- value(everything)``                  nothing
 =====================================  ==========================================  ====================
 
@@ -101,6 +102,20 @@ class Total(NamedTuple):
     value: Callable[[Any], Array]
 
 
+class Keep(NamedTuple):
+    """``name = value(view)``: an array like the leaf, of anything at all, whose elements are ``levels``.
+
+    A sign, ``(-1.0, 0.0, 1.0)``, or a mask, ``(0.0, 1.0)``.  It is recorded at every step, in
+    ``log2(len(levels))`` bits per element, and read again on the way back, which makes moves reversible
+    that depend on their own variable through few levels only.  Its derivative is that of the value: of a
+    sign 0.
+    """
+
+    name: str
+    value: Callable[[Any], Array]
+    levels: tuple[float, ...]
+
+
 class Assign(NamedTuple):
     """``variable <- value(view)``, of anything at all; such a program cannot be reversed.
 
@@ -112,7 +127,7 @@ class Assign(NamedTuple):
     evaluate: Evaluate = in_turn
 
 
-Move = Scale | Shift | Remember | Total | Assign
+Move = Scale | Shift | Remember | Total | Keep | Assign
 
 
 class Variable(NamedTuple):
@@ -286,7 +301,7 @@ def _first_params_move(moves: Sequence[Move]) -> int:
 
 def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> View:
     """What move ``k`` may read of a leaf."""
-    if isinstance(move, Assign | Remember | Total):
+    if isinstance(move, Assign | Remember | Total | Keep):
         return View({**leaf, **record, **seen}, {})
     evaluated = ["gradient", *seen]
     if isinstance(move, Scale):
@@ -326,7 +341,7 @@ def step(program: Sequence[Sequence[Move]], leaves: Sequence[Leaf], seen: Sequen
     records: list[Record] = [{} for _ in leaves]
     dtypes = [leaf[PARAMS].dtype for leaf in leaves]
     for k, move in enumerate(program[0]):
-        if isinstance(move, Remember | Total):
+        if isinstance(move, Remember | Total | Keep):
             records = _remembered(k, program, new, seen, records, dtypes)
             continue
         jobs = [partial(_moved_to, k, *each) for each in zip(program, new, seen, records)]
@@ -362,8 +377,9 @@ def _remembered(
     values, names = [], []
     for moves, *parts in zip(program, leaves, seen, records):
         move = moves[k]
-        assert isinstance(move, Remember | Total)
-        values.append(jnp.asarray(move.value(_view(move, k, moves, *parts))))
+        assert isinstance(move, Remember | Total | Keep)
+        value = jnp.asarray(move.value(_view(move, k, moves, *parts)))
+        values.append(jnp.broadcast_to(value, parts[0][PARAMS].shape) if isinstance(move, Keep) else value)
         names.append(move.name)
     if isinstance(program[0][k], Total):
         values = [sum(values, start=jnp.zeros((), values[0].dtype))] * len(values)
@@ -604,8 +620,8 @@ class Exact(NamedTuple):
 
 
 def _moved(move: Move) -> str:
-    """The variable that a move changes; a `Remember` or `Total` changes none."""
-    return "" if isinstance(move, Remember | Total) else move.variable
+    """The variable that a move changes; a `Remember`, `Total` or `Keep` changes none."""
+    return "" if isinstance(move, Remember | Total | Keep) else move.variable
 
 
 def _same_bits(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
