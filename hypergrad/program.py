@@ -574,6 +574,7 @@ class Exact(NamedTuple):
                     )
                 scales += 1
             else:
+                assert isinstance(move, Shift)
                 v = move.variable
                 for high, amount in zip(highs, self.amounts(k, at, now, seen, records, live)):
                     high[v] = exact.shift(high[v], amount, self.radix[v])

@@ -60,6 +60,8 @@ def hutchinson(loss: Callable[[PyTree, PyTree, PyTree], Array], seed: int = 0) -
     """
 
     def diagonal(params: PyTree, meta: PyTree, batch: PyTree, step: Array) -> PyTree:
+        leaves: list[Array]
+        structure: Any
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(leaves))
         signs = structure.unflatten(

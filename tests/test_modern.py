@@ -1,0 +1,425 @@
+"""Optimizers of the last years: against optax, or against recursions written from the papers."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quick_jit, unrounded
+
+import hypergrad as hg
+from hypergrad import curvature, exact
+from hypergrad.optimizers.muon import newton_schulz
+from hypergrad.program import Keep, Optimizer, Scale
+
+# Programs with `Keep` that `Reversible` cannot play back yet.
+NOT_YET: set[str] = {"lion", "grams", "cautious_adamw", "yogi"}
+
+STEPS = 50
+ONE = {"matrix": (4, 3)}  # for what acts element by element
+MATRICES = {"tall": (4, 3), "wide": (2, 3)}
+SHAPES = {"matrix": (4, 3), "vector": (3,)}
+
+
+def start(shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float64) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def loss(w: Any, meta: Any, step: Any) -> Any:
+    """Of a tree, with gradients of all signs, and a Hessian that is not diagonal."""
+    leaves = jax.tree.leaves(w)
+    waves = sum(jnp.sum(jnp.cos(2 * x + step) + meta * x**2) for x in leaves)
+    return 0.2 * waves + 0.02 * sum(jnp.sum(x) for x in leaves) ** 2
+
+
+# Oracles: of optax, or written from the papers, with derivatives by plain `jax.grad`.
+
+
+class Oracle(NamedTuple):
+    """A run of all leaves: ``init(params) -> state``; ``step(h, t, w, g, state, meta) -> (w, state)``."""
+
+    init: Callable[[Any], Any]
+    step: Callable[..., Any]
+
+
+def of_optax(make: Callable[..., Any]) -> Oracle:
+    """An oracle from hyperparameters to a transformation, built anew at every step."""
+
+    def init(w: Any) -> Any:
+        return make(SimpleNamespace(**dict.fromkeys(RANGES, 0.5))).init(w)
+
+    def step(h: Any, t: Any, w: Any, g: Any, state: Any, meta: Any) -> Any:
+        updates, state = make(h).update(g, state, w)
+        return optax.apply_updates(w, updates), state
+
+    return Oracle(init, step)
+
+
+def by_leaf(step: Callable[..., Any], *names: str) -> Oracle:
+    """An oracle from the step of one leaf, ``step(h, n, w, g, state) -> w``, which changes the state."""
+
+    def init(w: Any) -> Any:
+        return {k: {name: jnp.zeros_like(x) for name in names} for k, x in w.items()}
+
+    def of_all(h: Any, t: Any, w: Any, g: Any, state: Any, meta: Any) -> Any:
+        state = {k: dict(leaf) for k, leaf in state.items()}
+        return {k: step(h, t + 1, w[k], g[k], state[k]) for k in w}, state
+
+    return Oracle(init, of_all)
+
+
+def singular_values_near_one(M: Any, eps: Any) -> Any:
+    """Newton and Schulz's polynomials of the singular values themselves."""
+    U, s, Vt = jnp.linalg.svd(M, full_matrices=False)
+    s = s / (jnp.sqrt(jnp.sum(M**2)) + eps)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (U * s[None]) @ Vt
+
+
+def adaptive_muon(columns: bool, sign: bool = False) -> Callable[..., Any]:
+    def step(h: Any, n: Any, w: Any, g: Any, s: Any) -> Any:
+        s["m"] = h.beta * s["m"] + (1 - h.beta) * g
+        M = jnp.sign(s["m"]) if sign else s["m"] / (1 - h.beta**n)
+        O = singular_values_near_one(M, h.eps)  # noqa: E741
+        new = jnp.broadcast_to(jnp.mean(O**2, axis=0)[None], O.shape) if columns else O**2
+        s["v"] = h.b2 * s["v"] + (1 - h.b2) * new
+        D = O / (jnp.sqrt(s["v"]) + h.eps)
+        w = w - h.learning_rate * h.weight_decay * w
+        return w - 0.2 * h.learning_rate * math.sqrt(w.size) * D / jnp.sqrt(jnp.sum(D**2))
+
+    return step
+
+
+def adam_like(combine: Callable[..., Any]) -> Callable[..., Any]:
+    def step(h: Any, n: Any, w: Any, g: Any, s: Any) -> Any:
+        s["m"] = h.b1 * s["m"] + (1 - h.b1) * g
+        s["v"] = h.b2 * s["v"] + (1 - h.b2) * g**2
+        u = s["m"] / (1 - h.b1**n) / (jnp.sqrt(s["v"] / (1 - h.b2**n)) + h.eps)
+        return w - h.learning_rate * h.weight_decay * w - h.learning_rate * combine(s["m"], u, g)
+
+    return step
+
+
+def masked(m: Any, u: Any, g: Any) -> Any:
+    mask = jnp.where(m * g > 0, 1.0, 0.0)
+    return u * mask / jnp.maximum(mask.sum() / mask.size, 1e-3)
+
+
+INTERVAL = 4
+
+
+def sophia_oracle() -> Oracle:
+    """The step of optax, with an average of the curvature that is refreshed before it."""
+    given = optax.GradientTransformationExtraArgs(lambda w: None, lambda g, s, params=None, *, nu: (nu, s))
+
+    def make(h: Any) -> Any:
+        arguments = {k: getattr(h, k) for k in ("b1", "b2", "eps", "gamma", "clip_threshold")}
+        scale = optax.contrib._sophia.scale_by_sophia(hessian_diagonal_fn=given, **arguments)
+        decay = optax.add_decayed_weights(h.weight_decay)
+        return optax.chain(scale, decay, optax.scale_by_learning_rate(h.learning_rate))
+
+    def init(w: Any) -> Any:
+        return make(SimpleNamespace(**dict.fromkeys(RANGES, 0.5))).init(w)
+
+    def step(h: Any, t: Any, w: Any, g: Any, state: Any, meta: Any) -> Any:
+        H = jax.hessian(lambda w: loss(w, meta, t))(w)
+        keys = dict(zip(sorted(w), jax.random.split(jax.random.fold_in(jax.random.key(3), t), len(w))))
+        signs = {k: jax.random.rademacher(keys[k], x.shape, x.dtype) for k, x in w.items()}
+
+        def estimate(k: str) -> Any:
+            return signs[k] * sum(jnp.tensordot(H[k][j], signs[j], signs[j].ndim) for j in w)
+
+        nu = {
+            k: jnp.where(t % INTERVAL == 0, h.b2 * v + (1 - h.b2) * estimate(k), v)
+            for k, v in state[0].nu.items()
+        }
+        updates, state = make(h).update(g, (state[0]._replace(nu=nu), *state[1:]), w, nu=nu)
+        return optax.apply_updates(w, updates), state
+
+    return Oracle(init, step)
+
+
+class Case(NamedTuple):
+    """An optimizer, its oracle, and a rate at which its run neither diverges nor stands still."""
+
+    optimizer: Optimizer
+    oracle: Oracle
+    rate: float = 0.05
+    shapes: dict[str, tuple[int, ...]] = ONE
+    ranges: dict[str, tuple[float, float]] = {}  # noqa: RUF012
+    zero: tuple[str, ...] = ()  # hyperparameters whose hypergradient is exactly 0
+    tolerance: float = 1e-9
+
+
+RANGES = {
+    "learning_rate": (0.0, 1.0),
+    "momentum": (0.5, 0.95),
+    "beta": (0.5, 0.95),
+    "b1": (0.5, 0.95),
+    "b2": (0.8, 0.99),
+    "b3": (0.9, 0.99),
+    "eps": (1e-3, 1e-2),
+    "eps_root": (1e-4, 1e-3),
+    "weight_decay": (0.1, 0.5),
+    "alpha": (1.0, 3.0),
+    "gamma": (0.5, 1.0),
+    "clip_threshold": (0.5, 1.0),
+    "clipping_threshold": (0.3, 0.9),
+    "decay_rate": (0.6, 0.9),
+    "weight_decay_rate": (0.001, 0.01),
+    "estim_lr_coef": (0.8, 1.2),
+    "ema_decay": (0.8, 0.95),
+}
+chain, decays = optax.chain, optax.add_decayed_weights
+CASES = {
+    "signum": Case(
+        hg.signum(),
+        of_optax(
+            lambda h: chain(
+                optax.ema(h.beta, debias=False),
+                optax.scale_by_sign(),
+                decays(h.weight_decay),
+                optax.scale_by_learning_rate(h.learning_rate),
+            )
+        ),
+        zero=("beta",),
+    ),
+    "lion": Case(
+        hg.lion(),
+        of_optax(lambda h: optax.lion(h.learning_rate, h.b1, h.b2, weight_decay=h.weight_decay)),
+        zero=("b1", "b2"),
+    ),
+    "grams": Case(hg.grams(), by_leaf(adam_like(lambda m, u, g: jnp.sign(g) * abs(u)), "m", "v")),
+    "cautious_adamw": Case(hg.cautious_adamw(), by_leaf(adam_like(masked), "m", "v"), shapes=SHAPES),
+    "adabelief": Case(
+        hg.adabelief(),
+        of_optax(lambda h: optax.adabelief(h.learning_rate, h.b1, h.b2, h.eps, h.eps_root)),
+    ),
+    "yogi": Case(hg.yogi(), of_optax(lambda h: optax.yogi(h.learning_rate, h.b1, h.b2, h.eps))),
+    "adopt": Case(
+        hg.adopt(),
+        of_optax(lambda h: optax.contrib.adopt(h.learning_rate, h.b1, h.b2, h.eps)),
+        ranges={"eps": (0.1, 0.4)},
+        tolerance=1e-6,  # optax counts steps in float32
+    ),
+    "adopt(use_clipping=False)": Case(
+        hg.adopt(use_clipping=False),
+        of_optax(lambda h: optax.contrib.adopt(h.learning_rate, h.b1, h.b2, h.eps, use_clipping=False)),
+        ranges={"eps": (0.1, 0.4)},
+    ),
+    "ademamix": Case(
+        hg.ademamix(),
+        of_optax(
+            lambda h: optax.contrib.ademamix(
+                h.learning_rate, h.b1, h.b2, h.b3, h.alpha, h.eps, weight_decay=h.weight_decay
+            )
+        ),
+    ),
+    "sophia": Case(hg.sophia(hg.hutchinson(loss, seed=3), update_interval=INTERVAL), sophia_oracle(), shapes=SHAPES),
+    "muon": Case(
+        hg.muon(),
+        of_optax(
+            lambda h: optax.contrib.muon(
+                h.learning_rate, beta=h.beta, eps=h.eps, weight_decay=h.weight_decay, nesterov=False
+            )
+        ),
+        shapes=MATRICES,
+    ),
+    "muon(consistent_rms=0.2)": Case(
+        hg.muon(ns_steps=3, consistent_rms=0.2),
+        of_optax(
+            lambda h: optax.contrib.muon(
+                h.learning_rate,
+                ns_steps=3,
+                beta=h.beta,
+                eps=h.eps,
+                weight_decay=h.weight_decay,
+                nesterov=False,
+                consistent_rms=0.2,
+            )
+        ),
+        shapes=MATRICES,
+    ),
+    "normuon": Case(hg.normuon(), by_leaf(adaptive_muon(columns=True), "m", "v"), shapes=MATRICES),
+    "adamuon": Case(
+        hg.adamuon(),
+        by_leaf(adaptive_muon(columns=False, sign=True), "m", "v"),
+        shapes=MATRICES,
+        zero=("beta",),
+    ),
+    "adamuon(sign=False)": Case(
+        hg.adamuon(sign=False), by_leaf(adaptive_muon(columns=False), "m", "v"), shapes=MATRICES
+    ),
+    "madgrad": Case(
+        hg.madgrad(),
+        of_optax(lambda h: optax.contrib.madgrad(h.learning_rate, h.momentum, h.weight_decay, h.eps)),
+        tolerance=1e-6,  # optax counts steps in float32
+    ),
+    "prodigy": Case(
+        hg.prodigy(estim_lr0=1e-2),
+        of_optax(
+            lambda h: optax.contrib.prodigy(
+                h.learning_rate,
+                (h.b1, h.b2),
+                eps=h.eps,
+                estim_lr0=1e-2,
+                estim_lr_coef=h.estim_lr_coef,
+                weight_decay=h.weight_decay,
+            )
+        ),
+        rate=1.0,
+        shapes=SHAPES,
+    ),
+    "prodigy(safeguard_warmup=True)": Case(
+        hg.prodigy(estim_lr0=1e-2, safeguard_warmup=True),
+        of_optax(
+            lambda h: optax.contrib.prodigy(
+                h.learning_rate,
+                (h.b1, h.b2),
+                eps=h.eps,
+                estim_lr0=1e-2,
+                estim_lr_coef=h.estim_lr_coef,
+                weight_decay=h.weight_decay,
+                safeguard_warmup=True,
+            )
+        ),
+        rate=1.0,
+        shapes=SHAPES,
+    ),
+    "novograd": Case(
+        hg.novograd(),
+        of_optax(
+            lambda h: optax.novograd(h.learning_rate, h.b1, h.b2, h.eps, weight_decay=h.weight_decay)
+        ),
+        shapes=SHAPES,
+        ranges={"b2": (0.25, 0.6)},
+    ),
+    "adafactor": Case(
+        hg.adafactor(min_dim_size_to_factor=3),
+        of_optax(
+            lambda h: optax.adafactor(
+                h.learning_rate,
+                min_dim_size_to_factor=3,
+                decay_rate=h.decay_rate,
+                clipping_threshold=h.clipping_threshold,
+                momentum=h.momentum,
+                weight_decay_rate=h.weight_decay_rate,
+                eps=h.eps,
+                dtype_momentum=None,
+            )
+        ),
+        rate=0.2,
+        shapes=SHAPES,
+    ),
+}
+KEPT = {
+    name
+    for name, case in CASES.items()
+    if any(
+        isinstance(move, Keep)
+        for move in case.optimizer.moves(SimpleNamespace(**dict.fromkeys(RANGES, jnp.float32(0.5))), 0)
+    )
+}
+
+
+def schedules(case: Case, dtype: Any = jnp.float64) -> dict[str, Any]:
+    """Every hyperparameter by step."""
+    rng = np.random.default_rng(1)
+    ranges = RANGES | {"learning_rate": (0.5 * case.rate, case.rate)} | case.ranges
+    return {name: jnp.asarray(rng.uniform(*ranges[name], STEPS), dtype) for name in case.optimizer.hypers}
+
+
+def everything(case: Case, dtype: Any = jnp.float64) -> dict[str, Any]:
+    w = start(case.shapes, dtype)
+    return {"params": w, "hypers": schedules(case, dtype), "meta": jnp.asarray(0.3, dtype)}
+
+
+def judged(w: Any, losses: Any) -> Any:
+    return sum(jnp.sum(jnp.sin(x) + x**2) for x in jax.tree.leaves(w)) + jnp.mean(losses)
+
+
+def expected_run(case: Case) -> Callable[[Any], Any]:
+    def run(e: Any) -> Any:
+        def step(carry: Any, x: Any) -> Any:
+            (w, state), (t, h) = carry, x
+            value, g = jax.value_and_grad(loss)(w, e["meta"], t)
+            return case.oracle.step(SimpleNamespace(**h), t, w, g, state, e["meta"]), value
+
+        init = (e["params"], case.oracle.init(e["params"]))
+        (w, _), losses = jax.lax.scan(step, init, (jnp.arange(STEPS), e["hypers"]))
+        return judged(w, losses), w
+
+    return run
+
+
+def found_run(case: Case, adjoint: Any, optimizer: Optimizer | None = None) -> Callable[[Any], Any]:
+    optimizer = case.optimizer if optimizer is None else optimizer
+
+    def run(e: Any) -> Any:
+        t = hg.train(
+            loss, e["params"], e["hypers"], e["meta"], steps=STEPS, optimizer=optimizer, adjoint=adjoint
+        )
+        return judged(t.params, t.losses), t.params
+
+    return run
+
+
+def differentiated(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return quick_jit(jax.value_and_grad(run, has_aux=True))
+
+
+def assert_close(found: Any, expected: Any, tolerance: float) -> None:
+    for (path, b), a in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found)):
+        error = float(jnp.linalg.norm(jnp.ravel(a - b)))
+        size = float(jnp.linalg.norm(jnp.ravel(b)))
+        assert error <= tolerance * size, (jax.tree_util.keystr(path), error, size)
+
+
+def assert_slopes(value: Callable[[Any], float], e: Any, gradient: Any, tolerance: float = 1e-6) -> None:
+    """Of a function in each hyperparameter, the start and meta, by differences of fourth order."""
+    rng = np.random.default_rng(2)
+    paths, structure = jax.tree_util.tree_flatten_with_path(e)
+    for k, (path, x) in enumerate(paths):
+        direction = x * rng.normal(size=x.shape)
+
+        def along(h: float, k: int = k, x: Any = x, direction: Any = direction) -> float:
+            leaves = [y for _, y in paths]
+            return value(structure.unflatten([*leaves[:k], x + h * direction, *leaves[k + 1 :]]))
+
+        h = 1e-5
+        coarse, fine = (along(2 * h) - along(-2 * h)) / (4 * h), (along(h) - along(-h)) / (2 * h)
+        difference = (4 * fine - coarse) / 3
+        slope = float(jnp.vdot(jax.tree.leaves(gradient)[k], direction))
+        wrong = abs(slope - difference)
+        assert wrong <= tolerance * abs(difference) + 1e-8, (jax.tree_util.keystr(path), slope, difference)
+
+
+QUICK = {"lion", "adopt", "muon", "sophia", "adafactor", "madgrad"}  # one of every kind
+EACH = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.usefixtures("x64")
+def test_is_its_oracle_with_its_derivatives(name: str) -> None:
+    """The end of 50 steps and derivatives in everything, which agree with finite differences."""
+    case = CASES[name]
+    e = everything(case)
+    oracle = differentiated(expected_run(case))
+    (value, end), gradient = oracle(e)
+    moved = [float(jnp.linalg.norm(end[k] - e["params"][k])) for k in end]
+    assert min(moved) > 0.1 and math.isfinite(float(value)), moved
+
+    (_, found_end), found = differentiated(found_run(case, hg.Stored(), unrounded(case.optimizer)))(e)
+    assert_close(found_end, end, case.tolerance)
+    assert_close(found, gradient, 10 * case.tolerance)
+    for hyper in case.optimizer.hypers:
+        zero = bool(jnp.all(found["hypers"][hyper] == 0))
+        assert zero == (hyper in case.zero), hyper
+    assert_slopes(lambda e: float(oracle(e)[0][0]), e, gradient)
