@@ -14,6 +14,7 @@ adjoint            memory beside the parameters                 time, in plain t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -55,6 +56,31 @@ class Stored:
         return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x), start, inputs)
 
 
+def in_segments(
+    run: Run,
+    segments: int,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    gradient_of: Callable[..., Any] | None = None,
+) -> Solution:
+    """A run in so many segments, each of which is computed again on the way back; see `Run.step`."""
+    length = -(-run.steps // max(1, min(segments, run.steps)))
+    whole = run.steps // length
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def segment(leaves: list[Leaf], x: Inputs) -> Solution:
+        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient_of), leaves, x)
+
+    cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)
+    leaves, outputs = jax.lax.scan(segment, start, cut)
+    outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
+    if whole * length == run.steps:
+        return leaves, outputs
+    leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
+    return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+
+
 @dataclass(frozen=True)
 class Checkpointed:
     """Reverse mode through segments that are run again on the way back.
@@ -78,20 +104,7 @@ class Checkpointed:
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
         segments = math.isqrt(run.steps) if self.segments is None else self.segments
-        length = -(-run.steps // max(1, min(segments, run.steps)))
-        whole = run.steps // length
-
-        @partial(jax.checkpoint, prevent_cse=False)
-        def segment(leaves: list[Leaf], x: Inputs) -> Solution:
-            return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x), leaves, x)
-
-        cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)
-        leaves, outputs = jax.lax.scan(segment, start, cut)
-        outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
-        if whole * length == run.steps:
-            return leaves, outputs
-        leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
-        return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+        return in_segments(run, segments, start, constants, inputs)
 
 
 @dataclass(frozen=True)
@@ -131,11 +144,14 @@ class Truncated:
         )
         held = jax.lax.stop_gradient((start, constants, early))
         leaves, outputs = self.adjoint(replace(run, steps=before), *held)
+        # The integers behind the end of the first part are the second's start.
+        constants = constants._replace(exact=outputs.exact)
         leaves, rest = self.adjoint(
             replace(run, steps=self.steps), jax.lax.stop_gradient(leaves), constants, late
         )
-        outputs = jax.lax.stop_gradient(outputs)
-        return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+        early, late = (each._replace(exact=None) for each in (jax.lax.stop_gradient(outputs), rest))
+        outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), early, late)
+        return leaves, outputs._replace(exact=rest.exact)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Exactly invertible arithmetic on fixed-point numbers.
 
-A float array ``x`` is held as integers ``high`` with ``x = high * 2**-radix``.  Two moves act on them
-and both can be undone bit for bit:
+A float array ``x`` is held as integers: ``x = 2**-radix (high + low_1 2**-32 + low_2 2**-64 ...)``.  Two
+moves act on them and both can be undone bit for bit:
 
 * a **shift** adds an integer, and is undone by subtracting it;
 * a **scale** multiplies by a ratio ``n / 2**32`` in (0, 1].  That would destroy ``log2(2**32 / n)``
@@ -12,18 +12,21 @@ and both can be undone bit for bit:
 symbol           shape and type         meaning
 ===============  =====================  ============================================================
 ``high``         leaf, int64            the number, in units of ``2**-radix``
-``information``  leaf, uint64           32 bits ``i``, the top of the information buffer, above 32 digits
-                                        of the number below the radix: ``i d + (c mod d)`` of the paper
+``low``          leaf, uint32, one or   its next digits, 32 to a word, most significant word first
+                 more words
+``radix``        scalar, int32          chosen once, for the whole array: see `settled`
+``i``            leaf, uint32           top of the information buffer, ``register`` in the code
+``I``            scalar or leaf,        bound of it: ``i < I``, with ``2**24 < I <= 2**32``
+                 uint64
 ``tape``         bytes, uint8           bytes that left ``i``, oldest first
 ``bits``         scalar or leaf, int64  upper bound of log2(buffer), in units of ``2**-40`` bit
 ``n``            scalar or leaf,        numerator of the factor, in ``[2**25, 2**32]``
                  uint64
 ===============  =====================  ============================================================
 
-The digits shuffled by a scale lie *below* the radix, so that a scale is also accurate to one unit in the
-last place of ``high``.  When a whole array shares one factor, its registers fill in lock-step and a byte
-of every element is spilled at the same step, as one row of the tape.  When every element has its own
-factor the bytes are packed densely in the order in which they come.
+When a whole array shares one factor, its registers fill in lock-step and a byte of every element is spilled
+at the same step, as one row of the tape.  When every element has its own factor the bytes are packed
+densely in the order in which they come.
 
 ``bits`` bounds the buffer from the factors alone, never from the data, so both directions know when bytes
 move.  It is a plain running sum, hence invertible itself.
@@ -31,59 +34,196 @@ move.  It is a plain running sum, hence invertible itself.
 All functions work with JAX's 64-bit mode switched off; none of them changes it.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-DIGITS = 32  # binary digits of a factor
+DIGITS = 32  # binary digits of a factor, and of a low word
 BASE = 1 << DIGITS  # common denominator of all factors
 SMALLEST_FACTOR = 2.0**-7  # so that at most one byte leaves the register per scale
 LIMIT = 1 << 62  # |high| stays below; one addition of two such numbers cannot wrap
-MARGIN = 24  # the register's bound never falls below 2**24, so rounding it up costs < 2**-23 bit
+MARGIN = 24  # the register's bound never falls below 2**24, so rounding it costs < 2**-23 bit
 BIT = 1 << 40  # resolution of `Buffer.bits`
-ROUNDING = 2.0**-23  # bits per scale: log2(1 + 2**-24), rounded up
+ROUNDING = 2.0**-21  # bits per scale: more than `_bound` is rounded by, and the quotients
+UNSET = 1 << 20  # the radix of an array of zeros, for which none has been chosen yet
+LARGEST_RADIX = 900  # so that 2**radix and its neighbours are normal numbers of 64 bits
+
+# How far an array may outgrow the largest number it held when its radix was chosen, in binary digits, by
+# the number of its low words.  What is left of 62 + 32 words lies below that number.
+HEADROOM = {1: 32, 2: 50}
+
+
+class Fixed(NamedTuple):
+    """Fixed-point numbers of one array (see the table above)."""
+
+    high: Array
+    low: tuple[Array, ...]
+    radix: Array
 
 
 class Buffer(NamedTuple):
     """Information buffer of one array: what scaling it has destroyed (see the table above)."""
 
-    information: Array
+    register: Array
     bits: Array
 
 
-def to_fixed(x: Array, radix: int) -> Array:
-    """Nearest fixed-point number: ``round(x * 2**radix)``, as int64; NaN and overflow saturate."""
+class Rounding(NamedTuple):
+    """What rounding took from numbers that were added to an array, and the sizes of these numbers.
+
+    Both are sums over rows of the array (see `_by_row`), in the unit of its last digit.  To the sizes is
+    added a part of the array's own that is too small to matter: where numbers are added that are nothing
+    next to it, nothing is lost.
+    """
+
+    lost: Array
+    moved: Array
+
+    def plus(self, other: "Rounding") -> "Rounding":
+        """Both together."""
+        with jax.enable_x64(True):
+            return Rounding(self.lost + other.lost, self.moved + other.moved)
+
+    def exceeds(self, part: float) -> Array:
+        """Whether rounding took more than this part from what was added to some row."""
+        with jax.enable_x64(True):
+            return jnp.any(self.lost > part * self.moved)
+
+
+NEGLIGIBLE = 2.0**-30
+ROWS = 256  # how many sums are kept of an array of many narrow rows
+WIDTH = 16  # the least of a row
+
+
+def _by_row(x: Array) -> Array:
+    """Sums over the rows of an array: over all but its leading axis, or of as many parts as are useful."""
+    rows = x.shape[0] if x.ndim else 1
+    if x.size >= WIDTH * rows or x.size <= ROWS:
+        return jnp.sum(x.reshape(rows, -1) if x.size >= WIDTH * rows else x.reshape(-1, 1), axis=1)
+    return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
+
+
+def settled(radix: Array, x: Array, words: int) -> Array:
+    """The radix of an array that is all zero so far, now that ``x`` is added to it; others keep theirs.
+
+    The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
+    in every radix, so that on the way back the one in which it ended serves all along.
+    """
     with jax.enable_x64(True):
-        wide = jnp.asarray(x, jnp.float64) * 2.0**radix
-        # A NaN must be seen as an overflow by `fits`, and not pass as the zero it would convert to.
-        wide = jnp.where(jnp.isnan(wide), jnp.inf, jnp.round(wide))
-        return jnp.clip(wide, -2.0 * LIMIT, 2.0 * LIMIT - 1024).astype(jnp.int64)
+        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
+        usable = (largest > 0) & jnp.isfinite(largest)
+        _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
+        fitting = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
+        return jnp.where((radix == UNSET) & usable, fitting.astype(jnp.int32), radix)
 
 
-def to_float(high: Array, radix: int, dtype: jax.typing.DTypeLike) -> Array:
-    """The float nearest to ``high * 2**-radix``."""
+def _power(exponent: Array) -> Array:
+    """``2**exponent`` in float64, for ``|exponent| < 1023``, from its bits."""
+    biased = (exponent.astype(jnp.int64) + 1023) << 52
+    return jax.lax.bitcast_convert_type(biased, jnp.float64)
+
+
+def _digits(x: Array, radix: Array, words: int) -> tuple[list[Array], Array]:
+    """``x`` as digits in base ``2**32``, all with the sign of ``x``, and what is left after rounding.
+
+    The first is what stands before the point of ``x 2**radix``.  NaN and overflow saturate.
+    """
+    wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
+    # A NaN must be seen as an overflow by `fits`, and not pass as the zero it would convert to.
+    wide = jnp.clip(jnp.where(jnp.isnan(wide), jnp.inf, wide), -2.0 * LIMIT, 2.0 * LIMIT - 1024)
+    digits = []
+    for _ in range(words):
+        whole = jnp.trunc(wide)
+        digits.append(whole.astype(jnp.int64))
+        wide = (wide - whole) * BASE  # exact: floats that begin with the same digits
+    last = jnp.round(wide)
+    return [*digits, last.astype(jnp.int64)], wide - last
+
+
+def _carried(digits: list[Array]) -> tuple[Array, tuple[Array, ...]]:
+    """Signed digits as a number: carries move to the left, low words come to lie in ``[0, 2**32)``."""
+    low: list[Array] = []
+    carry: Array | int = 0
+    for digit in reversed(digits[1:]):
+        digit = digit + carry
+        low.insert(0, digit.astype(jnp.uint32))
+        carry = digit >> DIGITS
+    return digits[0] + carry, tuple(low)
+
+
+def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
+    """Zeros, by default of a radix that is yet to be chosen."""
     with jax.enable_x64(True):
-        return high.astype(dtype) * jnp.asarray(2.0**-radix, dtype)
+        low = (jnp.zeros(shape, jnp.uint32),) * words
+        return Fixed(jnp.zeros(shape, jnp.int64), low, jnp.int32(radix))
 
 
-def fits(high: Array) -> Array:
+def to_fixed(x: Array, radix: Array | int, words: int = 1) -> Fixed:
+    """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
+    with jax.enable_x64(True):
+        radix = jnp.asarray(radix, jnp.int32)
+        digits, _ = _digits(x, radix, words)
+        return Fixed(*_carried(digits), radix)
+
+
+def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Array:
+    """The float nearest to a fixed-point number, but for rounding twice."""
+    with jax.enable_x64(True):
+        radix = jnp.where(number.radix == UNSET, 0, number.radix)
+        total = number.high.astype(jnp.float64)
+        for k, word in enumerate(number.low, start=1):
+            total += word.astype(jnp.float64) * 2.0 ** (-DIGITS * k)
+        return (total * _power(-radix)).astype(dtype)
+
+
+def fits(number: Fixed) -> Array:
     """Whether every element is inside the range: ``all(|high| < 2**62)``."""
     with jax.enable_x64(True):
-        return jnp.all((high < LIMIT) & (high > -LIMIT))
+        return jnp.all((number.high < LIMIT) & (number.high > -LIMIT))
 
 
-def shift(high: Array, amount: Array, radix: int) -> Array:
-    """Add ``round(amount * 2**radix)``.  Wraps around, so that `unshift` undoes it whatever happens."""
+def shift(number: Fixed, amount: Array) -> Fixed:
+    """Add the fixed-point number nearest to the amount; `unshift` undoes it, whatever happens.
+
+    A number that has no radix yet is zero and takes the one that suits the amount.
+    """
+    return shift_and_weigh(number, amount)[0]
+
+
+def shift_and_weigh(number: Fixed, amount: Array) -> tuple[Fixed, Rounding]:
+    """`shift`, and what rounding took from the amount."""
     with jax.enable_x64(True):
-        return high + to_fixed(amount, radix)
+        words = len(number.low)
+        radix = settled(number.radix, amount, words)
+        digits, rest = _digits(amount, radix, words)
+        moved = jnp.abs(
+            sum(d.astype(jnp.float64) * float(BASE ** (words - k)) for k, d in enumerate(digits))
+        )
+        new = Fixed(*_carried([old + new for old, new in zip(_parts(number), digits)]), radix)
+        own = jnp.abs(new.high.astype(jnp.float64)) * (float(BASE**words) * NEGLIGIBLE)
+        return new, Rounding(_by_row(jnp.abs(rest)), _by_row(moved + own))
 
 
-def unshift(high: Array, amount: Array, radix: int) -> Array:
+def no_rounding(number: Fixed) -> Rounding:
+    """What `shift_and_weigh` gives for adding nothing to zeros."""
+    with jax.enable_x64(True):
+        nothing = _by_row(jnp.zeros(number.high.shape, jnp.float64))
+        return Rounding(nothing, nothing)
+
+
+def unshift(number: Fixed, amount: Array) -> Fixed:
     """Undo `shift` by the same amount."""
     with jax.enable_x64(True):
-        return high - to_fixed(amount, radix)
+        digits, _ = _digits(amount, number.radix, len(number.low))
+        return Fixed(*_carried([old - new for old, new in zip(_parts(number), digits)]), number.radix)
+
+
+def _parts(number: Fixed) -> list[Array]:
+    return [number.high, *(word.astype(jnp.int64) for word in number.low)]
 
 
 def numerator(factor: Array) -> Array:
@@ -138,6 +278,11 @@ def cost(n: Array) -> Array:
         return jnp.where(n >= jnp.uint64(BASE), 0.0, jnp.ceil(bits * BIT)).astype(jnp.int64)
 
 
+def cost_of_levels(levels: int) -> int:
+    """Growth of the buffer per element in one `push`, in ``2**-40`` bits."""
+    return math.ceil(math.log2(levels) * BIT)
+
+
 def spilled(bits: Array) -> Array:
     """Bytes per element that have left the register when the buffer's bound stands at ``bits``.
 
@@ -167,7 +312,13 @@ def empty(shape: tuple[int, ...], factor_shape: tuple[int, ...]) -> Buffer:
       factor_shape: ``()`` if one factor scales the whole array, else ``shape``.
     """
     with jax.enable_x64(True):
-        return Buffer(jnp.zeros(shape, jnp.uint64), empty_bits(factor_shape))
+        return Buffer(jnp.zeros(shape, jnp.uint32), empty_bits(factor_shape))
+
+
+def torn_off(buffer: Buffer) -> Buffer:
+    """A buffer whose tape was taken away: what is still in the register, to go on with on a new tape."""
+    with jax.enable_x64(True):
+        return Buffer(buffer.register, buffer.bits - 8 * BIT * spilled(buffer.bits).astype(jnp.int64))
 
 
 def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Array:
@@ -176,21 +327,39 @@ def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: in
     return jnp.zeros((length + 1, *(shape if factor_shape == () else ())), jnp.uint8)
 
 
-def is_empty(buffer: Buffer) -> Array:
-    """Whether nothing is left in the buffer, which is so exactly at the start of a run."""
-    with jax.enable_x64(True):
-        return jnp.all(buffer.information == 0) & jnp.all(buffer.bits == MARGIN * BIT)
+# 2**(k/2**8), 2**(k/2**16) and 2**(k/2**24) for k = 0 ... 255, with 31 binary digits, rounded down.
+_POWERS = [np.floor(2.0 ** (31 + np.arange(256) / 2.0 ** (8 * k))).astype(np.uint64) for k in (1, 2, 3)]
 
 
-def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer, Array]:
+def _bound(bits: Array) -> Array:
+    """``I = floor(2**bits)`` of a register, to 2**-23 of itself and never above; by integers alone.
+
+    Both directions must find the same, which exponentials of floats do not promise.
+    """
+    register = bits - 8 * BIT * spilled(bits).astype(jnp.int64)
+    exponent = (register // BIT).astype(jnp.uint64)
+    fraction = register & (BIT - 1)
+    power = jnp.uint64(1 << 31)
+    for k, table in enumerate(_POWERS):
+        index = ((fraction >> (DIGITS - 8 * k)) & 255).astype(jnp.int32)
+        power = (power * jnp.asarray(table)[index]) >> 31
+    return jnp.where(exponent > 31, power << 1, power >> (31 - jnp.minimum(exponent, 31)))
+
+
+def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer, Array]:
     """Multiply by ``n / 2**32`` exactly, keeping what is destroyed in the buffer.
 
-    With ``c = high * 2**32 + low``, ``d = 2**32`` and the buffer ``i``, Algorithm 3 reads::
+    With ``c`` the number in units of its last digit, ``d = 2**32`` and ``i < I`` the buffer::
 
-        i <- i d + (c mod d);   c <- (c div d) n + (i mod n);   i <- i div n
+        r <- c mod d;   q <- r I + i;   c <- (c div d) n + q div I';   i <- q mod I'
+
+    and ``I <- I'``, which is ``d I / n`` and a little more, so that ``q div I' < n``.  As in Algorithm 3
+    there is one digit less in ``c`` and one more in ``i``, or the other way round.  There the new digit of
+    ``c`` is any number, ``(i d + r) mod n``; here it is ``r n / d`` to one part in ``2**22``, so that the
+    number is scaled to its last digit.
 
     Args:
-      high: int64 array.
+      number: to be scaled.
       buffer: its information buffer.
       tape: where the buffer's bytes go when its register is full.
       n: uint64, ``2**25 <= n <= 2**32``, a scalar or of the array's shape, like ``buffer.bits``.
@@ -207,38 +376,75 @@ def scale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Bu
     >>> x = exact.to_fixed(jnp.array([1.0, -2.0]), radix=48)
     >>> n, tape = exact.numerator(0.9), exact.blank_tape((2,), (), length=0)
     >>> y, buffer, tape = exact.scale(x, exact.empty((2,), ()), tape, n)
-    >>> exact.to_float(y, 48, jnp.float32)
+    >>> exact.to_float(y, jnp.float32)
     Array([ 0.9, -1.8], dtype=float32)
-    >>> bool((exact.unscale(y, buffer, tape, n)[0] == x).all())
+    >>> back, _ = exact.unscale(y, buffer, tape, n)
+    >>> bool((exact.to_float(back, jnp.float32) == jnp.array([1.0, -2.0])).all())
     True
     """
     with jax.enable_x64(True):
-        quotient = jax.lax.optimization_barrier(buffer.information // n)
         bits = buffer.bits + cost(n)
-        register, tape = _spill(quotient, tape, buffer.bits, bits)
-        # The number (high, low) times n, plus the digit; lower * n + digit < 2**64.
-        digit = buffer.information - quotient * n
-        information = _join(register, _lower(high) * n + digit)
-        # The digit once more, from what is new: the old information can be overwritten in place.
-        product = _lower(high) * n
-        product += _lower(information - product)
-        new_high = (high >> DIGITS) * n.astype(jnp.int64) + (product >> DIGITS).astype(jnp.int64)
-        return new_high, Buffer(information, bits), tape
+        full, bound = _next_bound(buffer.bits, bits)
+        q = number.low[-1].astype(jnp.uint64) * _bound(buffer.bits) + buffer.register.astype(jnp.uint64)
+        digit = jax.lax.optimization_barrier(q // bound)
+        register, tape = _spill(q - digit * bound, full, tape, buffer.bits)
+        # Upper digits times n, plus the new one; carry + word * n < 2**64.
+        carry, low = digit, []
+        for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
+            total = word * n + carry
+            low.insert(0, total.astype(jnp.uint32))
+            carry = total >> DIGITS
+        high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
+        return Fixed(high, tuple(low), number.radix), Buffer(register, bits), tape
 
 
-def unscale(high: Array, buffer: Buffer, tape: Array, n: Array) -> tuple[Array, Buffer]:
+def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer]:
     """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
     with jax.enable_x64(True):
         bits = buffer.bits - cost(n)
-        # Long division of the 96-bit number (high, low) by n, in base 2**32; its top digit is signed.
-        dividend = _join((high >> DIGITS) % n.astype(jnp.int64), high)
-        upper_digit = jax.lax.optimization_barrier(dividend // n)
-        lower_digit = _join(dividend - upper_digit * n, buffer.information) // n
-        old_high = jax.lax.optimization_barrier(_join(upper_digit, lower_digit).astype(jnp.int64))
-        # The remainder, below n <= 2**32, from its lowest 32 bits.
-        digit = _lower(buffer.information - old_high.astype(jnp.uint64) * n)
-        quotient = _unspill(buffer.information >> DIGITS, tape, bits, buffer.bits)
-        return old_high, Buffer(quotient * n + digit, bits)
+        full, bound = _next_bound(bits, buffer.bits)
+        # Long division by n, in base 2**32; the top digit is signed.
+        remainder = ((number.high >> DIGITS) % n.astype(jnp.int64)).astype(jnp.uint64)
+        quotients = []
+        for word in [_lower(number.high), *(w.astype(jnp.uint64) for w in number.low)]:
+            dividend = (remainder << DIGITS) | word
+            quotients.append(jax.lax.optimization_barrier(dividend // n))
+            remainder = dividend - quotients[-1] * n
+        high = (quotients[0] << DIGITS | _lower(quotients[1])).astype(jnp.int64)
+        q = remainder * bound + _unspill(buffer.register, full, tape, bits)
+        old = _bound(bits)
+        word = jax.lax.optimization_barrier(q // old)
+        low = [*(q.astype(jnp.uint32) for q in quotients[2:]), word.astype(jnp.uint32)]
+        register = (q - word * old).astype(jnp.uint32)
+        return Fixed(high, tuple(low), number.radix), Buffer(register, bits)
+
+
+def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer, Array]:
+    """Keep a digit ``0 ... levels - 1`` of every element: ``i <- i levels + digit``.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad import exact
+    >>> tape = exact.blank_tape((2,), (), length=1)
+    >>> buffer, tape = exact.push(jnp.array([2, 0]), 3, exact.empty((2,), ()), tape)
+    >>> exact.pop(3, buffer, tape)[0]
+    Array([2, 0], dtype=int32)
+    """
+    with jax.enable_x64(True):
+        bits = buffer.bits + cost_of_levels(levels)
+        full, _ = _next_bound(buffer.bits, bits)
+        longer = buffer.register.astype(jnp.uint64) * levels + digit.astype(jnp.uint64)
+        register, tape = _spill(longer, full, tape, buffer.bits)
+        return Buffer(register, bits), tape
+
+
+def pop(levels: int, buffer: Buffer, tape: Array) -> tuple[Array, Buffer]:
+    """Undo `push`: the digit, int32, and the buffer as it was."""
+    with jax.enable_x64(True):
+        bits = buffer.bits - cost_of_levels(levels)
+        full, _ = _next_bound(bits, buffer.bits)
+        longer = _unspill(buffer.register, full, tape, bits)
+        register = longer // levels
+        return (longer - register * levels).astype(jnp.int32), Buffer(register.astype(jnp.uint32), bits)
 
 
 def _lower(word: Array) -> Array:
@@ -246,17 +452,18 @@ def _lower(word: Array) -> Array:
     return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
-def _join(upper: Array, lower: Array) -> Array:
-    """The low 32 bits of two words as one."""
-    return (upper.astype(jnp.uint64) << DIGITS) | _lower(lower)
+def _next_bound(before: Array, after: Array) -> tuple[Array, Array]:
+    """Whether a byte leaves the register as its bits go from before to after, and its bound until then."""
+    full = spilled(after) > spilled(before)
+    bound = _bound(after)
+    return full, jnp.where(full, bound << 8, bound)
 
 
-def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[Array, Array]:
+def _spill(register: Array, full: Array, tape: Array, before: Array) -> tuple[Array, Array]:
     """Move a byte to the tape from registers that have become too long."""
     start = spilled(before)
-    full = spilled(after) > start
-    byte = quotient.astype(jnp.uint8)
-    register = jnp.where(full, quotient >> 8, quotient)
+    byte = register.astype(jnp.uint8)
+    register = jnp.where(full, register >> 8, register).astype(jnp.uint32)
     if before.ndim == 0:
         # The row is always written; unless registers were full the next one overwrites it.
         return register, jax.lax.dynamic_update_slice_in_dim(tape, byte[None], start, axis=0)
@@ -265,10 +472,10 @@ def _spill(quotient: Array, tape: Array, before: Array, after: Array) -> tuple[A
     return register, tape.at[place].set(byte.ravel(), mode="drop")
 
 
-def _unspill(register: Array, tape: Array, before: Array, after: Array) -> Array:
+def _unspill(register: Array, full: Array, tape: Array, before: Array) -> Array:
     """Undo `_spill`: the long register as it was."""
     start = spilled(before)
-    full = spilled(after) > start
+    register = register.astype(jnp.uint64)
     if before.ndim == 0:
         byte = jax.lax.dynamic_index_in_dim(tape, start, axis=0, keepdims=False)
     else:

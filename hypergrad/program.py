@@ -10,14 +10,16 @@ move                                   meaning                                  
 ``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
 ``Remember(name, value)``              ``name = value(everything)``, a scalar      reading it again
 ``Total(name, value)``                 the same, summed over all leaves            reading it again
-``Keep(name, value, levels)``          an array whose elements are levels          reading it again
+``Keep(name, value, levels)``          ``name = value(everything)``, by element,   reading it again
+                                       one of a few levels
 ``Assign(x, value)``                   ``x <- value(everything)``                  nothing
 =====================================  ==========================================  ====================
 
 Moves are written for *one* leaf of the parameters, as the paper writes them; the library maps them over
-the tree.  A leaf is an array of the user's, or a block put together from several (see `Blocks`).  From the
-one list come `step` (floats; what JAX differentiates) and the step on integers and its inverse, the list
-backwards (`Exact`).
+the tree.  A leaf is an array of the user's, or a block put together from several (see `Blocks`).  Leaves
+may have programs of their own (see `Labels`); those that are alike are moved together.  From the one list
+come `step` (floats; what JAX differentiates) and the step on integers and its inverse, the list backwards
+(`Exact`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +38,8 @@ from hypergrad.devices import Evaluate, in_turn
 
 PyTree = Any
 PARAMS = "params"
-RADIX = 48  # values up to 2**14 in steps of 2**-48: finer than float64 needs near one
+# A run is refused where rounding takes a larger part of what is added to a row of a variable.
+LARGEST_LOSS = 2.0**-10
 
 
 class ReversalError(ArithmeticError):
@@ -96,19 +99,18 @@ class Remember(NamedTuple):
 
 
 class Total(NamedTuple):
-    """``name = Σ value(view)``, the sum over all leaves: a `Remember` that is the same for all."""
+    """``name = Σ value(view)``, a `Remember` that is the same for all leaves that are moved alike."""
 
     name: str
     value: Callable[[Any], Array]
 
 
 class Keep(NamedTuple):
-    """``name = value(view)``: an array like the leaf, of anything at all, whose elements are ``levels``.
+    """``name = value(view)``: for every element one of a few levels, such as a sign or a mask.
 
-    A sign, ``(-1.0, 0.0, 1.0)``, or a mask, ``(0.0, 1.0)``.  It is recorded at every step, in
-    ``log2(len(levels))`` bits per element, and read again on the way back, which makes moves reversible
-    that depend on their own variable through few levels only.  Its derivative is that of the value: of a
-    sign 0.
+    Of anything at all, for later moves of the step.  It is written to a tape, at ``log2(len(levels))`` bits
+    per element and step, and read again on the way back, which makes moves reversible that depend on their
+    own variable through few levels only.  Its derivative is that of the value, which is zero for a sign.
     """
 
     name: str
@@ -135,11 +137,16 @@ class Variable(NamedTuple):
 
     Attributes:
       init: from a leaf of the parameters to the variable's start.
-      radix: binary digits after the point in exact arithmetic; the range is ``2**(62 - radix)``.
+      words: 32-bit words below the first 62 bits of the variable in exact arithmetic, 1 or 2.  With one, an
+        array may outgrow what was first in it by ``2**32`` and resolves ``2**-62`` of that; with two, by
+        ``2**50`` and ``2**-76``, as is right for what accumulates squares.
     """
 
     init: Callable[[Array], Array] = jnp.zeros_like
-    radix: int = RADIX
+    words: int = 1
+
+
+SQUARES = Variable(words=2)  # for averages and sums of squared gradients
 
 
 class Blocks(NamedTuple):
@@ -154,6 +161,19 @@ class Blocks(NamedTuple):
     split: Callable[[PyTree, PyTree], PyTree]
 
 
+class Labels(NamedTuple):
+    """Which leaves have which program, where not all have the same.
+
+    Attributes:
+      of: from parameters to the label of every leaf; moves read it as ``h.label``.
+      variables: by label, the names of the variables that its leaves have.  For the others the variable is
+        an array without elements.
+    """
+
+    of: Callable[[PyTree], list[str]]
+    variables: Mapping[str, frozenset[str]]
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """One description of an optimizer, from which every way to run it is derived.
@@ -164,7 +184,6 @@ class Optimizer:
       variables: what is kept beside the parameters.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
-      radix: of the parameters.
       transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
         list of gradients to a list like it; None leaves it as it is.
       blocks: on what the moves act, if not on the leaves of the parameters; "leaf" then means "block", and
@@ -173,6 +192,7 @@ class Optimizer:
         parameters before the step besides the gradient, as ``s.<name>``; like the gradient it is found
         again on the way back, and differentiated.  The trees are like the blocks, the arguments as the loss
         has them.
+      labels: which leaves have which program, where not all have the same.
 
     >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
     >>> Optimizer(
@@ -193,20 +213,22 @@ class Optimizer:
     variables: Mapping[str, Variable] = field(default_factory=dict)
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    radix: int = RADIX
     transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
     blocks: Blocks | None = None
     observe: Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, PyTree]] | None = None
+    labels: Labels | None = None
 
     @property
     def reversible(self) -> bool:
         """Whether every move can be undone."""
-        h = SimpleNamespace(**dict.fromkeys(self.hypers, jnp.float32(0.5)))
-        return not any(isinstance(move, Assign) for move in self.moves(h, jnp.int32(0)))
+        h = dict.fromkeys(self.hypers, jnp.float32(0.5))
+        labels = [None] if self.labels is None else list(self.labels.variables)
+        moves = [self.moves(SimpleNamespace(**h, label=label), jnp.int32(0)) for label in labels]
+        return not any(isinstance(move, Assign) for each in moves for move in each)
 
-    def radix_of(self, variable: str) -> int:
-        """Binary digits after the point of a variable, or of the parameters."""
-        return self.radix if variable == PARAMS else self.variables[variable].radix
+    def words_of(self, variable: str) -> int:
+        """Low words of a variable, or of the parameters."""
+        return 1 if variable == PARAMS else self.variables[variable].words
 
 
 class Examples(NamedTuple):
@@ -284,15 +306,15 @@ def with_defaults(
 
 
 class ExactLeaf(NamedTuple):
-    """Exact state of one leaf: integers by variable, and one buffer for every `Scale` of the program."""
+    """Exact state of one leaf: its variables, and a buffer for every `Scale` and `Keep` of its program."""
 
-    high: dict[str, Array]
+    numbers: dict[str, exact.Fixed]
     buffers: list[exact.Buffer]
 
 
 Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
 Seen = dict[str, Array]  # of one leaf: the gradient and what is observed, at the parameters before the step
-Record = dict[str, Array]  # the scalars of one leaf that were remembered in one step
+Record = dict[str, Array]  # of one leaf: what was remembered or kept in one step
 
 
 def _first_params_move(moves: Sequence[Move]) -> int:
@@ -329,26 +351,62 @@ def straight_through(value: Array, derivative: Array) -> Array:
     return derivative + jax.lax.stop_gradient(value - derivative)
 
 
-def step(program: Sequence[Sequence[Move]], leaves: Sequence[Leaf], seen: Sequence[Seen]) -> list[Leaf]:
+def alike(program: Sequence[Sequence[Move]]) -> list[list[int]]:
+    """The leaves that are moved together: those whose programs are of the same moves."""
+    groups: dict[Any, list[int]] = {}
+    for i, moves in enumerate(program):
+        groups.setdefault(tuple((type(move), move[0]) for move in moves), []).append(i)
+    return list(groups.values())
+
+
+def step(
+    program: Sequence[Sequence[Move]],
+    leaves: Sequence[Leaf],
+    seen: Sequence[Seen],
+    kept: Sequence[Record] | None = None,
+) -> list[Leaf]:
     """One step in floats, with the same quantised factors as the exact one: what JAX differentiates.
 
     Args:
       program: the moves of every leaf.
       leaves: float state.
       seen: gradient and what is observed, of every leaf.
+      kept: what `Keep` has kept of the step, where that is known.
     """
+    new = [dict(leaf) for leaf in leaves]
+    for group in alike(program):
+        part = [[each[i] for i in group] for each in (program, leaves, seen, kept or [{} for _ in leaves])]
+        for i, leaf in zip(group, _step_alike(*part)):
+            new[i] = leaf
+    return new
+
+
+def _step_alike(
+    program: Sequence[Sequence[Move]],
+    leaves: Sequence[Leaf],
+    seen: Sequence[Seen],
+    kept: Sequence[Record],
+) -> list[Leaf]:
+    """`step` of leaves whose programs are alike."""
     new = [dict(leaf) for leaf in leaves]
     records: list[Record] = [{} for _ in leaves]
     dtypes = [leaf[PARAMS].dtype for leaf in leaves]
     for k, move in enumerate(program[0]):
         if isinstance(move, Remember | Total | Keep):
             records = _remembered(k, program, new, seen, records, dtypes)
+            if isinstance(move, Keep):
+                records = [_as_kept(move.name, *each) for each in zip(records, kept)]
             continue
         jobs = [partial(_moved_to, k, *each) for each in zip(program, new, seen, records)]
         evaluate = move.evaluate if isinstance(move, Assign) else in_turn
         for leaf, start, value in zip(new, leaves, evaluate(jobs)):
             leaf[_moved(move)] = value.astype(start[_moved(move)].dtype)
     return new
+
+
+def _as_kept(name: str, record: Record, kept: Record) -> Record:
+    """A record whose entry is what was kept, where that is known, and is differentiated as it stands."""
+    return record | ({name: straight_through(kept[name], record[name])} if name in kept else {})
 
 
 def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> Array:
@@ -449,6 +507,26 @@ def _zeros(like: Any) -> Array:
 
 
 Trouble = tuple[str, str]  # a kind and a variable
+NO_TROUBLE = ("", "")
+BAD_LOSS = ("loss", "")
+
+
+class Stepped(NamedTuple):
+    """What a step on integers gives.
+
+    Attributes:
+      leaves: the new state.
+      tapes: of every leaf, one for every `Scale` and `Keep`.
+      records: what was remembered, by leaf.
+      roundings: what rounding took, by leaf and variable.
+      wrong: what went wrong first and in which leaf, as indices into `Exact.troubles` and the leaves, or 0.
+    """
+
+    leaves: list[ExactLeaf]
+    tapes: list[list[Array]]
+    records: list[Record]
+    roundings: list[dict[str, exact.Rounding]]
+    wrong: Array
 
 
 class Exact(NamedTuple):
@@ -456,85 +534,99 @@ class Exact(NamedTuple):
 
     Attributes:
       program: the moves of every leaf at one step, from the hyperparameters and the step.
-      radix: binary digits after the point, by variable.
+      variables: their names, the parameters' first.
       dtypes: of the floats that the moves see, by leaf.
       x64: whether the user's code runs in JAX's 64-bit mode, which this code must not change for it.
     """
 
     program: Callable[..., Sequence[Sequence[Move]]]
-    radix: Mapping[str, int]
+    variables: Sequence[str]
     dtypes: Sequence[Any]
     x64: bool
 
     def troubles(self) -> list[Trouble]:
-        """What can go wrong in a step; the first two are nothing, and a loss that is no number."""
-        kinds = [(kind, name) for kind in ("range", "factor") for name in self.radix]
-        return [("", ""), ("loss", ""), *kinds]
+        """What can go wrong in a step."""
+        kinds = ("range", "factor", "rounding")
+        return [NO_TROUBLE, BAD_LOSS, ("level", ""), *((kind, v) for kind in kinds for v in self.variables)]
 
-    def floats(self, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
+    def floats(
+        self, leaves: Sequence[ExactLeaf], *names: str, dtypes: Sequence[Any] | None = None
+    ) -> list[Leaf]:
         """The float state that the integers stand for: all variables, or those named."""
         return [
-            {v: exact.to_float(leaf.high[v], self.radix[v], dtype) for v in names or leaf.high}
-            for leaf, dtype in zip(leaves, self.dtypes)
+            {v: exact.to_float(leaf.numbers[v], dtype) for v in names or leaf.numbers}
+            for leaf, dtype in zip(leaves, self.dtypes if dtypes is None else dtypes)
         ]
 
     def factors(
-        self, k: int, at: PyTree, leaves: Sequence[ExactLeaf], records: Sequence[Record], live: Array
+        self,
+        k: int,
+        group: Sequence[int],
+        at: PyTree,
+        leaves: Sequence[ExactLeaf],
+        records: Sequence[Record],
+        live: Array,
     ) -> list[Array]:
-        """The numerators by which scale ``k`` of the program multiplies every leaf.
+        """The numerators by which scale ``k`` of the programs multiplies the leaves of a group.
 
         Args:
           k: index of the move.
+          group: indices of the leaves, whose programs are alike.
           at: arguments of `program`.
-          leaves: exact state.
-          records: what has been remembered in this step, by leaf.
+          leaves: exact state of all leaves.
+          records: what has been remembered or kept in this step, by leaf.
           live: see `isolated`.
         """
         programs = self.program(*at)
 
         def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
-            result = []
-            for moves, leaf, record in zip(self.program(*at), leaves, records):
-                move = moves[k]
+            result, programs = [], self.program(*at)
+            for i, record in zip(group, records):
+                move = programs[i][k]
                 assert isinstance(move, Scale)
+                view = _view(move, k, programs[i], leaves[i].numbers, {}, record)
                 with jax.enable_x64(self.x64):
-                    result.append(
-                        jnp.asarray(factor_of(move, _view(move, k, moves, leaf.high, {}, record)))
-                    )
+                    result.append(jnp.asarray(factor_of(move, view)))
             return result
 
         numerators = []
-        for moves, leaf, factor in zip(programs, leaves, _same_bits(live, evaluate, at, list(records))):
-            move = moves[k]
+        scalars = [{k: x for k, x in records[i].items() if x.ndim == 0} for i in group]
+        for i, factor in zip(group, _same_bits(live, evaluate, at, scalars)):
+            move = programs[i][k]
             assert isinstance(move, Scale)
-            numerators.append(exact.spread(move.numerator(factor), leaf.high[move.variable].shape))
+            shape = leaves[i].numbers[move.variable].high.shape
+            numerators.append(exact.spread(move.numerator(factor), shape))
         return numerators
 
     def amounts(
         self,
         k: int,
+        group: Sequence[int],
         at: PyTree,
         leaves: Sequence[ExactLeaf],
         seen: Sequence[Seen],
         records: Sequence[Record],
         live: Array,
     ) -> list[Array]:
-        """By how much shift ``k`` of the program moves every leaf; arguments as for `factors`."""
-        variable = _moved(self.program(*at)[0][k])
-        others = [ExactLeaf({v: x for v, x in leaf.high.items() if v != variable}, []) for leaf in leaves]
+        """By how much shift ``k`` of the programs moves the leaves of a group; arguments as of `factors`."""
+        variable = _moved(self.program(*at)[group[0]][k])
+        others = [
+            ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group
+        ]
+        dtypes = [self.dtypes[i] for i in group]
 
         def evaluate(at: PyTree, others: list[ExactLeaf], seen: Any, records: Any) -> list[Array]:
-            floats, result = self.floats(others), []
-            parts = zip(self.program(*at), floats, seen, records, leaves)
-            for moves, leaf, see, record, full in parts:
-                move = moves[k]
+            floats, result, programs = self.floats(others, dtypes=dtypes), [], self.program(*at)
+            for i, leaf, see, record in zip(group, floats, seen, records):
+                move = programs[i][k]
                 assert isinstance(move, Shift)
                 with jax.enable_x64(self.x64):
-                    amount = jnp.asarray(move.amount(_view(move, k, moves, leaf, see, record)))
-                result.append(jnp.broadcast_to(amount, full.high[variable].shape))
+                    amount = jnp.asarray(move.amount(_view(move, k, programs[i], leaf, see, record)))
+                result.append(jnp.broadcast_to(amount, leaves[i].numbers[variable].high.shape))
             return result
 
-        return _same_bits(live, evaluate, at, others, list(seen), list(records))
+        chosen = [[each[i] for i in group] for each in (seen, records)]
+        return _same_bits(live, evaluate, at, others, *chosen)
 
     def step(
         self,
@@ -543,43 +635,77 @@ class Exact(NamedTuple):
         tapes: Sequence[Sequence[Array]],
         seen: Sequence[Seen],
         live: Array,
-    ) -> tuple[list[ExactLeaf], list[list[Array]], list[Record], Array]:
-        """One step on integers; also what went wrong in it, as an index into `troubles`, or 0."""
-        highs = [dict(leaf.high) for leaf in leaves]
-        buffers = [list(leaf.buffers) for leaf in leaves]
+    ) -> Stepped:
+        """One step on integers."""
+        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
         new_tapes = [list(leaf) for leaf in tapes]
         records: list[Record] = [{} for _ in leaves]
-        wrong = jnp.int32(0)
-        scales = 0
+        roundings: list[dict[str, exact.Rounding]] = [{} for _ in leaves]
+        wrong = jnp.zeros(2, jnp.int32)
 
-        def look(valid: Array, trouble: Trouble) -> Array:
-            code = self.troubles().index(trouble)
-            return jnp.where((wrong == 0) & ~valid, jnp.int32(code), wrong)
+        def look(valid: Array, trouble: Trouble, leaf: int) -> Array:
+            code = jnp.array([self.troubles().index(trouble), leaf], jnp.int32)
+            return jnp.where((wrong[0] == 0) & ~valid, code, wrong)
 
-        moves = self.program(*at)
-        for k, move in enumerate(moves[0]):
-            now = [ExactLeaf(*part) for part in zip(highs, buffers)]
-            if isinstance(move, Remember | Total):
-                with jax.enable_x64(self.x64):
-                    records = _remembered(k, moves, self.floats(now), seen, records, self.dtypes)
-                finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(r[move.name])) for r in records]))
-                wrong = look(finite, ("loss", ""))
-            elif isinstance(move, Scale):
-                v = move.variable
-                for i, n in enumerate(self.factors(k, at, now, records, live)):
-                    wrong = look(exact.admissible(n), ("factor", v))
-                    n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
-                    highs[i][v], buffers[i][scales], new_tapes[i][scales] = exact.scale(
-                        highs[i][v], buffers[i][scales], new_tapes[i][scales], n
-                    )
-                scales += 1
-            else:
-                assert isinstance(move, Shift)
-                v = move.variable
-                for high, amount in zip(highs, self.amounts(k, at, now, seen, records, live)):
-                    high[v] = exact.shift(high[v], amount, self.radix[v])
-                    wrong = look(exact.fits(high[v]), ("range", v))
-        return [ExactLeaf(*part) for part in zip(highs, buffers)], new_tapes, records, wrong
+        programs = self.program(*at)
+        for group in alike(programs):
+            taped = 0
+            for k, move in enumerate(programs[group[0]]):
+                if isinstance(move, Remember | Total | Keep):
+                    parts = [[each[i] for i in group] for each in (now, seen, records, programs)]
+                    dtypes = [self.dtypes[i] for i in group]
+                    with jax.enable_x64(self.x64):
+                        floats = self.floats(parts[0], dtypes=dtypes)
+                        remembered = _remembered(k, parts[3], floats, parts[1], parts[2], dtypes)
+                    for i, record in zip(group, remembered):
+                        records[i] = record
+                        wrong = look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
+                if isinstance(move, Keep):
+                    for i in group:
+                        digit, known = _level(move.levels, records[i][move.name])
+                        wrong = look(known, ("level", ""), i)
+                        now[i].buffers[taped], new_tapes[i][taped] = exact.push(
+                            digit, len(move.levels), now[i].buffers[taped], new_tapes[i][taped]
+                        )
+                    taped += 1
+                elif isinstance(move, Scale):
+                    v = move.variable
+                    for i, n in zip(group, self.factors(k, group, at, now, records, live)):
+                        wrong = look(exact.admissible(n), ("factor", v), i)
+                        n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
+                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = exact.scale(
+                            now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped], n
+                        )
+                    taped += 1
+                elif isinstance(move, Shift):
+                    v = move.variable
+                    for i, amount in zip(group, self.amounts(k, group, at, now, seen, records, live)):
+                        number, rounding = exact.shift_and_weigh(now[i].numbers[v], amount)
+                        now[i].numbers[v] = number
+                        before = roundings[i].get(v)
+                        roundings[i][v] = rounding if before is None else before.plus(rounding)
+                        wrong = look(exact.fits(number), ("range", v), i)
+        # What is kept stands on the tape; only scalars are recorded.
+        scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
+        kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
+        scalars = [{name: x for name, x in record.items() if name not in kept} for record in scalars]
+        return Stepped(now, new_tapes, scalars, roundings, wrong)
+
+    def kept(
+        self, at: PyTree, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
+    ) -> tuple[list[ExactLeaf], list[Record]]:
+        """What `Keep` has kept in the step that is to be undone, and the state without it on the tapes."""
+        new, records = [], []
+        for moves, leaf, tape, dtype in zip(self.program(*at), leaves, tapes, self.dtypes):
+            buffers, record = list(leaf.buffers), {}
+            taped = [move for move in moves if isinstance(move, Scale | Keep)]
+            for k, move in enumerate(taped):
+                if isinstance(move, Keep):
+                    digit, buffers[k] = exact.pop(len(move.levels), buffers[k], tape[k])
+                    record[move.name] = jnp.asarray(move.levels, dtype)[digit]
+            new.append(ExactLeaf(leaf.numbers, buffers))
+            records.append(record)
+        return new, records
 
     def unstep(
         self,
@@ -595,33 +721,41 @@ class Exact(NamedTuple):
         Without that, undoes the moves from the first one of the parameters on; with it, the moves
         before that.
         """
-        moves = self.program(*at)[0]
-        cut = _first_params_move(moves)
-        start, end = (cut, len(moves)) if seen is None else (0, cut)
+        programs = self.program(*at)
+        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
         given: Sequence[Seen] = [{} for _ in leaves] if seen is None else seen
-        highs = [dict(leaf.high) for leaf in leaves]
-        buffers = [list(leaf.buffers) for leaf in leaves]
-        scales = sum(isinstance(move, Scale) for move in moves[:end])
-        for k in reversed(range(start, end)):
-            move = moves[k]
-            now = [ExactLeaf(*part) for part in zip(highs, buffers)]
-            if isinstance(move, Scale):
-                v = move.variable
-                scales -= 1
-                for i, n in enumerate(self.factors(k, at, now, records, live)):
-                    n = jnp.maximum(n, jnp.ones_like(n))
-                    highs[i][v], buffers[i][scales] = exact.unscale(
-                        highs[i][v], buffers[i][scales], tapes[i][scales], n
-                    )
-            elif isinstance(move, Shift):
-                v = move.variable
-                for high, amount in zip(highs, self.amounts(k, at, now, given, records, live)):
-                    high[v] = exact.unshift(high[v], amount, self.radix[v])
-        return [ExactLeaf(*part) for part in zip(highs, buffers)]
+        for group in alike(programs):
+            moves = programs[group[0]]
+            cut = _first_params_move(moves)
+            start, end = (cut, len(moves)) if seen is None else (0, cut)
+            taped = sum(isinstance(move, Scale | Keep) for move in moves[:end])
+            for k in reversed(range(start, end)):
+                move = moves[k]
+                if isinstance(move, Keep):
+                    taped -= 1
+                elif isinstance(move, Scale):
+                    v = move.variable
+                    taped -= 1
+                    for i, n in zip(group, self.factors(k, group, at, now, records, live)):
+                        n = jnp.maximum(n, jnp.ones_like(n))
+                        now[i].numbers[v], now[i].buffers[taped] = exact.unscale(
+                            now[i].numbers[v], now[i].buffers[taped], tapes[i][taped], n
+                        )
+                elif isinstance(move, Shift):
+                    v = move.variable
+                    for i, amount in zip(group, self.amounts(k, group, at, now, given, records, live)):
+                        now[i].numbers[v] = exact.unshift(now[i].numbers[v], amount)
+        return now
+
+
+def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
+    """Which of the levels every element is, and whether all are one of them."""
+    same = jnp.stack([value == level for level in levels])
+    return jnp.argmax(same, axis=0).astype(jnp.int32), jnp.all(jnp.any(same, axis=0))
 
 
 def _moved(move: Move) -> str:
-    """The variable that a move changes; a `Remember`, `Total` or `Keep` changes none."""
+    """The variable that a move changes; what is remembered or kept is none."""
     return "" if isinstance(move, Remember | Total | Keep) else move.variable
 
 

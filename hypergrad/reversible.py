@@ -1,12 +1,16 @@
 """Exact reversal: the run is played backwards, bit for bit.
 
-The run forwards (`_play`) moves integers and writes the bits that scales destroy to tapes; the run
-backwards (`_replay`) reads them, finds the gradient again at every step, and differentiates the float twin
-of the step.
+The run forwards (`_Playback.play`) moves integers and writes the bits that scales destroy to tapes; the run
+backwards (`_Playback.replay`) reads them, finds the gradient again at every step, and differentiates the
+float twin of the step.
+
+First derivatives are taken so.  Derivatives of these, of any order and in any nesting, are those of the
+float twin of the whole run, in segments that are computed again (`twin`).
 """
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,9 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
-from hypergrad.program import PARAMS, Exact, ExactLeaf, Leaf, Optimizer, ReversalError, Seen
+from hypergrad.adjoints import in_segments
+from hypergrad.program import (
+    BAD_LOSS,
+    LARGEST_LOSS,
+    PARAMS,
+    Exact,
+    ExactLeaf,
+    Leaf,
+    Optimizer,
+    ReversalError,
+    Seen,
+)
 from hypergrad.run import (
     Constants,
     Inputs,
@@ -34,34 +50,64 @@ from hypergrad.run import (
     split,
     thaw,
 )
-from hypergrad.tapes import Scaled, complete, known_lengths, scales_of
+from hypergrad.tapes import Taped, complete, known_lengths, taped_of
 
 RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
+
+
+class LaneWarning(RuntimeWarning):
+    """Some of the runs under ``jax.vmap`` failed; their results are NaN."""
+
+
+class _Guard(NamedTuple):
+    """What rounding took from one variable of one leaf so far, and the step at which it first took much."""
+
+    rounding: exact.Rounding
+    since: Array
 
 
 class _Health(NamedTuple):
     """How a run went.
 
     Attributes:
-      failed: ``(2,)``, the first step that failed or -1, and why: an index into `Exact.troubles`.
-      needed: tape, by scale.
+      failed: ``(3,)``, the first step that failed or -1, why (an index into `Exact.troubles`), and where.
+      needed: tape, by what is taped.
       recovered: whether the start was.
+      broken: ``(2,)``, the last step whose derivatives were no numbers or -1, and the leaf.
     """
 
     failed: Array
     needed: list[Array]
     recovered: Array
+    broken: Array
 
 
 class _Played(NamedTuple):
-    """A segment of the run forwards: its exact end, its tapes, what it remembered, and how it went."""
+    """A segment of the run forwards.
+
+    Attributes:
+      leaves: its exact end.
+      tapes: of every leaf.
+      records: what was remembered, by step and leaf.
+      outputs: of its steps.
+      failed: as in `_Health`.
+      guards: by leaf and variable.
+    """
 
     leaves: list[ExactLeaf]
     tapes: list[list[Array]]
     records: list[dict[str, Array]]
     outputs: Outputs
     failed: Array
-    needed: list[Array]
+    guards: list[dict[str, _Guard]]
+
+
+class _Record(NamedTuple):
+    """What the way back needs: the last segment, and the starts of all where there are several."""
+
+    played: _Played
+    checkpoints: list[list[ExactLeaf]]
+    health: _Health
 
 
 class _Flags(NamedTuple):
@@ -81,8 +127,15 @@ class _Flags(NamedTuple):
         return self.constants.hypers, self.inputs.hypers
 
 
-def _highs(leaves: Sequence[ExactLeaf]) -> list[dict[str, Array]]:
-    return [leaf.high for leaf in leaves]
+class _Cotangents(NamedTuple):
+    """Of what a run gives out: its end; by step, in lists, its losses and what was watched.
+
+    None means zero.
+    """
+
+    end: list[Leaf]
+    loss: list[Array] | None
+    watched: list[Array] | None
 
 
 def _spread_shapes(run: Run, flags: PyTree, hypers: PyTree, start: list[Leaf]) -> list[tuple[int, ...]]:
@@ -121,7 +174,8 @@ def refuse_if(
     """Pass the result on, unless the numbers are a reason not to: then raise an error.
 
     Raises at once where the numbers are known, else from the running program, by a callback on which the
-    result depends.
+    result depends.  Of several runs under ``vmap`` those that failed end in NaN with a `LaneWarning` that
+    names them; only where all did is the error raised.
 
     Args:
       explain: from the numbers, as Python scalars, to a message, or None if all is well.
@@ -132,11 +186,15 @@ def refuse_if(
 
     def check(*numbers: Any) -> np.ndarray:
         columns = np.broadcast_arrays(*numbers)
-        for row in zip(*(column.ravel().tolist() for column in columns)):
-            message = explain(*row)
-            if message is not None:
-                raise error(message)
-        return np.zeros(columns[0].shape, bool)
+        shape = columns[0].shape
+        messages = [explain(*row) for row in zip(*(column.ravel().tolist() for column in columns))]
+        failed = {k: message for k, message in enumerate(messages) if message is not None}
+        if failed and len(failed) == len(messages):
+            raise error(failed[0])
+        for k, message in failed.items():
+            lane = [int(i) for i in np.unravel_index(k, shape)]
+            warnings.warn(LaneWarning(f"run {lane} of {list(shape)} under vmap: {message}"), stacklevel=2)
+        return np.reshape([message is not None for message in messages], shape)
 
     if not numbers:
         return result
@@ -169,147 +227,458 @@ def _at(tree: PyTree, step: Array) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), tree)
 
 
-def _all_equal(a: PyTree, b: PyTree) -> Array:
-    same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
+def _same(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Array:
+    """Whether two states are the same bits.  The radix of an array of zeros does not count."""
+
+    def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
+        return [([x[:2] for x in leaf.numbers.values()], leaf.buffers) for leaf in leaves]
+
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), bits(a), bits(b))
     return jnp.all(jnp.stack(jax.tree.leaves(same)))
 
 
-def _same(start: list[dict[str, Array]], found: list[ExactLeaf]) -> Array:
-    """Whether a segment backwards arrived at its start, with nothing left in the buffers."""
-    empty = [exact.is_empty(b) for leaf in found for b in leaf.buffers]
-    return jnp.all(jnp.stack([_all_equal(start, _highs(found)), *empty]))
+def _torn_off(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
+    """A state to go on from on new tapes."""
+    return [ExactLeaf(leaf.numbers, [exact.torn_off(b) for b in leaf.buffers]) for leaf in leaves]
 
 
-def _play(
-    run: Run,
-    integers: Exact,
-    scales: list[list[Scaled]],
-    lengths: list[list[int]] | None,
-    flags: _Flags,
-    high: list[dict[str, Array]],
-    constants: Constants,
-    inputs: Inputs,
-    span: _Span,
-    failed: Array,
-) -> _Played:
-    """A segment forwards on integers, from empty buffers.
+def packed(leaves: Sequence[ExactLeaf]) -> PyTree:
+    """An exact state as arrays of at most 32 bits, which survive with JAX's 64-bit mode off."""
+    with jax.enable_x64(True):
 
-    Args:
-      run: the run.
-      integers: its exact arithmetic.
-      scales: of every leaf.
-      lengths: of the tapes; None if there will be no way back.
-      flags: what will be differentiated on the way back.
-      high: integers at the start.
-      constants: of the run.
-      inputs: of the run.
-      span: the steps of the segment.
-      failed: the first step that has failed so far, or -1, and why.
-    """
-    tapes = [
-        [
-            exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
-            for k, s in enumerate(leaf)
+        def narrow(x: Array) -> Array:
+            if x.dtype != jnp.int64:
+                return x
+            return jnp.stack([(x >> 32).astype(jnp.uint32), x.astype(jnp.uint32)])
+
+        return jax.tree.map(narrow, [tuple(leaf) for leaf in _torn_off(leaves)])
+
+
+def unpacked(state: PyTree) -> list[ExactLeaf]:
+    """Undo `packed`."""
+    with jax.enable_x64(True):
+
+        def wide(x: Array) -> Array:
+            return ((x[0].astype(jnp.uint64) << 32) | x[1].astype(jnp.uint64)).astype(jnp.int64)
+
+        return [
+            ExactLeaf(
+                {name: exact.Fixed(wide(x.high), x.low, x.radix) for name, x in numbers.items()},
+                [exact.Buffer(b.register, wide(b.bits)) for b in buffers],
+            )
+            for numbers, buffers in state
         ]
-        for i, leaf in enumerate(scales)
+
+
+def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+    """The whole run in floats, for derivatives of derivatives: by JAX alone, in segments."""
+    return in_segments(run, math.isqrt(run.steps), start, constants, inputs, run.plain_gradient)
+
+
+def _weighed(
+    guards: list[dict[str, _Guard]], roundings: list[dict[str, exact.Rounding]], step: Array
+) -> list[dict[str, _Guard]]:
+    """The guards after one more step."""
+
+    def after(guard: _Guard, rounding: exact.Rounding) -> _Guard:
+        now = (guard.since < 0) & rounding.exceeds(LARGEST_LOSS)
+        return _Guard(guard.rounding.plus(rounding), jnp.where(now, step, guard.since))
+
+    return [
+        guard | {name: after(guard[name], rounding) for name, rounding in each.items()}
+        for guard, each in zip(guards, roundings)
     ]
-    leaves = [
-        ExactLeaf(each, [exact.empty(s.shape, s.factor_shape) for s in scaled])
-        for each, scaled in zip(high, scales)
-    ]
-
-    def step(carry: Any, t: Array) -> Any:
-        leaves, tapes, failed = carry
-        x = _at(inputs, t)
-        live = x.step >= 0
-        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
-        if lengths is None:
-            loss, evaluated = run.gradient(params, constants.loss, x.batch)
-        else:
-            at = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
-            loss, evaluated, _ = at.primal
-        seen = run.seen(constants.hypers, x.hypers, evaluated, live)
-        at_step = (constants.hypers, x.hypers, x.step)
-        new, tapes, records, wrong = integers.step(at_step, leaves, tapes, seen, live)
-        wrong = jnp.where(jnp.isfinite(loss), wrong, jnp.int32(integers.troubles().index(("loss", ""))))
-        failed = jnp.where((failed[0] < 0) & (wrong > 0), jnp.stack([x.step, wrong]), failed)
-        snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
-        return (new, tapes, failed), (Outputs(loss, run.watched(snapshot, constants)), records)
-
-    (leaves, tapes, failed), (outputs, records) = jax.lax.scan(step, (leaves, tapes, failed), span.steps())
-    needed = [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
-    return _Played(leaves, tapes, records, outputs, failed, needed)
 
 
-def _replay(
-    run: Run,
-    integers: Exact,
-    flags: _Flags,
-    played: _Played,
-    start: list[Leaf],
-    constants: Constants,
-    inputs: Inputs,
-    span: _Span,
-    loss_bars: Array,
-    bars: list[Leaf],
-    sums: list[Array],
-) -> Any:
-    """A segment backwards.
+@dataclass(frozen=True)
+class _Playback:
+    """All that is static about playing one run, forwards and backwards.
 
-    Args:
-      run: the run.
+    Attributes:
+      adjoint: of the user's.
+      run: to be played.
       integers: its exact arithmetic.
-      flags: what is differentiated.
-      played: the segment forwards.
-      start: of the run, for shapes.
-      constants: of the run.
-      inputs: of the run.
-      span: the steps of the segment.
-      loss_bars: cotangents of the losses of the run.
-      bars: cotangents of its end.
-      sums: cotangents of the constants, from later segments.
-
-    Returns:
-      Exact start of the segment, its cotangents and the sums; and the cotangents of the inputs.
+      taped: what is taped of every leaf.
+      flags: what will be differentiated on the way back.
+      lengths: of the tapes; None if there will be no way back.
     """
-    wanted = sum(jax.tree.leaves(flags.constants.loss))
-    fixed = len(sums) - wanted
-    slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
-    spread_shapes = _spread_shapes(run, flags.hypers, (constants.hypers, slices), start)
 
-    def unstep(carry: Any, at: tuple[Array, list[dict[str, Array]]]) -> Any:
-        leaves, bars, sums = carry
-        t, records = at
-        x, loss_bar = _at((inputs, loss_bars), t)
-        at_step = (constants.hypers, x.hypers, x.step)
-        live = x.step >= 0
-        leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
-        params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
-        linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
-        evaluated = linearised.primal[1]
-        seen = run.seen(constants.hypers, x.hypers, evaluated, live)
-        leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
-        floats = integers.floats(leaves)
+    adjoint: "Reversible"
+    run: Run
+    integers: Exact
+    taped: list[list[Taped]]
+    flags: _Flags
+    lengths: list[list[int]] | None
 
-        # The float twin of the step, as a function of everything but the loss.
-        hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
-        spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
+    @property
+    def length(self) -> int:
+        """Of a segment, in steps; the last may be shorter."""
+        return self.adjoint.length(self.run.steps)
 
-        def twin(floats: list[Leaf], evaluated: list[Seen], spread: list[Array]) -> list[Leaf]:
-            fixed, scheduled = merge(spread)
-            return run.stepped(floats, evaluated, fixed, scheduled, x.step)
+    def begin(
+        self, start: list[Leaf], constants: Constants
+    ) -> tuple[list[ExactLeaf], list[dict[str, _Guard]]]:
+        """The start as integers, and what rounding took from it."""
+        assert isinstance(self.run.optimizer, Optimizer)
+        radices = dict(self.adjoint.radix)
+        leaves, guards = [], []
+        for leaf, taped in zip(start, self.taped):
+            numbers, guard = {}, {}
+            for name, x in leaf.items():
+                words = self.run.optimizer.words_of(name)
+                zero = exact.zero(x.shape, words, radices.get(name, exact.UNSET))
+                numbers[name], rounding = exact.shift_and_weigh(zero, x)
+                much = rounding.exceeds(LARGEST_LOSS)
+                guard[name] = _Guard(rounding, jnp.where(much, 0, -1).astype(jnp.int32))
+            leaves.append(ExactLeaf(numbers, [exact.empty(s.shape, s.factor_shape) for s in taped]))
+            guards.append(guard)
+        if constants.exact is None:
+            return leaves, guards
+        # The integers behind the floats of an earlier run, where the floats are still those.
+        given = []
+        for leaf, fresh, earlier in zip(start, leaves, unpacked(constants.exact)):
+            numbers = {}
+            for name, x in leaf.items():
+                pair = earlier.numbers[name], fresh.numbers[name]
+                known = jnp.all(exact.to_float(pair[0], x.dtype) == x)
+                numbers[name] = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), *pair)
+            given.append(ExactLeaf(numbers, earlier.buffers))
+        return given, guards
 
-        bars, direction, spread = jax.vjp(twin, floats, evaluated, spread)[1](bars)
-        products = linearised.transposed(loss_bar, direction)
-        for leaf, product in zip(bars, products.params):
-            leaf[PARAMS] += product
-        each = [_sum_to(bar, h.shape) for bar, h in zip(spread, hypers)]
-        same = [*products.wanted[:wanted], *each[:fixed]]
-        sums = [a + b for a, b in zip(sums, same)]
-        return (leaves, bars, sums), (products.wanted[wanted:], each[fixed:])
+    def play(
+        self,
+        leaves: list[ExactLeaf],
+        guards: list[dict[str, _Guard]],
+        failed: Array,
+        arrays: tuple[Constants, Inputs],
+        span: _Span,
+        lengths: list[list[int]] | None,
+    ) -> _Played:
+        """A segment forwards on integers, on new tapes of these lengths, or without a way back."""
+        run, integers, (constants, inputs) = self.run, self.integers, arrays
+        tapes = [
+            [
+                exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
+                for k, s in enumerate(leaf)
+            ]
+            for i, leaf in enumerate(self.taped)
+        ]
+        bad_loss = jnp.array([integers.troubles().index(BAD_LOSS), 0], jnp.int32)
 
-    carry = (played.leaves, bars, sums)
-    return jax.lax.scan(unstep, carry, (span.steps(), played.records), reverse=True)
+        def step(carry: Any, t: Array) -> Any:
+            leaves, tapes, guards, failed = carry
+            x = _at(inputs, t)
+            live = x.step >= 0
+            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+            if self.lengths is None:
+                loss, evaluated = run.gradient(params, constants.loss, x.batch)
+            else:
+                at = linearise(run, params, (constants.loss, x.batch), self.flags.loss, live)
+                loss, evaluated, _ = at.primal
+            seen = run.seen(constants.hypers, x.hypers, evaluated, live)
+            now = integers.step((constants.hypers, x.hypers, x.step), leaves, tapes, seen, live)
+            wrong = jnp.where(jnp.isfinite(loss), now.wrong, bad_loss)
+            at_step = jnp.concatenate([x.step[None], wrong])
+            failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
+            snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
+            outputs = Outputs(loss, run.watched(snapshot, constants))
+            guards = _weighed(guards, now.roundings, x.step)
+            return (now.leaves, now.tapes, guards, failed), (outputs, now.records)
+
+        carry, (outputs, records) = jax.lax.scan(step, (leaves, tapes, guards, failed), span.steps())
+        leaves, tapes, guards, failed = carry
+        return _Played(leaves, tapes, records, outputs, failed, guards)
+
+    def replay(
+        self,
+        played: _Played,
+        cotangents: _Cotangents,
+        sums: list[Array],
+        broken: Array,
+        arrays: tuple[Constants, Inputs],
+        span: _Span,
+    ) -> Any:
+        """A segment backwards.
+
+        Args:
+          played: the segment forwards.
+          cotangents: of its end, and of the losses of the whole run and what was watched in it.
+          sums: cotangents of the constants, from later segments.
+          broken: as in `_Health`.
+          arrays: of the run.
+          span: the steps of the segment.
+
+        Returns:
+          Exact start of the segment, its cotangents, the sums, and what is broken; and the cotangents of
+          the inputs.
+        """
+        run, integers, flags, (constants, inputs) = self.run, self.integers, self.flags, arrays
+        wanted = sum(jax.tree.leaves(flags.constants.loss))
+        hypers_wanted = sum(jax.tree.leaves(flags.constants.hypers))
+        slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
+        like = integers.floats(played.leaves)
+        spread_shapes = _spread_shapes(run, flags.hypers, (constants.hypers, slices), like)
+
+        def unstep(carry: Any, at: tuple[Array, list[dict[str, Array]]]) -> Any:
+            leaves, bars, sums, broken = carry
+            t, records = at
+            x, loss_bars, watched_bars = _at((inputs, cotangents.loss, cotangents.watched), t)
+            at_step = (constants.hypers, x.hypers, x.step)
+            live = x.step >= 0
+            leaves, kept = integers.kept(at_step, leaves, played.tapes)
+            records = [a | b for a, b in zip(records, kept)]
+            leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
+            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+            linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
+            loss, evaluated, _ = linearised.primal
+            seen = run.seen(constants.hypers, x.hypers, evaluated, live)
+            leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
+            floats = integers.floats(leaves)
+
+            # The float twin of the step, as a function of everything but the parameters of the loss.
+            hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
+            watching, merge_watch = split(flags.constants.watch, constants.watch)
+            spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, spread_shapes)]
+
+            def twin(
+                floats: list[Leaf], loss: Array, evaluated: list[Seen], spread: list[Array], watch: Any
+            ) -> Any:
+                fixed, scheduled = merge(spread)
+                new = run.stepped(floats, evaluated, fixed, scheduled, x.step, kept)
+                if cotangents.watched is None:
+                    return new, None
+                snapshot = run.snapshot(floats, loss, evaluated, x.step)
+                return new, _inexact(run.watched(snapshot, constants._replace(watch=merge_watch(watch))))
+
+            _, pull = jax.vjp(twin, floats, loss, evaluated, spread, watching)
+            bars, of_loss, direction, spread, of_watch = pull((bars, watched_bars))
+            of_losses = [*(loss_bars or []), *([] if cotangents.watched is None else [of_loss])]
+            products = linearised.transposed(sum(of_losses) if of_losses else None, direction)
+            for leaf, product in zip(bars, products.params):
+                leaf[PARAMS] += product
+            each = [_sum_to(bar, h.shape) for bar, h in zip(spread, hypers)]
+            same = [*products.wanted[:wanted], *each[:hypers_wanted], *of_watch]
+            sums = [a + b for a, b in zip(sums, same)]
+            for i, leaf in enumerate(bars):
+                numbers = jnp.all(jnp.stack([jnp.all(jnp.isfinite(bar)) for bar in leaf.values()]))
+                here = jnp.stack([x.step, jnp.int32(i)])
+                broken = jnp.where((broken[0] == -1) & ~numbers, here, broken)
+            return (leaves, bars, sums, broken), (products.wanted[wanted:], each[hypers_wanted:])
+
+        carry = (played.leaves, cotangents.end, sums, broken)
+        return jax.lax.scan(unstep, carry, (span.steps(), played.records), reverse=True)
+
+    def forward(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> tuple[Solution, _Record]:
+        """The run forwards: its solution, and what the way back needs."""
+        arrays = (constants, inputs)
+        whole, rest = divmod(self.run.steps, self.length)
+        with jax.enable_x64(True):
+            leaves, guards = self.begin(start, constants)
+            failed = jnp.array([-1, 0, 0], jnp.int32)
+            for i, leaf in enumerate(leaves):
+                for name, x in leaf.numbers.items():
+                    trouble = self.integers.troubles().index(("range", name))
+                    step = inputs.step[0]
+                    wrong = jnp.stack([step, jnp.int32(trouble), jnp.int32(i)])
+                    failed = jnp.where(exact.fits(x) | (failed[0] >= 0), failed, wrong)
+            checkpoints: list[Any] = []
+            if whole == 1 and rest == 0:
+                span = _Span(jnp.int32(0), self.length)
+                played = self.play(leaves, guards, failed, arrays, span, self.lengths)
+                needed = self.tape_needed(played.leaves)
+            else:
+
+                def segment(carry: Any, first: Array, count: int = self.length) -> Any:
+                    leaves, guards, failed, needed = carry
+                    played = self.play(leaves, guards, failed, arrays, _Span(first, count), None)
+                    needed = [jnp.maximum(*pair) for pair in zip(needed, self.tape_needed(played.leaves))]
+                    end = _torn_off(played.leaves)
+                    return (end, played.guards, played.failed, needed), (leaves, played.outputs)
+
+                carry = (leaves, guards, failed, [jnp.int64(0) for leaf in self.taped for _ in leaf])
+                firsts = self.length * jnp.arange(whole, dtype=jnp.int32)
+                carry, (starts, outputs) = jax.lax.scan(segment, carry, firsts)
+                checkpoints.append(starts)
+                outputs = jax.tree.map(lambda x: x.reshape(whole * self.length, *x.shape[2:]), outputs)
+                if rest:
+                    carry, (starts, ended) = segment(carry, jnp.int32(whole * self.length), rest)
+                    checkpoints.append(starts)
+                    outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
+                leaves, guards, failed, needed = carry
+                played = _Played(leaves, [], [], outputs, failed, guards)
+            failed = self.too_coarse(played.failed, played.guards)
+            end, state = self.integers.floats(played.leaves), packed(played.leaves)
+        fine = jnp.array([-1, 0], jnp.int32)
+        health = _Health(failed, needed, jnp.asarray(True), fine)
+        end, outputs = self.refuse((end, played.outputs), health)
+        record = _Record(played._replace(outputs=Outputs(None, None), guards=[]), checkpoints, health)
+        return (end, outputs._replace(exact=state)), record
+
+    def tape_needed(self, leaves: Sequence[ExactLeaf]) -> list[Array]:
+        """Length of tape that was needed, by what is taped."""
+        return [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
+
+    def too_coarse(self, failed: Array, guards: list[dict[str, _Guard]]) -> Array:
+        """What has failed, rounding that took too much included."""
+        for i, each in enumerate(guards):
+            for name, guard in each.items():
+                trouble = self.integers.troubles().index(("rounding", name))
+                found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
+                much = guard.rounding.exceeds(LARGEST_LOSS)
+                failed = jnp.where((failed[0] < 0) & much, found, failed)
+        return failed
+
+    def backward(
+        self,
+        start: list[Leaf],
+        constants: Constants,
+        inputs: Inputs,
+        record: _Record,
+        cotangents: _Cotangents,
+    ) -> tuple[list[Leaf], list[Array]]:
+        """The run backwards: cotangents of the start, and of what is wanted of constants and inputs."""
+        played, checkpoints, health = record
+        arrays, flags = (constants, inputs), self.flags
+        fixed, _ = split(
+            (flags.constants.loss, flags.constants.hypers, flags.constants.watch),
+            (constants.loss, constants.hypers, constants.watch),
+        )
+        whole, rest = divmod(self.run.steps, self.length)
+        ends = [x for leaf in cotangents.end for x in leaf.values()]
+        given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in ends]))
+        with jax.enable_x64(True):
+            sums = [jnp.zeros_like(x) for x in fixed]
+            # Where what came in was no number, nothing on the way is to blame.
+            broken = jnp.stack([jnp.where(given, -1, -2).astype(jnp.int32), jnp.int32(0)])
+            if not checkpoints:
+                span = _Span(jnp.int32(0), self.length)
+                carry, steps = self.replay(played, cotangents, sums, broken, arrays, span)
+                found, bars, sums, broken = carry
+                recovered = _same(self.begin(start, constants)[0], found)
+            else:
+
+                def segment(carry: Any, at: Any, count: int = self.length) -> Any:
+                    end, bars, sums, broken, recovered = carry
+                    leaves, first = at
+                    span, unharmed = _Span(first, count), jnp.array([-1, 0, 0], jnp.int32)
+                    guards = [
+                        {v: _Guard(exact.no_rounding(x), jnp.int32(-1)) for v, x in leaf.numbers.items()}
+                        for leaf in leaves
+                    ]
+                    played = self.play(leaves, guards, unharmed, arrays, span, self.lengths)
+                    again = _same(end, _torn_off(played.leaves))
+                    now = cotangents._replace(end=bars)
+                    carry, steps = self.replay(played, now, sums, broken, arrays, span)
+                    found, bars, sums, broken = carry
+                    return (leaves, bars, sums, broken, recovered & again & _same(leaves, found)), steps
+
+                carry = (_torn_off(played.leaves), cotangents.end, sums, broken, jnp.asarray(True))
+                ended = []
+                if rest:
+                    at = (checkpoints[1], jnp.int32(whole * self.length))
+                    carry, steps = segment(carry, at, rest)
+                    ended.append(steps)
+                firsts = self.length * jnp.arange(whole, dtype=jnp.int32)
+                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], firsts), reverse=True)
+                joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+                steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended)
+                _, bars, sums, broken, recovered = carry
+        recovered = checkpoint_name(recovered, RECOVERED)
+        batch_bars, hyper_bars = steps
+        health = health._replace(recovered=recovered, broken=broken)
+        # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
+        # the compiler leaves out what only an unused value depends on.
+        return self.refuse((bars, [*sums, *batch_bars, *hyper_bars]), health)
+
+    def refuse(self, result: PyTree, health: _Health) -> PyTree:
+        """Pass the result on, or raise what was wrong with the run."""
+        allotted = None if self.lengths is None else [n for leaf in self.lengths for n in leaf]
+
+        def explain(
+            step: int, why: int, leaf: int, recovered: bool, broken: int, broken_leaf: int, *needed: int
+        ) -> str | None:
+            if step >= 0:
+                return self.what_failed(step, why, leaf)
+            for have, need, taped in zip(allotted or needed, needed, itertools.chain(*self.taped)):
+                if need > have:
+                    return self.overflowed(taped, need)
+            if not recovered:
+                return self.not_recovered()
+            return None if broken < 0 else self.no_numbers(broken, broken_leaf)
+
+        return refuse_if(explain, result, *health.failed, health.recovered, *health.broken, *health.needed)
+
+    def what_failed(self, step: int, why: int, leaf: int) -> str:
+        """Message for a step that failed."""
+        kind, name = self.integers.troubles()[why]
+        call, place = self.run.call, self.run.names[leaf]
+        at = f"{call}: at step {step} "
+        whose = f"{name!r} of {place}" if name != PARAMS else place
+        if kind == "loss":
+            return (
+                f"{at}the loss, or what the optimizer remembers of the step, became NaN or infinite: "
+                "either training has diverged, which a lower learning rate cures, or the loss is undefined "
+                "there"
+            )
+        if kind == "factor":
+            return (
+                f"{at}a factor of {whose} left [2**-7, 1], outside of which it cannot be undone; keep it "
+                "inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no momentum)"
+            )
+        if kind == "level":
+            return f"{at}what the optimizer keeps of {place} was none of the levels that its Keep names"
+        given = dict(self.adjoint.radix).get(name)
+        assert isinstance(self.run.optimizer, Optimizer)
+        words = self.run.optimizer.words_of(name)
+        if kind == "rounding":
+            return (
+                f"{at}rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
+                "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
+                "leaf of their own, or pass adjoint=Checkpointed()"
+                + ("" if given is None else f", or a larger radix than {given}")
+            )
+        if given is not None:
+            return (
+                f"{at}{whose} became NaN or left the range of exact arithmetic, |{name}| < "
+                f"2**{62 - given}, that radix={{{name!r}: {given}}} asks for; leave the radix to be chosen "
+                "from the numbers, or pass a smaller one"
+            )
+        return (
+            f"{at}{whose} became NaN or grew to 2**{exact.HEADROOM[words]} times the largest number that "
+            "was first in it. Either training has diverged, which a lower learning rate cures, or it began "
+            f"with numbers that say nothing of later ones: pass Reversible(radix={{{name!r}: r}}) with "
+            f"|{name}| < 2**(62 - r) all along, or adjoint=Checkpointed()"
+        )
+
+    def overflowed(self, taped: Taped, need: int) -> str:
+        """Message for a tape that is too short."""
+        bits = (8 * need / max(1, math.prod(taped.factor_shape)) + 8) / self.length
+        enough = {taped.variable: math.ceil(100 * bits) / 100}
+        return (
+            f"{self.run.call}: the information buffer of {taped.variable!r} would overflow: its factors "
+            f"destroy {bits:.3g} bits per element and step, and room for "
+            f"{self.adjoint.bits_of(taped.variable):.3g} was reserved; pass Reversible(bits={enough}) or "
+            "more"
+        )
+
+    def not_recovered(self) -> str:
+        """Message for a run that did not come back."""
+        return (
+            f"{self.run.call}: played backwards, the run did not arrive at its start, so that its "
+            "hypergradient would be wrong and is withheld. The loss did not give the same gradient bit "
+            "for bit when it was evaluated again (a non-deterministic operation or an impure function?); "
+            "make it deterministic or pass adjoint=Checkpointed()"
+        )
+
+    def no_numbers(self, step: int, leaf: int) -> str:
+        """Message for a derivative that is NaN or infinite."""
+        return (
+            f"{self.run.call}: the run was recovered, but on the way back the derivative of step {step} in "
+            f"{self.run.names[leaf]} became NaN or infinite. Either a second derivative of the loss is "
+            "undefined there (a norm or a root at 0, |w|**1.5), which a small constant under the root "
+            "cures; or hypergradients grow from step to step until they overflow: take fewer steps or a lower "
+            "learning rate, or differentiate the last steps only with adjoint=Truncated(steps)"
+        )
 
 
 @dataclass(frozen=True)
@@ -322,16 +691,21 @@ class Reversible:
 
     With several segments only their starts are kept, as integers, and every segment is played forwards
     again before it is played backwards: for one more training run, memory falls from ``T b`` bits per
-    parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (64 for the
-    parameters and for every variable).  It is least for ``S = √(T b / k)``.
+    parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (96 for the
+    parameters and for every variable, 32 more for squares and for every `Scale`).  It is least for
+    ``S = √(T b / k)``.  The bits of the run are the same for every ``S``.
+
+    Derivatives of the hypergradient (Hessian-vector products of the outer objective by ``jax.jvp`` of
+    ``jax.grad``, ``jax.hessian``, a `train` within a trained loss) are right in every nesting.  They are
+    those of the run in floats, with the memory of `Checkpointed` for ``jax.jvp``.
 
     Args:
       bits: room of the information buffers, in bits per element and step for every `Scale` of the
         optimizer, in (0, 7]; one number, or by variable (``{"velocity": 0.2}``).  The mean of
         ``log2(1 / factor)`` over the run is needed.  It counts only where the factors (momentum) are not
         known before the run, that is under ``jit``; else the need is computed.  By default 1.
-      radix: binary digits after the point, by variable (``{"params": 40}``), where the optimizer's own
-        do not suit; values must stay below ``2**(62 - radix)``.
+      radix: binary digits before the low words, by variable (``{"params": 40}``): values must stay below
+        ``2**(62 - radix)``.  By default chosen for every array, when the first numbers come into it.
       segments: in how many segments the run is played back, in ``[1, T]``.
 
     Raises:
@@ -362,21 +736,27 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.adjoints.Adjoint`."""
-        scales = scales_of(run, start, constants, inputs)
+        taped = taped_of(run, start, constants, inputs)
         assert isinstance(run.optimizer, Optimizer)
         variables = [PARAMS, *run.optimizer.variables]
+        kept = [each.variable for leaf in taped for each in leaf if each.levels]
         bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
-        for name, given in (("radix", [*dict(self.radix)]), ("bits", [*bits])):
-            unknown = sorted(set(given) - set(variables))
+        for name, given, possible in (
+            ("radix", [*dict(self.radix)], variables),
+            ("bits", [*bits], [*variables, *dict.fromkeys(kept)]),
+        ):
+            unknown = sorted(set(given) - set(possible))
             if unknown:
-                raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {variables}")
+                raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {possible}")
+        integers = Exact(run.moves, variables, [leaf[PARAMS].dtype for leaf in start], run.x64)
         length = self.length(run.steps)
-        known = known_lengths(run, scales, start, constants, inputs, length)
+        known = known_lengths(run, taped, start, constants, inputs, length)
         nothing = _Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-            return self._forward(run, scales, None, nothing, length, start, constants, inputs)[0]
+            playback = _Playback(self, run, integers, taped, nothing, None)
+            return _forward(playback)(start, constants, inputs)[0]
 
         def forward(*arguments: Any) -> Any:
             flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
@@ -385,28 +765,20 @@ class Reversible:
             now_known = known
             if not complete(known):
                 start, constants, inputs = arguments
-                now_known = known_lengths(run, scales, start, constants, inputs, length)
-            lengths = self._allot(scales, now_known, length)
-            solution, *record = self._forward(run, scales, lengths, flags, length, *arguments)
+                now_known = known_lengths(run, taped, start, constants, inputs, length)
+            lengths = self._allot(taped, now_known, length)
+            solution, record = _forward(_Playback(self, run, integers, taped, flags, lengths))(*arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
 
         def backward(saved: Any, cotangents: Any) -> Any:
-            arguments, (played, checkpoints, health), flags, lengths = saved
-            bars, health = self._backward(
-                run,
-                scales,
-                lengths.value,
-                thaw(flags),
-                length,
-                played,
-                checkpoints,
-                health,
-                instantiate(cotangents),
-                *arguments,
-            )
-            # What went wrong forwards is told here too: without jit nobody may have looked there, and
-            # under jit the compiler leaves out what only an unused value depends on.
-            return self._refuse(run, scales, lengths.value, bars, health)
+            arguments, record, frozen, lengths = saved
+            flags = thaw(frozen)
+            playback = _Playback(self, run, integers, taped, flags, lengths.value)
+            end, outputs = cotangents
+            given = _Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
+            bars, wanted = _backward(playback)(arguments, record, given)
+            fixed = sum(jax.tree.leaves(flags.constants))
+            return bars, scatter(flags.constants, wanted[:fixed]), scatter(flags.inputs, wanted[fixed:])
 
         solve.defvjp(forward, backward, symbolic_zeros=True)
         return solve(start, constants, inputs)
@@ -415,224 +787,98 @@ class Reversible:
         """Steps of a segment, of a run of so many; the last may be shorter."""
         return -(-steps // min(self.segments, steps))
 
-    def _radix(self, run: Run) -> dict[str, int]:
-        assert isinstance(run.optimizer, Optimizer)
-        own = {name: run.optimizer.radix_of(name) for name in (PARAMS, *run.optimizer.variables)}
-        return own | dict(self.radix)
-
-    def _exact(self, run: Run, start: list[Leaf]) -> Exact:
-        return Exact(run.moves, self._radix(run), [leaf[PARAMS].dtype for leaf in start], run.x64)
-
     def _allot(
-        self, scales: list[list[Scaled]], known: list[list[int | None]], length: int
+        self, taped: list[list[Taped]], known: list[list[int | None]], length: int
     ) -> list[list[int]]:
         """Length of every tape: what is needed where that is known, else from `bits`."""
 
-        def room(scaled: Scaled) -> int:
-            bits = exact.MARGIN + self._bits(scaled.variable) * length
+        def room(each: Taped) -> int:
+            bits = exact.MARGIN + self.bits_of(each.variable) * length
             rows = max(0, math.ceil((bits - exact.DIGITS) / 8)) + 1
-            return rows * math.prod(scaled.factor_shape)
+            return rows * math.prod(each.factor_shape)
 
         return [
-            [room(scaled) if need is None else need for need, scaled in zip(*leaf)]
-            for leaf in zip(known, scales)
+            [room(each) if need is None else need for need, each in zip(*leaf)]
+            for leaf in zip(known, taped)
         ]
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of tape that are reserved under ``jit`` when no factor is known."""
-        scales = scales_of(run, start, constants, inputs)
+        taped = taped_of(run, start, constants, inputs)
         length = self.length(run.steps)
-        lengths = self._allot(scales, [[None] * len(leaf) for leaf in scales], length)
+        lengths = self._allot(taped, [[None] * len(leaf) for leaf in taped], length)
         return sum(
-            (n + 1) * math.prod(scaled.shape if scaled.factor_shape == () else ())
-            for scaled, n in zip(itertools.chain(*scales), itertools.chain(*lengths))
+            (n + 1) * math.prod(each.shape if each.factor_shape == () else ())
+            for each, n in zip(itertools.chain(*taped), itertools.chain(*lengths))
         )
 
-    def _bits(self, variable: str) -> float:
+    def bits_of(self, variable: str) -> float:
+        """Room that is reserved for a variable, in bits per element and step."""
         return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
 
-    def _to_high(self, run: Run, start: list[Leaf]) -> list[dict[str, Array]]:
-        """The start as integers."""
-        radix = self._radix(run)
-        return [{name: exact.to_fixed(x, radix[name]) for name, x in leaf.items()} for leaf in start]
 
-    def _forward(
-        self,
-        run: Run,
-        scales: list[list[Scaled]],
-        lengths: list[list[int]] | None,
-        flags: _Flags,
-        length: int,
-        start: list[Leaf],
-        constants: Constants,
-        inputs: Inputs,
-    ) -> tuple[Solution, _Played, list[list[dict[str, Array]]], _Health]:
-        """The run forwards: its solution, its last segment, the starts of segments, and how it went.
+def _inexact(tree: PyTree) -> list[Any]:
+    """The leaves that have derivatives."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SymbolicZero))
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-        Without `lengths` nothing is recorded.
-        """
-        integers = self._exact(run, start)
-        whole, rest = divmod(run.steps, length)
-        tapeless = None if lengths is None else [[0 for _ in leaf] for leaf in lengths]
-        with jax.enable_x64(True):
-            high = self._to_high(run, start)
-            failed = jnp.array([-1, 0], jnp.int32)
-            for leaf in high:
-                for name, x in leaf.items():
-                    trouble = integers.troubles().index(("range", name))
-                    failed = jnp.where(exact.fits(x), failed, jnp.array([0, trouble], jnp.int32))
-            if whole == 1 and rest == 0:
-                span = _Span(jnp.int32(0), length)
-                played = _play(run, integers, scales, lengths, flags, high, constants, inputs, span, failed)
-                checkpoints, outputs = [], played.outputs
-                needed = played.needed
-            else:
 
-                def segment(carry: Any, first: Array, count: int = length) -> Any:
-                    high, failed, needed = carry
-                    span = _Span(first, count)
-                    played = _play(
-                        run, integers, scales, tapeless, flags, high, constants, inputs, span, failed
-                    )
-                    needed = [jnp.maximum(*pair) for pair in zip(needed, played.needed)]
-                    return (_highs(played.leaves), played.failed, needed), (high, played.outputs)
+def _present(cotangents: PyTree) -> list[Array] | None:
+    """Cotangents of what has derivatives; None where all are zero by structure."""
+    leaves = _inexact(cotangents)
+    if all(isinstance(x, SymbolicZero) for x in leaves):
+        return None
+    return instantiate(leaves)
 
-                nothing = [jnp.int64(0) for leaf in scales for _ in leaf]
-                carry = (high, failed, nothing)
-                firsts = length * jnp.arange(whole, dtype=jnp.int32)
-                carry, (kept, outputs) = jax.lax.scan(segment, carry, firsts)
-                checkpoints = [kept]
-                outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
-                if rest:
-                    carry, (kept, ended) = segment(carry, jnp.int32(whole * length), rest)
-                    checkpoints.append(kept)
-                    outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
-                high, failed, needed = carry
-                played = _Played([ExactLeaf(x, []) for x in high], [], [], outputs, failed, needed)
-            end = integers.floats(played.leaves)
-        health = _Health(played.failed, needed, jnp.asarray(True))
-        end, outputs = self._refuse(run, scales, lengths, (end, outputs), health)
-        return (end, outputs), played._replace(outputs=Outputs(outputs.loss, None)), checkpoints, health
 
-    def _backward(
-        self,
-        run: Run,
-        scales: list[list[Scaled]],
-        lengths: list[list[int]],
-        flags: _Flags,
-        length: int,
-        played: _Played,
-        checkpoints: list[Any],
-        health: _Health,
-        cotangents: Solution,
-        start: list[Leaf],
-        constants: Constants,
-        inputs: Inputs,
-    ) -> tuple[tuple[list[Leaf], PyTree, PyTree], _Health]:
-        """The run backwards: cotangents of start, constants and inputs, and how it went."""
-        integers = self._exact(run, start)
-        constant, _ = split(
-            (flags.constants.loss, flags.constants.hypers), (constants.loss, constants.hypers)
-        )
-        wanted = sum(jax.tree.leaves(flags.constants.loss))
-        bars, loss_bars = cotangents[0], cotangents[1].loss
-        with jax.enable_x64(True):
-            sums = [jnp.zeros_like(x) for x in constant]
-            if not checkpoints:
-                high = self._to_high(run, start)
-                span = _Span(jnp.int32(0), length)
-                (found, bars, sums), steps = _replay(
-                    run, integers, flags, played, start, constants, inputs, span, loss_bars, bars, sums
-                )
-                recovered = _same(high, found)
-            else:
+def _zero_tangents(tree: PyTree) -> PyTree:
+    """Of any arrays."""
 
-                def segment(carry: Any, at: Any, count: int = length) -> Any:
-                    end, bars, sums, recovered = carry
-                    high, first = at
-                    span, unharmed = _Span(first, count), jnp.array([-1, 0], jnp.int32)
-                    played = _play(
-                        run, integers, scales, lengths, flags, high, constants, inputs, span, unharmed
-                    )
-                    again = _all_equal(end, _highs(played.leaves))
-                    (found, bars, sums), steps = _replay(
-                        run, integers, flags, played, start, constants, inputs, span, loss_bars, bars, sums
-                    )
-                    return (high, bars, sums, recovered & again & _same(high, found)), steps
+    def zero(x: Array) -> Any:
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.zeros_like(x) if inexact else np.zeros(x.shape, jax.dtypes.float0)
 
-                carry = (_highs(played.leaves), bars, sums, jnp.asarray(True))
-                whole, rest = divmod(run.steps, length)
-                ended = []
-                if rest:
-                    carry, steps = segment(carry, (checkpoints[1], jnp.int32(whole * length)), rest)
-                    ended.append(steps)
-                firsts = length * jnp.arange(whole, dtype=jnp.int32)
-                carry, steps = jax.lax.scan(segment, carry, (checkpoints[0], firsts), reverse=True)
-                joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-                steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended)
-                _, bars, sums, recovered = carry
-        batch_bars, hyper_bars = steps
-        constant_bars = Constants(
-            scatter(flags.constants.loss, sums[:wanted]),
-            scatter(flags.constants.hypers, sums[wanted:]),
-            [None for _ in constants.watch],  # type: ignore[misc]  # watching is not differentiated
-        )
-        input_bars = Inputs(
-            scatter(flags.inputs.batch, batch_bars),
-            scatter(flags.inputs.hypers, hyper_bars),
-            None,  # type: ignore[arg-type]  # of integers
-        )
-        recovered = checkpoint_name(recovered, RECOVERED)
-        return (bars, constant_bars, input_bars), health._replace(recovered=recovered)
+    return jax.tree.map(zero, tree)
 
-    def _refuse(
-        self, run: Run, scales: list[list[Scaled]], lengths: Any, result: PyTree, health: _Health
-    ) -> PyTree:
-        """Pass the result on, or raise what was wrong with the run."""
-        allotted = None if lengths is None else [length for leaf in lengths for length in leaf]
 
-        def explain(failed: int, why: int, recovered: bool, *needed: int) -> str | None:
-            if failed >= 0:
-                return self._failed(run, failed, why)
-            for have, need, scaled in zip(allotted or needed, needed, itertools.chain(*scales)):
-                if need > have:
-                    return self._overflowed(run, scaled, need)
-            return None if recovered else self._not_recovered(run)
+def _forward(playback: _Playback) -> Callable[..., tuple[Solution, _Record]]:
+    """`_Playback.forward`, whose derivative in forward mode is that of the float twin."""
+    played = jax.custom_jvp(playback.forward)
 
-        return refuse_if(explain, result, *health.failed, health.recovered, *health.needed)
+    @played.defjvp
+    def rule(arguments: Any, tangents: Any) -> Any:
+        solution, record = played(*arguments)
+        _, (end, outputs) = jax.jvp(lambda *x: twin(playback.run, *x), arguments, tangents)
+        outputs = outputs._replace(exact=_zero_tangents(solution[1].exact))
+        return (solution, record), ((end, outputs), _zero_tangents(record))
 
-    def _failed(self, run: Run, step: int, why: int) -> str:
-        kind, name = self._exact(run, []).troubles()[why]
-        at = f"{run.call}: at step {step} "
-        if kind == "loss":
-            return f"{at}the loss became NaN or infinite: training has diverged; lower the learning rate"
-        if kind == "factor":
-            return (
-                f"{at}a factor of {name!r} left [2**-7, 1], outside of which it cannot be undone; keep it "
-                "inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no momentum)"
-            )
-        radix = self._radix(run)[name]
-        wider = {name: max(0, radix - 12)}
-        return (
-            f"{at}{name!r} became NaN or left the range of exact arithmetic, |{name}| < 2**{62 - radix}. "
-            "Training has diverged (lower the learning rate), or its numbers are large: pass "
-            f"Reversible(radix={wider}) for {max(0, 62 - radix) + 12} binary digits before the point"
-        )
+    return played
 
-    def _overflowed(self, run: Run, scaled: Scaled, need: int) -> str:
-        length = self.length(run.steps)
-        bits = (8 * need / math.prod(scaled.factor_shape) + 8) / length
-        enough = {scaled.variable: math.ceil(100 * bits) / 100}
-        return (
-            f"{run.call}: the information buffer of {scaled.variable!r} would overflow: its factors "
-            f"destroy {bits:.3g} bits per element and step, and room for "
-            f"{self._bits(scaled.variable):.3g} was reserved; pass Reversible(bits={enough}) or more"
-        )
 
-    def _not_recovered(self, run: Run) -> str:
-        return (
-            f"{run.call}: played backwards, the run did not arrive at its start, so that its "
-            "hypergradient would be wrong and is withheld. The loss did not give the same gradient bit "
-            "for bit when it was evaluated again (a non-deterministic operation or an impure function?); "
-            "make it deterministic or pass adjoint=Checkpointed()"
-        )
+def _backward(playback: _Playback) -> Callable[..., tuple[list[Leaf], list[Array]]]:
+    """`_Playback.backward`, whose derivative in forward mode is that of the float twin played backwards."""
+
+    @jax.custom_jvp
+    def pulled(arguments: Any, record: _Record, cotangents: _Cotangents) -> Any:
+        return playback.backward(*arguments, record, cotangents)
+
+    def of_twin(arguments: Any, cotangents: _Cotangents) -> Any:
+        start, *arrays = arguments
+        wanted, merge = split(tuple(playback.flags), tuple(arrays))
+
+        def solution(start: list[Leaf], wanted: list[Array]) -> _Cotangents:
+            end, outputs = twin(playback.run, start, *merge(wanted))
+            loss = None if cotangents.loss is None else [outputs.loss]
+            return _Cotangents(end, loss, None if cotangents.watched is None else _inexact(outputs.watched))
+
+        _, pull = jax.vjp(solution, start, wanted)
+        return pull(cotangents)
+
+    @pulled.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        arguments, _, cotangents = primals
+        result = pulled(*primals)
+        _, change = jax.jvp(of_twin, (arguments, cotangents), (tangents[0], tangents[2]))
+        return result, change
+
+    return pulled

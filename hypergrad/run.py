@@ -25,6 +25,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
 from hypergrad import program
@@ -40,11 +41,13 @@ class Constants(NamedTuple):
       loss: flat list of arrays: what the loss closes over, what `observe` does, and the user's ``meta``.
       hypers: for every leaf of the parameters, the constant hyperparameters by name.
       watch: flat list of arrays that ``watch`` closes over.
+      exact: the integers behind the start, where it is the end of another run; see `Outputs`.
     """
 
     loss: list[Array]
     hypers: list[dict[str, Array]]
     watch: list[Array]
+    exact: PyTree = None
 
 
 class Inputs(NamedTuple):
@@ -53,7 +56,7 @@ class Inputs(NamedTuple):
     Attributes:
       batch: flat list of arrays: the user's ``batches``; then the step, for an optimizer that observes.
       hypers: for every leaf of the parameters, the scheduled hyperparameters by name.
-      step: ``(T,)`` int32, ``0 ... T-1``.
+      step: ``(T,)`` int32, ``t, t+1, ...``, from 0 or where another run ended.
     """
 
     batch: list[Array]
@@ -80,10 +83,14 @@ class Snapshot(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one step gives out: the loss before it, and whatever ``watch`` returned."""
+    """What one step gives out: the loss before it, and whatever ``watch`` returned.
+
+    Of a whole run also, where it is played on integers, those behind its end.
+    """
 
     loss: Array
     watched: PyTree
+    exact: PyTree = None
 
 
 Solution = tuple[list[Leaf], Outputs]  # the end of a run, and what its steps gave out
@@ -101,15 +108,25 @@ class Hoisted:
     out_tree: Any
 
     def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
-        """Evaluate on flat arguments."""
-        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, list(consts))
-        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*flat))
+        """Evaluate on flat arguments; those that were `widened` are made narrow again."""
+        narrow = [
+            [x.astype(v.aval.dtype) if x.dtype != v.aval.dtype else x for x, v in zip(given, variables)]
+            for given, variables in ((consts, self.jaxpr.constvars), (flat, self.jaxpr.invars))
+        ]
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrow[0])
+        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*narrow[1]))
+
+
+def widened(x: Array) -> Array:
+    """Floats of 16 bits or fewer as such of 32, in which derivatives are added over the steps."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x
 
 
 def hoist(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Hoisted, list[Array], Any]:
     """Trace a function once; return it hoisted, what it closed over, and the shapes it returns."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    consts = [jnp.asarray(c) if not isinstance(c, jax.Array) else c for c in closed.consts]
+    consts = [widened(jnp.asarray(c) if not isinstance(c, jax.Array) else c) for c in closed.consts]
     return Hoisted(closed.jaxpr, jax.tree.structure(shapes)), consts, shapes
 
 
@@ -174,6 +191,9 @@ class Run:
       x64: whether the user's code runs in JAX's 64-bit mode.
       arguments: tree structure of ``(meta, batch)``, for an optimizer of all parameters at once.
       observe: what else the optimizer evaluates, hoisted, or None; of the same arguments as the loss.
+      names: of the leaves, for messages.
+      labels: of the leaves, where the optimizer has a program for each label.
+      custom: whether the loss holds derivative rules of the user's own.
     """
 
     call: str
@@ -187,6 +207,9 @@ class Run:
     x64: bool
     arguments: Any = None
     observe: Hoisted | None = None
+    names: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+    custom: bool = False
 
     def moves(
         self,
@@ -196,13 +219,15 @@ class Run:
     ) -> list[Sequence[program.Move]]:
         """The moves of every leaf at one step, from its hyperparameters."""
         return [
-            self.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
-            for fixed, scheduled in zip(constants, inputs)
+            self.leaf_moves(i, SimpleNamespace(**fixed, **scheduled), t)
+            for i, (fixed, scheduled) in enumerate(zip(constants, inputs))
         ]
 
-    def leaf_moves(self, h: Any, t: Array) -> Sequence[program.Move]:
+    def leaf_moves(self, leaf: int, h: Any, t: Array) -> Sequence[program.Move]:
         """The moves of one leaf at one step, from its hyperparameters."""
         assert isinstance(self.optimizer, Optimizer)
+        if self.labels is not None:
+            h.label = self.labels[leaf]
         with jax.enable_x64(self.x64):
             return self.optimizer.moves(h, t)
 
@@ -267,11 +292,10 @@ class Run:
         return [{name: tree[i] for name, tree in trees.items()} for i in range(len(params))]
 
     def watched(self, snapshot: Snapshot, constants: Constants) -> PyTree:
-        """What the user watches, without derivatives."""
+        """What the user watches."""
         if self.watch is None:
             return None
-        flat = jax.tree.leaves(jax.lax.stop_gradient(snapshot))
-        return self.watch(jax.lax.stop_gradient(constants.watch), flat)
+        return self.watch(constants.watch, jax.tree.leaves(snapshot))
 
     def snapshot(self, leaves: Sequence[Leaf], loss: Array, seen: Sequence[Seen], t: Array) -> Snapshot:
         """What `watch` is shown."""
@@ -323,11 +347,11 @@ class Run:
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
         t: Array,
+        kept: Sequence[program.Record] | None = None,
     ) -> list[Leaf]:
         """The moves of one step in floats."""
-        return program.step(
-            self.moves(constants, inputs, t), leaves, self.transformed(constants, inputs, seen)
-        )
+        seen = self.transformed(constants, inputs, seen)
+        return program.step(self.moves(constants, inputs, t), leaves, seen, kept)
 
     def _whole(
         self,
@@ -363,7 +387,7 @@ class Run:
     def gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
     ) -> tuple[Array, list[Seen]]:
-        """The same; the derivative of the gradient is forward over reverse, not reverse over reverse."""
+        """The same; the derivative of the gradient is that of `linearise`."""
 
         @jax.custom_vjp
         def evaluate(
@@ -381,7 +405,11 @@ class Run:
         def backward(residual: Any, cotangent: Any) -> Any:
             saved, jaxpr, flags = residual
             primal, residuals = saved
-            products = Linearised(primal, residuals, jaxpr.value).transposed(*instantiate(cotangent))
+            loss_cotangent, direction = cotangent
+            if isinstance(loss_cotangent, SymbolicZero):
+                loss_cotangent = None
+            linearised = Linearised(primal, residuals, jaxpr.value)
+            products = linearised.transposed(loss_cotangent, instantiate(direction))
             return products.params, scatter(thaw(flags), products.wanted)
 
         evaluate.defvjp(forward, backward, symbolic_zeros=True)
@@ -407,26 +435,24 @@ class Linearised(NamedTuple):
       primal: ``(loss, seen, ∂L/∂θ)``, where ``seen`` is ``∂L/∂w`` and ``S``, by leaf.
       residuals: what the linear map needs besides its argument.
       jaxpr: the linear map from a direction ``(u_g, u_S)`` by leaf to
-        ``(∂²L/∂w∂w u_g + u_S ∂S/∂w,  ∂²L/∂θ∂w u_g + u_S ∂S/∂θ)``.
+        ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
     """
 
     primal: tuple[Array, list[Seen], list[Array]]
     residuals: list[Array]
     jaxpr: Any
 
-    def transposed(self, loss_cotangent: Array, direction: Sequence[Seen]) -> Products:
-        """``(l ∂L/∂w + ∂²L/∂w∂w u_g + u_S ∂S/∂w,  l ∂L/∂θ + ∂²L/∂θ∂w u_g + u_S ∂S/∂θ)``.
-
-        Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
-        directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.
-        """
+    def transposed(self, loss_cotangent: Array | None, direction: Sequence[Seen]) -> Products:
+        """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``; None is ``l = 0``."""
         closed = jax.extend.core.ClosedJaxpr(self.jaxpr, self.residuals)
-        products = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(list(direction)))
+        total = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(list(direction)))
         _, seen, first_theta = self.primal
-        total = [
-            (loss_cotangent * first).astype(first.dtype) + second
-            for first, second in zip([*gradients(seen), *first_theta], products)
-        ]
+        if loss_cotangent is not None:
+            used = loss_cotangent != 0  # at a step that is masked, ∂L/∂θ need not be a number
+            total = [
+                jnp.where(used, loss_cotangent * first, 0).astype(first.dtype) + second
+                for first, second in zip([*gradients(seen), *first_theta], total)
+            ]
         return Products(total[: len(seen)], total[len(seen) :])
 
 
@@ -434,6 +460,11 @@ def linearise(
     run: Run, params: list[Array], theta: PyTree, flags: PyTree, live: Array | None = None
 ) -> Linearised:
     """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
+
+    Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
+    directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.  Where the loss holds
+    derivative rules of the user's own, ``g`` need be no gradient and ``∂g/∂w`` not symmetric: then reverse
+    over reverse.
 
     Args:
       run: the run.
@@ -448,49 +479,59 @@ def linearise(
     def evaluate(params: list[Array], theta: PyTree) -> Any:
         wanted, merge = split(flags, theta)
 
-        def both(params: list[Array]) -> tuple[Array, list[Array], list[Array]]:
-            def loss(w: list[Array], wanted: list[Array]) -> Array:
-                return run.loss_at(w, *merge(wanted))
+        def loss(w: list[Array], wanted: list[Array]) -> Array:
+            return run.loss_at(w, *merge(wanted))
 
-            value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(params, wanted)
-            return value, *gradients
+        second: Callable[[list[Array]], Any]
+        if run.custom:
+            value_and_gradient = jax.value_and_grad(loss)
+            gradient, second, value = jax.vjp(
+                lambda w, wanted: value_and_gradient(w, wanted)[::-1], params, wanted, has_aux=True
+            )
+            first_theta = jax.grad(loss, argnums=1)(params, wanted)
+        else:
 
-        (value, gradient, first_theta), linear = jax.linearize(both, params)
+            def both(w: list[Array]) -> tuple[Array, list[Array], list[Array]]:
+                value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(w, wanted)
+                return value, *gradients
+
+            (value, gradient, first_theta), linear = jax.linearize(both, params)
+            second = lambda u: linear(u)[1:]  # noqa: E731
         observed, pull_back = jax.vjp(
             lambda params, wanted: run.observed_at(params, *merge(wanted)), params, wanted
         )
         seen = [{"gradient": g, **each} for g, each in zip(gradient, observed)]
 
         def products(direction: list[Seen]) -> list[Array]:
-            _, *second = linear(gradients(direction))
+            along = jax.tree.leaves(second(gradients(direction)))
             if run.observe is None:
-                return jax.tree.leaves(second)
+                return along
             bars = [{name: u[name] for name in each} for u, each in zip(direction, observed)]
-            return jax.tree.map(jnp.add, jax.tree.leaves(second), jax.tree.leaves(pull_back(bars)))
+            return jax.tree.map(jnp.add, along, jax.tree.leaves(pull_back(bars)))
 
         closed = jax.make_jaxpr(products)(seen)
         linear_map.append(closed.jaxpr)
-        return (value, seen, first_theta), list(closed.consts)
+        return (value, seen), (first_theta, list(closed.consts))
 
     if live is None:
-        primal, residuals = evaluate(params, theta)
+        primal, (first_theta, residuals) = evaluate(params, theta)
     else:
-        primal, residuals = _first_apart(live, evaluate, params, theta)
-    return Linearised(primal, residuals, linear_map[-1])
+        primal, (first_theta, residuals) = _first_apart(live, evaluate, params, theta)
+    return Linearised((*primal, first_theta), residuals, linear_map[-1])
 
 
 def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
-    """Evaluate a function that returns ``((loss, seen, ∂L/∂θ), second)``, the first in isolation.
+    """Evaluate a function that returns ``((loss, seen), second)``, the first in isolation.
 
     Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler
     that is let know what goes unused makes another computation of what is left.  A gradient keeps all else
-    alive, as it is used in both directions; the loss is not on the way back, nor ``∂L/∂θ`` forwards.
+    alive, as it is used in both directions; the loss is not on the way back.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
     split_at = len(jax.tree.leaves(shapes[0]))
     first_outputs, second_outputs = jaxpr.outvars[:split_at], jaxpr.outvars[split_at:]
-    _, seen, _ = jax.tree.unflatten(jax.tree.structure(shapes[0]), first_outputs)
+    _, seen = jax.tree.unflatten(jax.tree.structure(shapes[0]), first_outputs)
     always = gradients(seen)
 
     needed = {v for v in first_outputs if isinstance(v, Var)}

@@ -12,32 +12,41 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import exact
-from hypergrad.program import Assign, Leaf, ReversalError, Scale, Whole
+from hypergrad.program import PARAMS, Assign, Keep, Leaf, ReversalError, Scale, Whole
 from hypergrad.run import Constants, Inputs, Run
 
 
-class Scaled(NamedTuple):
-    """One `Scale` of one leaf: its variable, that variable's shape, and the factor's: () or the same."""
+class Taped(NamedTuple):
+    """One `Scale` or `Keep` of one leaf, which writes to a tape.
+
+    Attributes:
+      variable: that is scaled, or the name of what is kept.
+      shape: of the variable, or of the leaf.
+      factor_shape: of the factor: () or the same; () for what is kept.
+      levels: of what is kept, how many; 0 for a scale.
+    """
 
     variable: str
     shape: tuple[int, ...]
     factor_shape: tuple[int, ...]
+    levels: int = 0
 
 
-def _factors(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
-    """Numerators of all scales of one leaf at one step; None where only the run itself tells."""
-    moves = run.leaf_moves(SimpleNamespace(**fixed, **scheduled), t)
-    return [
-        None
-        if callable(move.factor)
-        else exact.spread(move.numerator(move.factor), start[move.variable].shape)
-        for move in moves
-        if isinstance(move, Scale)
-    ]
+def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
+    """What all that is taped of one leaf costs in one step; None where only the run itself tells."""
+    costs: list[Array | None] = []
+    for move in run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t):
+        if isinstance(move, Keep):
+            costs.append(jnp.asarray(exact.cost_of_levels(len(move.levels)), jnp.int64))
+        elif isinstance(move, Scale):
+            known = not callable(move.factor)
+            shape = start[move.variable].shape
+            costs.append(exact.cost(exact.spread(move.numerator(move.factor), shape)) if known else None)
+    return costs
 
 
-def scales_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Scaled]]:
-    """The scales of every leaf; refuses a program that cannot be reversed."""
+def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
+    """What is taped of every leaf; refuses a program that cannot be reversed."""
     if isinstance(run.optimizer, Whole):
         raise ReversalError(
             f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
@@ -46,28 +55,30 @@ def scales_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs)
     result = []
     for i, leaf in enumerate(start):
         h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
-        moves = run.leaf_moves(h, inputs.step[0])
+        moves = run.leaf_moves(i, h, inputs.step[0])
         for move in moves:
             if isinstance(move, Assign):
                 raise ReversalError(
                     f"{run.call}: {run.optimizer.name} overwrites {move.variable!r} in a way that cannot "
                     "be undone, so it has no exact reversal; pass adjoint=Checkpointed() or Stored()"
                 )
-        scaled = []
+        taped = []
         for move in moves:
-            if isinstance(move, Scale):
+            if isinstance(move, Keep):
+                taped.append(Taped(move.name, leaf[PARAMS].shape, (), len(move.levels)))
+            elif isinstance(move, Scale):
                 shape = leaf[move.variable].shape
                 # What a factor may remember are scalars.
                 factor = move.factor(_Ones()) if callable(move.factor) else move.factor
                 n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
-                scaled.append(Scaled(move.variable, shape, n.shape))
-        result.append(scaled)
+                taped.append(Taped(move.variable, shape, n.shape))
+        result.append(taped)
     return result
 
 
 def known_lengths(
     run: Run,
-    scales: list[list[Scaled]],
+    taped: list[list[Taped]],
     start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
@@ -75,32 +86,34 @@ def known_lengths(
 ) -> list[list[int | None]]:
     """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
     lengths: list[list[int | None]] = []
-    for i, (leaf, scaled) in enumerate(zip(start, scales)):
+    for i, (leaf, each) in enumerate(zip(start, taped)):
         fixed, scheduled = constants.hypers[i], inputs.hypers[i]
-        lengths.append([None] * len(scaled))
-        if not scaled:
+        lengths.append([None] * len(each))
+        if not each:
             continue
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            numerators = partial(_factors, run, i, leaf)
+            costs = partial(_costs, run, i, leaf)
             # A factor may come out one unit away from that of the run: one bit more is enough for all.
-            empty = [exact.empty_bits(s.factor_shape) + exact.BIT for s in scaled]
-            if all(s.factor_shape == () for s in scaled):
-                over = jax.vmap(numerators, (None, 0, 0))(fixed, scheduled, inputs.step)
+            # Registers that are not empty at the start hold up to a byte more.
+            more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
+            empty = [exact.empty_bits(s.factor_shape) + more * exact.BIT for s in each]
+            if all(s.factor_shape == () for s in each):
+                over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, inputs.step)
                 needed = [
-                    None if n is None else exact.tape_length(bits + _longest(exact.cost(n), length))
+                    None if n is None else exact.tape_length(bits + _longest(n, length))
                     for n, bits in zip(over, empty)
                 ]
             elif any(isinstance(x, jax.core.Tracer) for x in [*fixed.values(), *scheduled.values()]):
                 continue
             else:
-                needed = _needed(partial(numerators, fixed), empty, length, scheduled, inputs.step)
+                needed = _needed(partial(costs, fixed), empty, length, scheduled, inputs.step)
             for k, need in enumerate(needed):
                 lengths[i][k] = None if need is None or isinstance(need, jax.core.Tracer) else int(need)
     return lengths
 
 
 def _needed(
-    numerators: Callable[..., list[Array | None]],
+    costs: Callable[..., list[Array | None]],
     empty: list[Array],
     length: int,
     scheduled: Mapping[str, Array],
@@ -111,14 +124,16 @@ def _needed(
     def add(carry: Any, x: Any) -> Any:
         (bits, needed), (hypers, t) = carry, x
         first = (t - steps[0]) % length == 0
-        costs = [0 if n is None else exact.cost(n) for n in numerators(hypers, t)]
-        bits = [jnp.where(first, e, b) + c for e, b, c in zip(empty, bits, costs)]
-        return (bits, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, bits)]), None
+        grown = [
+            jnp.where(first, e, b) + (0 if c is None else c)
+            for e, b, c in zip(empty, bits, costs(hypers, t))
+        ]
+        return (grown, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, grown)]), None
 
     nothing = [jnp.int64(0) for _ in empty]
     (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
-    told = numerators({name: x[0] for name, x in scheduled.items()}, steps[0])
-    return [None if n is None else need for n, need in zip(told, needed)]
+    told = costs({name: x[0] for name, x in scheduled.items()}, steps[0])
+    return [None if cost is None else need for cost, need in zip(told, needed)]
 
 
 def _longest(costs: Array, length: int) -> Array:
@@ -139,12 +154,12 @@ def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: In
 
     One bit, for which `Reversible` has room by default, where only the run itself tells.
     """
-    scales = scales_of(run, start, constants, inputs)
-    lengths = known_lengths(run, scales, start, constants, inputs, run.steps)
+    taped = taped_of(run, start, constants, inputs)
+    lengths = known_lengths(run, taped, start, constants, inputs, run.steps)
     bits: dict[str, float] = {}
-    for scaled, need in zip(itertools.chain(*scales), itertools.chain(*lengths)):
-        each = 1.0 if need is None else 8 * need / math.prod(scaled.factor_shape) / run.steps
-        bits[scaled.variable] = max(each, bits.get(scaled.variable, 0.0))
+    for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):
+        rate = 1.0 if need is None else 8 * need / max(1, math.prod(each.factor_shape)) / run.steps
+        bits[each.variable] = max(rate, bits.get(each.variable, 0.0))
     return bits
 
 

@@ -18,7 +18,7 @@ from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 
 # Programs with `Keep` that `Reversible` cannot play back yet.
-NOT_YET: set[str] = {"lion", "grams", "cautious_adamw", "yogi"}
+NOT_YET: set[str] = set()
 
 STEPS = 50
 ONE = {"matrix": (4, 3)}  # for what acts element by element

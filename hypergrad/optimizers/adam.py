@@ -35,10 +35,9 @@ from jax import Array
 
 from hypergrad import exact
 from hypergrad.optimizers import roots
-from hypergrad.program import Assign, Move, Optimizer, Scale, Shift, Variable
+from hypergrad.program import SQUARES, Assign, Move, Optimizer, Scale, Shift, Variable
 
-SQUARES = Variable(radix=58)  # what gathers squares
-MOMENTS = {"mu": Variable(radix=56), "nu": SQUARES}
+MOMENTS = {"mu": Variable(), "nu": SQUARES}
 HYPERS = {"learning_rate": None, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 DOMAINS = {
     "learning_rate": (0.0, float("inf")),

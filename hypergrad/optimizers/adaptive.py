@@ -29,9 +29,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.program import Assign, Move, Optimizer, Scale, Shift, Variable
+from hypergrad.program import SQUARES, Assign, Move, Optimizer, Scale, Shift, Variable
 
-AVERAGE_OF_SQUARES = Variable(radix=54)
 DOMAINS = {
     "learning_rate": (0.0, float("inf")),
     "momentum": (0.0, 1.0),
@@ -66,7 +65,7 @@ def adagrad() -> Optimizer:
         ]
 
     hypers = {"learning_rate": None, "eps": 1e-7}
-    return Optimizer("adagrad()", moves, {"sum_of_squares": Variable()}, hypers, DOMAINS)
+    return Optimizer("adagrad()", moves, {"sum_of_squares": SQUARES}, hypers, DOMAINS)
 
 
 def adagrad_momentum() -> Optimizer:
@@ -95,7 +94,7 @@ def adagrad_momentum() -> Optimizer:
             Shift("params", lambda s: -s.velocity),
         ]
 
-    variables = {"sum_of_squares": Variable(), "velocity": Variable()}
+    variables = {"sum_of_squares": SQUARES, "velocity": Variable()}
     hypers = {"learning_rate": None, "momentum": 0.9, "eps": 1e-7}
     return Optimizer("adagrad_momentum()", moves, variables, hypers, DOMAINS)
 
@@ -207,7 +206,7 @@ def rmsprop_momentum(centered: bool = False) -> Optimizer:
 
 
 def _rmsprop_variables(centered: bool) -> dict[str, Variable]:
-    return {"nu": AVERAGE_OF_SQUARES, **({"mu": Variable()} if centered else {})}
+    return {"nu": SQUARES, **({"mu": Variable()} if centered else {})}
 
 
 def _rmsprop_averages(h: Any, centered: bool) -> list[Move]:

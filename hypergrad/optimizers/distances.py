@@ -30,9 +30,9 @@ from jax import Array
 
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import SQUARES, weight
+from hypergrad.optimizers.adam import weight
 from hypergrad.optimizers.scalars import number
-from hypergrad.program import Move, Optimizer, Remember, Scale, Shift, Total, Variable
+from hypergrad.program import SQUARES, Move, Optimizer, Remember, Scale, Shift, Total, Variable
 
 DOMAINS = {**ADAM_DOMAINS, "momentum": (0.0, 1.0), "estim_lr_coef": (0.0, float("inf"))}
 

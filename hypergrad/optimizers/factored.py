@@ -30,9 +30,8 @@ from jax import Array
 
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import SQUARES
 from hypergrad.optimizers.scalars import number
-from hypergrad.program import Move, Optimizer, Scale, Shift, Variable
+from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
 SMALLEST_SIZE = 1e-3  # what the root mean square of parameters counts at least, as in optax
 DOMAINS = {

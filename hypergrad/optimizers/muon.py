@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import SQUARES, decayed, unbiased
+from hypergrad.optimizers.adam import decayed, unbiased
 from hypergrad.optimizers.scalars import number
-from hypergrad.program import Move, Optimizer, Scale, Shift, Variable
+from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 DOMAINS = {

@@ -29,8 +29,8 @@ from jax import Array
 
 from hypergrad.curvature import Likelihood
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import SQUARES, decayed, unbiased
-from hypergrad.program import Move, Optimizer, Scale, Shift, Variable
+from hypergrad.optimizers.adam import decayed, unbiased
+from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
 PyTree = Any
 Diagonal = Callable[[PyTree, PyTree, PyTree, Array], PyTree]  # of params, meta, batch, step
