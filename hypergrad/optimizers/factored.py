@@ -104,8 +104,8 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
     bits per parameter and step, 0.152 at the defaults, and ``log2(1 / (1-δ))`` per element of ``r``, ``c``
     and ``v``.  Without momentum it is not reversible, since ``w`` then moves by a function of itself.
 
-    In exact arithmetic what is below half a step of a second moment is 0, and so is ε at its default: an
-    element whose second moment is 0 does not move.
+    In exact arithmetic ε counts only if the first gradients are not larger by too many digits (see
+    `hypergrad.program.Variable`), and an element whose second moment is 0 does not move.
 
     Args:
       min_dim_size_to_factor: static.
@@ -121,7 +121,8 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25, "momentum": 0.5}
-    >>> hg.train(square, jnp.ones((2, 2)), hypers, steps=1, optimizer=hg.adafactor(2)).params
+    >>> hg.train(square, jnp.ones((2, 2)), hypers, steps=1, optimizer=hg.adafactor(2),
+    ...          adjoint=hg.Checkpointed()).params
     Array([[0.875, 0.875],
            [0.875, 0.875]], dtype=float32)
     """

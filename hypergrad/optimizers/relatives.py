@@ -17,8 +17,7 @@ symbol  name                 meaning
 ``λ``   weight_decay         ``>= 0``
 ======  ===================  ==============================================================================
 
-All products are element by element.  In exact arithmetic, ``v`` has the range and the steps that it has in
-`hypergrad.optimizers.adam`.
+All products are element by element.
 """
 
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ def adabelief() -> Optimizer:
     ``m <- β1 m + (1-β1) g;  v <- β2 v + (1-β2) (g - m)² + ε₂;  w <- w - α m̂ / (√v̂ + ε)``.
 
     Hyperparameters: ``learning_rate`` (α), ``b1``, ``b2``, ``eps`` (ε, default 1e-16) and ``eps_root``
-    (ε₂, default 1e-16, which is 28.8 steps of ``v`` in exact arithmetic), as in ``optax.adabelief``.
+    (ε₂, default 1e-16), as in ``optax.adabelief``.
     Variables: ``mu`` (m) and ``nu`` (v).  Reversible: costs ``log2(1 / β1) + log2(1 / β2)`` bits per
     parameter and step, 0.153 at the defaults.
 
@@ -92,8 +91,7 @@ def yogi() -> Optimizer:
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25, "eps": 0.0}
-    >>> end = hg.train(square, jnp.ones(2), hypers, steps=1, optimizer=hg.yogi(),
-    ...                adjoint=hg.Checkpointed()).params
+    >>> end = hg.train(square, jnp.ones(2), hypers, steps=1, optimizer=hg.yogi()).params
     >>> [round(float(x), 3) for x in end]
     [0.75, 0.75]
     """

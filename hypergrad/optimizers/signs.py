@@ -82,8 +82,7 @@ def lion() -> Optimizer:
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25, "weight_decay": 0.0}
-    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.lion(),
-    ...          adjoint=hg.Checkpointed()).params
+    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.lion()).params
     Array([ 0.75, -1.75], dtype=float32)
     """
 
@@ -113,8 +112,7 @@ def grams() -> Optimizer:
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25}
-    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.grams(),
-    ...          adjoint=hg.Checkpointed()).params
+    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.grams()).params
     Array([ 0.75, -1.75], dtype=float32)
     """
 
@@ -145,8 +143,7 @@ def cautious_adamw() -> Optimizer:
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25, "weight_decay": 0.0}
-    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.cautious_adamw(),
-    ...          adjoint=hg.Checkpointed()).params
+    >>> hg.train(square, jnp.array([1.0, -2.0]), hypers, steps=1, optimizer=hg.cautious_adamw()).params
     Array([ 0.75, -1.75], dtype=float32)
     """
 
