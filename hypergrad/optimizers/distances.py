@@ -103,8 +103,8 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     per parameter and step, 0.154 at the defaults, and four numbers for every leaf; and ``log2(1 / (1 - δ
     λ))``, which is not known before the run, so that ``Reversible(bits=...)`` is reserved for it.
 
-    ``v`` and ``s`` are in units of ``d``, which may grow by many orders from its start.  Where one of them
-    outgrows its digits, `Reversible` says so; start with a larger ``d`` then.
+    ``q`` grows with ``d³``, from the default ``d₀`` by more orders than exact arithmetic leaves room for by
+    itself: start with a larger ``d₀``, or pass ``Reversible(radix={"numerator": 40})``, for ``|q| < 2**22``.
 
     Args:
       estim_lr0: ``d₀ > 0``.
@@ -163,10 +163,10 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     variables = {
         "mu": Variable(),
         "nu": SQUARES,
-        "grad_sum": Variable(),
+        "grad_sum": Variable(words=2),  # grows with d²
         "start": Variable(_itself),
         "estim_lr": Variable(lambda leaf: jnp.full((), estim_lr0, leaf.dtype)),
-        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype)),
+        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=2),  # and this with d³
     }
     hypers = {
         "learning_rate": 1.0,
