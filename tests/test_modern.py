@@ -17,8 +17,9 @@ from hypergrad import curvature, exact
 from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 
-# What `Reversible` cannot play back yet: variables without elements.
+# What `Reversible` cannot play back yet: variables without elements; and in float32 what is kept.
 NOT_YET = {"adafactor"}
+NOT_YET_IN_FLOAT32 = {"cautious_adamw", "grams", "lion", "yogi"}
 
 STEPS = 50
 ONE = {"matrix": (4, 3)}  # for what acts element by element
@@ -700,7 +701,10 @@ def test_a_kept_sign_as_an_optax_transformation() -> None:
     ("name", "steps"),
     [
         ("madgrad", 300),
-        *(pytest.param(name, 10_000, marks=pytest.mark.slow) for name in sorted(set(CASES) - NOT_YET)),
+        *(
+            pytest.param(name, 10_000, marks=pytest.mark.slow)
+            for name in sorted(set(CASES) - NOT_YET - NOT_YET_IN_FLOAT32)
+        ),
     ],
 )
 def test_returns_to_the_start_bit_for_bit(name: str, steps: int) -> None:

@@ -104,7 +104,8 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     λ))``, which is not known before the run, so that ``Reversible(bits=...)`` is reserved for it.
 
     ``q`` grows with ``d³``, from the default ``d₀`` by more orders than exact arithmetic leaves room for by
-    itself: start with a larger ``d₀``, or pass ``Reversible(radix={"numerator": 40})``, for ``|q| < 2**22``.
+    itself: start with a larger ``d₀``, or pass ``Reversible(radix={"numerator": 40})`` for ``|q|`` below
+    ``2**22``.
 
     Args:
       estim_lr0: ``d₀ > 0``.
