@@ -97,7 +97,7 @@ def gauss_newton_bartlett(
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
-    >>> network = lambda w, x, step: x[:, None] * w
+    >>> network = lambda w, x, step: x[:, None] * w[None]
     >>> diagonal = gauss_newton_bartlett(network, curvature.bernoulli())
     >>> diagonal(jnp.zeros(1), jnp.array([2.0]), None, jnp.int32(0))
     Array([1.], dtype=float32)
