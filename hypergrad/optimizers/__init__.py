@@ -10,44 +10,70 @@ from hypergrad.optimizers.adaptive import (
     sm3,
 )
 from hypergrad.optimizers.asynchrony import Asynchrony
+from hypergrad.optimizers.average import with_average
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
+from hypergrad.optimizers.distances import madgrad, prodigy
+from hypergrad.optimizers.factored import adafactor, novograd
 from hypergrad.optimizers.filtered import filtered
 from hypergrad.optimizers.improvement import expected_improvement, probability_of_improvement, quadratic
 from hypergrad.optimizers.kfac import adaptive_kfac, kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
+from hypergrad.optimizers.muon import adamuon, muon, normuon
+from hypergrad.optimizers.relatives import adabelief, ademamix, adopt, yogi
 from hypergrad.optimizers.shampoo import shampoo
+from hypergrad.optimizers.signs import cautious_adamw, grams, lion, signum
+from hypergrad.optimizers.sophia import gauss_newton_bartlett, hutchinson, sophia
 
 __all__ = [
     "Asynchrony",
+    "adabelief",
     "adadelta",
+    "adafactor",
     "adagrad",
     "adagrad_momentum",
     "adam",
     "adamax",
+    "adamuon",
     "adamw",
     "adaptive_kfac",
+    "ademamix",
+    "adopt",
     "amsgrad",
     "as_optax",
+    "cautious_adamw",
     "clip",
     "clip_by_global_norm",
     "expected_improvement",
     "filtered",
     "from_optax",
+    "gauss_newton_bartlett",
+    "grams",
     "heavy_ball",
+    "hutchinson",
     "kfac",
     "lamb",
     "lars",
+    "lion",
+    "madgrad",
     "momentum",
+    "muon",
     "nadam",
     "nesterov",
+    "normuon",
+    "novograd",
     "probability_of_improvement",
+    "prodigy",
     "quadratic",
     "radam",
     "rmsprop",
     "rmsprop_momentum",
     "sgd",
     "shampoo",
+    "signum",
     "sm3",
+    "sophia",
+    "with_average",
+    "yogi",
 ]

@@ -84,6 +84,13 @@ def direction(h: Any, t: Array, mu: Array, nu: Array) -> Array:
     return unbiased(mu, h.b1, t) / (roots.sqrt(unbiased(nu, h.b2, t)) + h.eps)
 
 
+def decayed(h: Any) -> Scale:
+    """``w <- (1 - α λ) w``."""
+    # αλ may be below the rounding error of 1.
+    kept = 1 - h.learning_rate * h.weight_decay
+    return Scale("params", kept, lambda _: exact.complement(h.learning_rate, h.weight_decay))
+
+
 def adam() -> Optimizer:
     """Adam, ``m <- β1 m + (1-β1) g;  v <- β2 v + (1-β2) g²;  w <- w - α m̂ / (√v̂ + ε)``.
 
@@ -125,11 +132,8 @@ def adamw() -> Optimizer:
     """
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
-        kept = 1 - h.learning_rate * h.weight_decay
         step = Shift("params", lambda s: -h.learning_rate * direction(h, t, s.mu, s.nu))
-        # αλ may be below the rounding error of 1.
-        decay = Scale("params", kept, lambda _: exact.complement(h.learning_rate, h.weight_decay))
-        return [*moments(h), decay, step]
+        return [*moments(h), decayed(h), step]
 
     return Optimizer("adamw()", moves, MOMENTS, {**HYPERS, "weight_decay": 1e-4}, DOMAINS)
 
