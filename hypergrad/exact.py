@@ -193,7 +193,8 @@ def shift(number: Fixed, amount: Array) -> Fixed:
         words = len(number.low)
         radix = settled(number.radix, amount, words)
         high, low = _digits(amount, radix, words)
-        carry, sums = jnp.asarray(False), []
+        carry = jnp.asarray(False)
+        sums: list[Array] = []
         # Carries are told from what is new, so that it can be written over what was.
         for old, new in reversed([*zip(number.low, low)]):
             sums.insert(0, old + new + carry.astype(jnp.uint32))
@@ -205,7 +206,8 @@ def unshift(number: Fixed, amount: Array) -> Fixed:
     """Undo `shift` by the same amount."""
     with jax.enable_x64(True):
         high, low = _digits(amount, number.radix, len(number.low))
-        borrow, rests = jnp.asarray(False), []
+        borrow = jnp.asarray(False)
+        rests: list[Array] = []
         for old, new in reversed([*zip(number.low, low)]):
             rests.insert(0, old - new - borrow.astype(jnp.uint32))
             borrow = (rests[0] > ~new) | (borrow & (rests[0] == ~new))

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -365,6 +365,13 @@ def alike(program: Sequence[Sequence[Move]]) -> list[list[int]]:
     return list(groups.values())
 
 
+T = TypeVar("T")
+
+
+def _of(group: Sequence[int], each: Sequence[T]) -> list[T]:
+    return [each[i] for i in group]
+
+
 def step(
     program: Sequence[Sequence[Move]],
     leaves: Sequence[Leaf],
@@ -381,8 +388,9 @@ def step(
     """
     new = [dict(leaf) for leaf in leaves]
     for group in alike(program):
-        part = [[each[i] for i in group] for each in (program, leaves, seen, kept or [{} for _ in leaves])]
-        for i, leaf in zip(group, _step_alike(*part)):
+        known = [{} for _ in group] if kept is None else _of(group, kept)
+        moved = _step_alike(_of(group, program), _of(group, leaves), _of(group, seen), known)
+        for i, leaf in zip(group, moved):
             new[i] = leaf
     return new
 
@@ -616,7 +624,8 @@ class Exact(NamedTuple):
             for i, record in zip(group, records):
                 move = programs[i][k]
                 assert isinstance(move, Scale)
-                view = _view(move, k, programs[i], leaves[i].numbers, {}, record)
+                names: Leaf = dict.fromkeys(leaves[i].numbers, jnp.zeros(()))  # may not be read
+                view = _view(move, k, programs[i], names, {}, record)
                 with jax.enable_x64(self.x64):
                     result.append(jnp.asarray(factor_of(move, view)))
             return result
@@ -645,7 +654,7 @@ class Exact(NamedTuple):
         others = [
             ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group
         ]
-        dtypes = [self.dtypes[i] for i in group]
+        dtypes = _of(group, self.dtypes)
 
         def evaluate(at: PyTree, others: list[ExactLeaf], seen: Any, records: Any) -> list[Array]:
             floats, result, programs = self.floats(others, dtypes=dtypes), [], self.program(*at)
@@ -657,8 +666,7 @@ class Exact(NamedTuple):
                 result.append(jnp.broadcast_to(amount, leaves[i].numbers[variable].high.shape))
             return result
 
-        chosen = [[each[i] for i in group] for each in (seen, records)]
-        return _same_bits(live, evaluate, at, others, *chosen)
+        return _same_bits(live, evaluate, at, others, _of(group, seen), _of(group, records))
 
     def step(
         self,
@@ -685,11 +693,10 @@ class Exact(NamedTuple):
             taped = 0
             for k, move in enumerate(programs[group[0]]):
                 if isinstance(move, Remember | Total | Keep):
-                    parts = [[each[i] for i in group] for each in (now, seen, records, programs)]
-                    dtypes = [self.dtypes[i] for i in group]
+                    dtypes, given = _of(group, self.dtypes), (_of(group, seen), _of(group, records))
                     with jax.enable_x64(self.x64):
-                        floats = self.floats(parts[0], dtypes=dtypes)
-                        remembered = _remembered(k, parts[3], floats, parts[1], parts[2], dtypes)
+                        floats = self.floats(_of(group, now), dtypes=dtypes)
+                        remembered = _remembered(k, _of(group, programs), floats, *given, dtypes)
                     for i, record in zip(group, remembered):
                         records[i] = record
                         wrong = look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
@@ -706,9 +713,9 @@ class Exact(NamedTuple):
                     for i, n in zip(group, self.factors(k, group, at, now, records, live)):
                         wrong = look(exact.admissible(n), ("factor", v), i)
                         n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
-                        state = now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]
+                        number, buffer, tape = now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]
                         now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = in_place(
-                            live, lambda state, n: exact.scale(*state, n), state, n
+                            live, _scaled, (number, buffer, tape), n
                         )
                     taped += 1
                 elif isinstance(move, Shift):
@@ -785,6 +792,10 @@ class Exact(NamedTuple):
                     for i, amount in zip(group, self.amounts(k, group, at, now, given, records, live)):
                         now[i].numbers[v] = in_place(live, exact.unshift, now[i].numbers[v], amount)
         return now
+
+
+def _scaled(state: tuple[exact.Fixed, exact.Buffer, Array], n: Array) -> Any:
+    return exact.scale(*state, n)
 
 
 def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:

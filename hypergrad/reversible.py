@@ -571,8 +571,8 @@ class _Playback:
                 trouble = self.integers.troubles().index(("rounding", name))
                 found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
 
-                def matters(_: Array, *of: Any) -> Array:
-                    return exact.matters(*of, LARGEST_LOSS, self.run.steps)
+                def matters(_: Array, total: Array, number: exact.Fixed) -> Array:
+                    return exact.matters(total, number, LARGEST_LOSS, self.run.steps)
 
                 fine, much = jnp.asarray(False), jnp.any(guard.total > 0)
                 wrong = in_place(much, matters, fine, guard.total, leaf.numbers[name])
@@ -932,7 +932,8 @@ def _backward(playback: _Playback) -> Callable[..., tuple[list[Leaf], list[Array
 
     @jax.custom_jvp
     def pulled(arguments: Any, record: _Record, cotangents: _Cotangents) -> Any:
-        return playback.backward(*arguments, record, cotangents)
+        start, constants, inputs = arguments
+        return playback.backward(start, constants, inputs, record, cotangents)
 
     def of_twin(arguments: Any, cotangents: _Cotangents) -> Any:
         start, *arrays = arguments

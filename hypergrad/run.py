@@ -89,7 +89,7 @@ class Outputs(NamedTuple):
     Of a whole run also, where it is played on integers, those behind its end.
     """
 
-    loss: Array
+    loss: Any
     watched: PyTree
     exact: PyTree = None
 
