@@ -5,6 +5,7 @@ from hypergrad import (
     constraints,
     curvature,
     data,
+    errors,
     files,
     implicit,
     layers,
@@ -17,6 +18,7 @@ from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
 from hypergrad.augment import Augmentation
 from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.distill import ChaosWarning, Distilled, Recipe, distill, load_distilled
+from hypergrad.errors import readable_errors
 from hypergrad.evaluation import Evaluation, evaluate
 from hypergrad.optimizers import (
     Asynchrony,
@@ -67,7 +69,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.planner import Estimate, Plan, plan
-from hypergrad.reversible import ReversalError, Reversible
+from hypergrad.reversible import LaneWarning, ReversalError, Reversible
 from hypergrad.run import Snapshot
 from hypergrad.train import Trained, train
 from hypergrad.tuning import Tuned, tune
@@ -85,6 +87,7 @@ __all__ = [
     "Evaluation",
     "Finding",
     "Forward",
+    "LaneWarning",
     "Plan",
     "Recipe",
     "Report",
@@ -118,6 +121,7 @@ __all__ = [
     "curvature",
     "data",
     "distill",
+    "errors",
     "evaluate",
     "files",
     "filtered",
@@ -146,6 +150,7 @@ __all__ = [
     "problems",
     "prodigy",
     "radam",
+    "readable_errors",
     "rmsprop",
     "rmsprop_momentum",
     "schedules",
