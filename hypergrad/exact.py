@@ -377,7 +377,7 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
 
     and ``I <- I'``, which is ``d I / n`` and a little more, so that ``q div I' < n``.  As in Algorithm 3
     there is one digit less in ``c`` and one more in ``i``, or the other way round.  There the new digit of
-    ``c`` is any number, ``(i d + r) mod n``; here it is ``r n / d`` to one part in ``2**22``, so that the
+    ``c`` is any number, ``(i d + r) mod n``; here it is ``r n / d`` to one part in ``2**21``, so that the
     number is scaled to its last digit.
 
     Args:
