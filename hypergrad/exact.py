@@ -87,23 +87,27 @@ def _by_row(x: Array) -> Array:
     return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
 
 
-def settled(radix: Array, x: Array, words: int) -> Array:
-    """The radix of an array that is all zero so far, now that ``x`` is added to it; others keep theirs.
+def settled(radices: list[Array], added: list[Array], words: list[int]) -> list[Array]:
+    """The radices of arrays that are all zero so far, now that numbers are added; others keep theirs.
 
     The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
     in every radix, so that on the way back the one in which it ended serves all along.
     """
 
-    def fitting(count: Array, radix: Array) -> Array:
-        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
-        usable = (largest > 0) & jnp.isfinite(largest)
-        _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
-        new = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
-        return jnp.where(usable, new.astype(jnp.int32), radix)
+    def fitting(count: Array, radices: list[Array]) -> list[Array]:
+        new = []
+        for radix, x, low in zip(radices, added, words):
+            largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
+            usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
+            _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
+            fitted = jnp.clip(62 - HEADROOM[low] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
+            new.append(jnp.where(usable, fitted.astype(jnp.int32), radix))
+        return new
 
     with jax.enable_x64(True):
         # A loop that is run once or not at all: what is not needed costs nothing.
-        return jax.lax.fori_loop(0, (radix == UNSET).astype(jnp.int32), fitting, radix)
+        needed = jnp.any(jnp.stack([radix == UNSET for radix in radices]))
+        return jax.lax.fori_loop(0, needed.astype(jnp.int32), fitting, radices)
 
 
 def _power(exponent: Array) -> Array:
@@ -189,17 +193,21 @@ def shift(number: Fixed, amount: Array) -> Fixed:
 
     A number that has no radix yet is zero and takes the one that suits the amount.
     """
+    (radix,) = settled([number.radix], [amount], [len(number.low)])
+    return shift_settled(number._replace(radix=radix), amount)
+
+
+def shift_settled(number: Fixed, amount: Array) -> Fixed:
+    """`shift` of a number that has its radix."""
     with jax.enable_x64(True):
-        words = len(number.low)
-        radix = settled(number.radix, amount, words)
-        high, low = _digits(amount, radix, words)
+        high, low = _digits(amount, number.radix, len(number.low))
         carry = jnp.asarray(False)
         sums: list[Array] = []
         # Carries are told from what is new, so that it can be written over what was.
         for old, new in reversed([*zip(number.low, low)]):
             sums.insert(0, old + new + carry.astype(jnp.uint32))
             carry = (sums[0] < new) | (carry & (sums[0] == new))
-        return Fixed(number.high + high + carry.astype(jnp.int64), tuple(sums), radix)
+        return Fixed(number.high + high + carry.astype(jnp.int64), tuple(sums), number.radix)
 
 
 def unshift(number: Fixed, amount: Array) -> Fixed:
@@ -215,26 +223,29 @@ def unshift(number: Fixed, amount: Array) -> Fixed:
         return Fixed(high, tuple(rests), number.radix)
 
 
-def coarseness(radix: Array, words: int, amount: Array, part: float, wanted: Array) -> Array:
-    """By how much rounding takes more than a part of an amount, row by row: positive where it takes more.
+def coarseness(numbers: list[Fixed], amounts: list[Array], part: float, wanted: Array) -> list[Array]:
+    """By how much rounding takes more than a part of amounts, row by row: positive where it takes more.
 
     ``Σ min(|a|, u/2) - part |a|`` over a row, with ``u`` the unit of the last digit.
 
     Args:
-      radix: of the number that the amount was added to.
-      words: its low words.
-      amount: as given to `shift`.
+      numbers: to which the amounts are added.
+      amounts: as given to `shift`.
       part: of the amount that rounding may take.
       wanted: whether to look at all; else zeros.
     """
 
-    def look(count: Array, nothing: Array) -> Array:
-        half = _power(-jnp.where(radix == UNSET, count, radix)) * 0.5 ** (DIGITS * words + 1)
-        size = jnp.abs(amount.astype(jnp.float64))
-        return nothing + _by_row(jnp.minimum(size, half) - part * size)
+    def look(count: Array, nothing: list[Array]) -> list[Array]:
+        result = []
+        for number, amount, zero in zip(numbers, amounts, nothing):
+            radix = jnp.where(number.radix == UNSET, count, number.radix)
+            half = _power(-radix) * 0.5 ** (DIGITS * len(number.low) + 1)
+            size = jnp.abs(amount.astype(jnp.float64))
+            result.append(zero + _by_row(jnp.minimum(size, half) - part * size))
+        return result
 
     with jax.enable_x64(True):
-        nothing = jnp.zeros(jax.eval_shape(_by_row, amount).shape, jnp.float64)
+        nothing = [jnp.zeros(jax.eval_shape(_by_row, a).shape, jnp.float64) for a in amounts]
         return jax.lax.fori_loop(0, wanted.astype(jnp.int32), look, nothing)
 
 
@@ -349,8 +360,12 @@ def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: in
     return jnp.zeros((length + 1, *(shape if factor_shape == () else ())), jnp.uint8)
 
 
-# 2**(k/2**8), 2**(k/2**16) and 2**(k/2**24) for k = 0 ... 255, with 31 binary digits, rounded down.
-_POWERS = [np.floor(2.0 ** (31 + np.arange(256) / 2.0 ** (8 * k))).astype(np.uint64) for k in (1, 2, 3)]
+# 2**f for f in [0, 1) as a polynomial, to 3e-9 of itself, in units of 2**-32; then lowered by 2**-26.
+_POWER = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[0, 1]).convert(
+    kind=np.polynomial.Polynomial
+)
+_COEFFICIENTS = [round(float(c) * BASE) for c in np.asarray(_POWER.coef, float)]
+_COEFFICIENTS[0] -= 64
 
 
 def _bound(bits: Array) -> Array:
@@ -359,13 +374,11 @@ def _bound(bits: Array) -> Array:
     Both directions must find the same, which exponentials of floats do not promise.
     """
     register = bits - 8 * BIT * spilled(bits).astype(jnp.int64)
-    exponent = (register // BIT).astype(jnp.uint64)
-    fraction = register & (BIT - 1)
-    power = jnp.uint64(1 << 31)
-    for k, table in enumerate(_POWERS):
-        index = ((fraction >> (DIGITS - 8 * k)) & 255).astype(jnp.int32)
-        power = (power * jnp.asarray(table)[index]) >> 31
-    return jnp.where(exponent > 31, power << 1, power >> (31 - jnp.minimum(exponent, 31)))
+    exponent, fraction = register // BIT, (register & (BIT - 1)) >> 8
+    power, f = jnp.uint64(_COEFFICIENTS[-1]), fraction.astype(jnp.uint64)
+    for c in reversed(_COEFFICIENTS[:-1]):
+        power = jnp.uint64(c) + (power * f >> DIGITS)
+    return power >> (DIGITS - exponent).astype(jnp.uint64)
 
 
 def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer, Array]:

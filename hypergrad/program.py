@@ -710,21 +710,29 @@ class Exact(NamedTuple):
                     taped += 1
                 elif isinstance(move, Scale):
                     v = move.variable
+                    numerators = []
                     for i, n in zip(group, self.factors(k, group, at, now, records, live)):
                         wrong = look(exact.admissible(n), ("factor", v), i)
-                        n = jnp.maximum(n, jnp.ones_like(n))  # a division by zero would trap, not tell
-                        number, buffer, tape = now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]
-                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = in_place(
-                            live, _scaled, (number, buffer, tape), n
-                        )
+                        # A division by zero would trap, not tell.
+                        numerators.append(jnp.maximum(n, jnp.ones_like(n)))
+                    states = [
+                        (now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]) for i in group
+                    ]
+                    scaled = _bundled(live, _scaled, states, numerators)
+                    for i, (number, buffer, tape) in zip(group, scaled):
+                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = number, buffer, tape
                     taped += 1
                 elif isinstance(move, Shift):
                     v = move.variable
-                    for i, amount in zip(group, self.amounts(k, group, at, now, seen, records, live)):
-                        now[i].numbers[v] = number = in_place(live, exact.shift, now[i].numbers[v], amount)
-                        words = len(number.low)
-                        more = exact.coarseness(number.radix, words, amount, LARGEST_LOSS, guarded)
+                    amounts = self.amounts(k, group, at, now, seen, records, live)
+                    before = [now[i].numbers[v] for i in group]
+                    words = [len(number.low) for number in before]
+                    radices = exact.settled([number.radix for number in before], amounts, words)
+                    before = [x._replace(radix=radix) for x, radix in zip(before, radices)]
+                    for i, more in zip(group, exact.coarseness(before, amounts, LARGEST_LOSS, guarded)):
                         coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
+                    for i, number in zip(group, _bundled(live, exact.shift_settled, before, amounts)):
+                        now[i].numbers[v] = number
                         wrong = look(exact.fits(number), ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
         scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
@@ -777,25 +785,48 @@ class Exact(NamedTuple):
                 elif isinstance(move, Scale):
                     v = move.variable
                     taped -= 1
-                    for i, n in zip(group, self.factors(k, group, at, now, records, live)):
-                        n = jnp.maximum(n, jnp.ones_like(n))
-                        state = now[i].numbers[v], now[i].buffers[taped]
-                        now[i].numbers[v], now[i].buffers[taped] = in_place(
-                            live,
-                            lambda state, *rest: exact.unscale(*state, *rest),
-                            state,
-                            tapes[i][taped],
-                            n,
-                        )
+                    numerators = self.factors(k, group, at, now, records, live)
+                    tapes_and_factors = [
+                        (tapes[i][taped], jnp.maximum(n, jnp.ones_like(n)))
+                        for i, n in zip(group, numerators)
+                    ]
+                    states = [(now[i].numbers[v], now[i].buffers[taped]) for i in group]
+                    for i, state in zip(group, _bundled(live, _unscaled, states, tapes_and_factors)):
+                        now[i].numbers[v], now[i].buffers[taped] = state
                 elif isinstance(move, Shift):
                     v = move.variable
-                    for i, amount in zip(group, self.amounts(k, group, at, now, given, records, live)):
-                        now[i].numbers[v] = in_place(live, exact.unshift, now[i].numbers[v], amount)
+                    amounts = self.amounts(k, group, at, now, given, records, live)
+                    numbers = [now[i].numbers[v] for i in group]
+                    for i, number in zip(group, _bundled(live, exact.unshift, numbers, amounts)):
+                        now[i].numbers[v] = number
         return now
 
 
 def _scaled(state: tuple[exact.Fixed, exact.Buffer, Array], n: Array) -> Any:
     return exact.scale(*state, n)
+
+
+def _unscaled(state: tuple[exact.Fixed, exact.Buffer], given: tuple[Array, Array]) -> Any:
+    return exact.unscale(*state, *given)
+
+
+SMALL = 1 << 14  # elements of a leaf that is not worth a computation of its own
+
+
+def _bundled(live: Array, function: Callable[..., T], states: Sequence[T], given: Sequence[Any]) -> list[T]:
+    """`in_place` for the states of several leaves: each large one by itself, all small ones together."""
+    sizes = [max(x.size for x in jax.tree.leaves(state)) for state in states]
+    small = [i for i, size in enumerate(sizes) if size < SMALL]
+    result = list(states)
+
+    def all_of(states: list[T], given: list[Any]) -> list[T]:
+        return [function(*pair) for pair in zip(states, given)]
+
+    for bundle in [*([small] if small else []), *([i] for i in range(len(sizes)) if i not in small)]:
+        new = in_place(live, all_of, _of(bundle, states), _of(bundle, given))
+        for i, state in zip(bundle, new):
+            result[i] = state
+    return result
 
 
 def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:

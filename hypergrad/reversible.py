@@ -343,9 +343,8 @@ class _Playback:
             for name, x in leaf.items():
                 given = () if earlier is None else (earlier[i].numbers[name],)
                 zero = self.zero(name, x.shape)
-                numbers[name] = in_place(live, self.started, zero, x, *given)
-                radix, words = numbers[name].radix, len(numbers[name].low)
-                coarse = exact.coarseness(radix, words, x, LARGEST_LOSS, live)
+                numbers[name] = number = in_place(live, self.started, zero, x, *given)
+                (coarse,) = exact.coarseness([number], [x], LARGEST_LOSS, live)
                 guard[name] = _Guard(coarse, jnp.where(jnp.any(coarse > 0), 0, -1).astype(jnp.int32))
             leaves.append(ExactLeaf(numbers, buffers if earlier is None else earlier[i].buffers))
             guards.append(guard)
