@@ -99,8 +99,8 @@ def settled(radices: list[Array], added: list[Array], words: list[int]) -> list[
         for radix, x, low in zip(radices, added, words):
             largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
             usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
-            _, exponent = jnp.frexp(jnp.where(usable, largest, 1.0))
-            fitted = jnp.clip(62 - HEADROOM[low] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
+            exponent = (jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) - 1022
+            fitted = jax.lax.clamp(-LARGEST_RADIX, 62 - HEADROOM[low] - exponent, LARGEST_RADIX)
             new.append(jnp.where(usable, fitted.astype(jnp.int32), radix))
         return new
 
