@@ -159,7 +159,9 @@ def classification(
         )
         outputs = network(trained.params, data)
         end = jnp.mean(outputs**2) - jnp.mean(outputs[:, 0])
-        state = sum(jnp.sum(v**2) for v in jax.tree.leaves(trained.state))
+        state = sum(
+            jnp.sum(v**2) for name in program.variables for v in jax.tree.leaves(trained.state[name])
+        )
         return end + 0.1 * state + 0.3 * jnp.mean(trained.losses)
 
     everything = {
