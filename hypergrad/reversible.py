@@ -258,32 +258,41 @@ def _torn_off(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
     return [ExactLeaf(leaf.numbers, [exact.torn_off(b) for b in leaf.buffers]) for leaf in leaves]
 
 
-def packed(leaves: Sequence[ExactLeaf]) -> PyTree:
-    """An exact state as arrays of at most 32 bits, which survive with JAX's 64-bit mode off."""
+def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, _Guard]]) -> PyTree:
+    """An exact state as arrays of at most 32 bits, which survive with JAX's 64-bit mode off.
+
+    How coarse its shifts were goes with it: a run that goes on where training has all but ended adds
+    little to numbers that are little by now, and is no coarser for it than one run of all steps.
+    """
     with jax.enable_x64(True):
 
         def narrow(x: Array) -> Array:
+            if x.dtype == jnp.float64:
+                x = jax.lax.bitcast_convert_type(x, jnp.int64)
             if x.dtype != jnp.int64:
                 return x
             return jnp.stack([(x >> 32).astype(jnp.uint32), x.astype(jnp.uint32)])
 
-        return jax.tree.map(narrow, [tuple(leaf) for leaf in _torn_off(leaves)])
+        totals = [{name: guard.total for name, guard in each.items()} for each in guards]
+        return jax.tree.map(narrow, [(*leaf, each) for leaf, each in zip(_torn_off(leaves), totals)])
 
 
-def unpacked(state: PyTree) -> list[ExactLeaf]:
-    """Undo `packed`."""
+def unpacked(state: PyTree) -> tuple[list[ExactLeaf], list[dict[str, Array]]]:
+    """Undo `packed`: the state, and how coarse its shifts were."""
     with jax.enable_x64(True):
 
         def wide(x: Array) -> Array:
             return ((x[0].astype(jnp.uint64) << 32) | x[1].astype(jnp.uint64)).astype(jnp.int64)
 
-        return [
+        leaves = [
             ExactLeaf(
                 {name: exact.Fixed(wide(x.high), x.low, x.radix) for name, x in numbers.items()},
                 [exact.Buffer(b.register, wide(b.bits)) for b in buffers],
             )
-            for numbers, buffers in state
+            for numbers, buffers, _ in state
         ]
+        double = lambda x: jax.lax.bitcast_convert_type(wide(x), jnp.float64)  # noqa: E731
+        return leaves, [{name: double(x) for name, x in totals.items()} for _, _, totals in state]
 
 
 def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -332,10 +341,10 @@ class _Playback:
         return self.adjoint.length(self.run.steps)
 
     def begin(
-        self, start: list[Leaf], constants: Constants, live: Array
+        self, start: list[Leaf], constants: Constants, first: Array, live: Array
     ) -> tuple[list[ExactLeaf], list[dict[str, _Guard]]]:
-        """The start as integers, and what rounding took from it."""
-        earlier = None if constants.exact is None else unpacked(constants.exact)
+        """The start as integers, before the first step, and what rounding took from it."""
+        earlier, totals = (None, None) if constants.exact is None else unpacked(constants.exact)
         leaves, guards = [], []
         for i, (leaf, taped) in enumerate(zip(start, self.taped)):
             buffers = [exact.empty(s.shape, s.factor_shape) for s in taped]
@@ -345,7 +354,12 @@ class _Playback:
                 zero = self.zero(name, x.shape)
                 numbers[name] = number = in_place(live, self.started, zero, x, *given)
                 (coarse,) = exact.coarseness([number], [x], LARGEST_LOSS, live)
-                guard[name] = _Guard(coarse, jnp.where(jnp.any(coarse > 0), 0, -1).astype(jnp.int32))
+                new = jnp.any(coarse > 0)
+                if earlier is not None and totals is not None:
+                    # What an earlier run left is not rounded again.
+                    known = jnp.all(exact.to_float(earlier[i].numbers[name], x.dtype) == x)
+                    coarse, new = jnp.where(known, totals[i][name], coarse), new & ~known
+                guard[name] = _Guard(coarse, jnp.where(new, first, -1).astype(jnp.int32))
             leaves.append(ExactLeaf(numbers, buffers if earlier is None else earlier[i].buffers))
             guards.append(guard)
         return leaves, guards
@@ -369,7 +383,7 @@ class _Playback:
         self, start: list[Leaf], constants: Constants, found: Sequence[ExactLeaf], live: Array
     ) -> Array:
         """Whether the run backwards arrived at its start; looked at one variable after the other."""
-        earlier = None if constants.exact is None else unpacked(constants.exact)
+        earlier = None if constants.exact is None else unpacked(constants.exact)[0]
         same = []
         for i, (leaf, now, taped) in enumerate(zip(start, found, self.taped)):
             for name, x in leaf.items():
@@ -517,7 +531,7 @@ class _Playback:
         whole, rest = divmod(self.run.steps, self.length)
         with jax.enable_x64(True):
             live = _live(start)
-            leaves, guards = self.begin(start, constants, live)
+            leaves, guards = self.begin(start, constants, inputs.step[0], live)
             failed = jnp.array([-1, 0, 0], jnp.int32)
             for i, leaf in enumerate(leaves):
                 for name, x in leaf.numbers.items():
@@ -551,7 +565,7 @@ class _Playback:
                 leaves, guards, failed, needed = carry
                 played = _Played(leaves, [], [], outputs, failed, guards)
             failed = self.too_coarse(played)
-            end, state = self.integers.floats(played.leaves), packed(played.leaves)
+            end, state = self.integers.floats(played.leaves), packed(played.leaves, played.guards)
         fine = jnp.array([-1, 0], jnp.int32)
         health = _Health(failed, needed, jnp.asarray(True), fine)
         end, outputs = self.refuse((end, played.outputs), health)
@@ -612,7 +626,7 @@ class _Playback:
                     end, bars, sums, broken, recovered = carry
                     leaves, first = at
                     span, unharmed = _Span(first, count), jnp.array([-1, 0, 0], jnp.int32)
-                    guards = self.begin(start, constants, live)[1]  # for their shapes
+                    guards = self.begin(start, constants, first, live)[1]  # for their shapes
                     played = self.play(leaves, guards, unharmed, arrays, span, self.lengths)
                     again = _same(end, _torn_off(played.leaves))
                     now = cotangents._replace(end=bars)
@@ -831,6 +845,9 @@ class Reversible:
 
         def forward(*arguments: Any) -> Any:
             flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
+            # Integers have no derivative, though what an earlier run left counts as perturbed.
+            constants = flags.constants._replace(exact=jax.tree.map(lambda _: False, flags.constants.exact))
+            flags = flags._replace(constants=constants)
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known
