@@ -17,10 +17,6 @@ from hypergrad import curvature, exact
 from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 
-# What `Reversible` cannot play back yet: variables without elements; and in float32 what is kept.
-NOT_YET = {"adafactor"}
-NOT_YET_IN_FLOAT32 = {"cautious_adamw", "grams", "lion", "yogi"}
-
 STEPS = 50
 ONE = {"matrix": (4, 3)}  # for what acts element by element
 MATRICES = {"tall": (4, 3), "wide": (2, 3)}
@@ -427,7 +423,7 @@ def test_is_its_oracle_with_its_derivatives(name: str) -> None:
     assert_slopes(lambda e: float(oracle(e)[0][0]), e, gradient)
 
 
-@pytest.mark.parametrize("name", some(set(CASES) - NOT_YET, {"lion", "muon"}))
+@pytest.mark.parametrize("name", some(set(CASES), {"lion", "muon"}))
 @pytest.mark.usefixtures("x64")
 def test_reversed_is_its_oracle_with_its_derivatives(name: str) -> None:
     case = CASES[name]
@@ -701,10 +697,7 @@ def test_a_kept_sign_as_an_optax_transformation() -> None:
     ("name", "steps"),
     [
         ("madgrad", 300),
-        *(
-            pytest.param(name, 10_000, marks=pytest.mark.slow)
-            for name in sorted(set(CASES) - NOT_YET - NOT_YET_IN_FLOAT32)
-        ),
+        *(pytest.param(name, 10_000, marks=pytest.mark.slow) for name in sorted(CASES)),
     ],
 )
 def test_returns_to_the_start_bit_for_bit(name: str, steps: int) -> None:
