@@ -277,7 +277,8 @@ def as_optax(
         if isinstance(optimizer, Whole):
             return ProgramState(step, {"state": optimizer.start(the_same(step), params)})
         merged = merge(params)
-        leaves, structure = jax.tree.flatten(merged)
+        leaves = jax.tree.leaves(merged)
+        structure: Any = jax.tree.structure(merged)
         labels = labelled(merged, leaves)
         return ProgramState(
             step,

@@ -30,8 +30,8 @@ def partition(
 ) -> Optimizer:
     """One optimizer for every label: ``w_i <- step of optimizers[label_i]``, for every leaf ``i``.
 
-    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What the optimizers
-    sum over leaves, as `prodigy` does, they sum over those of their label.
+    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What optimizers sum
+    over leaves, as `prodigy` does, they sum over those of their label.
 
     Hyperparameters and variables are called ``"label.name"``, with the defaults and domains of each
     optimizer.  They may be schedules or differ by leaf like any others; what one says of leaves of other
@@ -175,8 +175,8 @@ def _check(optimizers: Any) -> None:
         call = f"partition({{{label!r}: {shown}, ...}}, labels)"
         if not isinstance(label, str) or not label.isidentifier():
             raise ValueError(
-                f"{call}: a label must be a name of letters, digits and underscores, as hyperparameters are "
-                f"called label.name; {label!r} is none"
+                f"{call}: a label must be a name of letters, digits and underscores, as hyperparameters "
+                f"are called label.name; {label!r} is none"
             )
         if isinstance(each, Whole):
             raise TypeError(
