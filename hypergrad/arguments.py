@@ -460,8 +460,7 @@ def start_of(
         raise ValueError(f"{call}: state has {unknown}; {optimizer.name} keeps {list(optimizer.variables)}")
 
     def begin(name: str, i: int, leaf: Array) -> Array:
-        own = labels is None or name in optimizer.labels.variables[labels[i]]  # type: ignore[union-attr]
-        return optimizer.variables[name].init(leaf) if own else jnp.zeros(0, leaf.dtype)
+        return optimizer.start_of(name, leaf, None if labels is None else labels[i])
 
     start: list[Leaf] = [{PARAMS: leaf} for leaf in leaves]
     for name in optimizer.variables:

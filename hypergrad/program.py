@@ -226,6 +226,11 @@ class Optimizer:
         moves = [self.moves(SimpleNamespace(**h, label=label), jnp.int32(0)) for label in labels]
         return not any(isinstance(move, Assign) for each in moves for move in each)
 
+    def start_of(self, variable: str, leaf: Array, label: str | None) -> Array:
+        """The start of a variable for a leaf of this label; no elements where the leaf does not have it."""
+        own = self.labels is None or label is None or variable in self.labels.variables[label]
+        return self.variables[variable].init(leaf) if own else jnp.zeros(0, leaf.dtype)
+
     def words_of(self, variable: str) -> int:
         """Low words of a variable, or of the parameters."""
         return 1 if variable == PARAMS else self.variables[variable].words

@@ -21,6 +21,7 @@ from hypergrad.optimizers.kfac import adaptive_kfac, kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.muon import adamuon, muon, normuon
+from hypergrad.optimizers.partition import frozen, partition
 from hypergrad.optimizers.relatives import adabelief, ademamix, adopt, yogi
 from hypergrad.optimizers.shampoo import shampoo
 from hypergrad.optimizers.signs import cautious_adamw, grams, lion, signum
@@ -48,6 +49,7 @@ __all__ = [
     "expected_improvement",
     "filtered",
     "from_optax",
+    "frozen",
     "gauss_newton_bartlett",
     "grams",
     "heavy_ball",
@@ -63,6 +65,7 @@ __all__ = [
     "nesterov",
     "normuon",
     "novograd",
+    "partition",
     "probability_of_improvement",
     "prodigy",
     "quadratic",

@@ -20,11 +20,11 @@ symbol  name                 meaning
 
 All products are element by element.
 
-In exact arithmetic ``v`` stays below ``2**4`` in steps of ``2**-58``: a gradient up to 4 in size is
-admitted at every step, and ``v`` starts at ``(1-β2) g²``, where steps are felt if ``g`` is tiny.  Over the
-first 100 steps at the defaults, hypergradients kept 6 digits for gradients of 1e-3, 4 for 1e-4, 2 for 1e-5
-and none for 1e-6.  A larger ε helps, or a loss that is scaled up, or another radix, such as
-``Reversible(radix={"nu": 61})`` for gradients below 1.4.
+In exact arithmetic the size of the first numbers that come into an array sets its range (see
+`hypergrad.program.Variable`).  ``v`` may outgrow the first ``(1-β2) g²`` of its leaf by ``2**50``, hence
+gradients those of the first step by ``2**25``, and resolves ``2**-76`` of it.  A run in which ``v`` leaves
+that range, or in which rounding takes a larger part than ``2**-10`` of what is added to it, is refused.
+Ratios are multiples of ``2**-32``: one such step of β2 is 1e-6 of ``1 - β2`` at 0.9998.
 """
 
 from collections.abc import Sequence

@@ -17,8 +17,10 @@ symbol  name                 meaning
 ``ε``   eps                  ``>= 0``, in units of ``g²``: it stands inside the root
 ======  ===================  =================================================================
 
-All products are element by element.  In exact arithmetic ``v`` has its own radix: it stays below ``2**8``
-in steps of ``2**-54``, so that a gradient up to 16 in size is admitted at every step.
+All products are element by element.  In exact arithmetic the size of the first numbers that come into an
+array sets its range (see `hypergrad.program.Variable`): ``s``, ``v`` and ``d`` may outgrow the first ``g²``
+of their leaf by ``2**50`` and resolve ``2**-76`` of it.  A run in which one leaves that range, or in which
+rounding takes a larger part than ``2**-10`` of what is added to it, is refused.
 """
 
 import itertools

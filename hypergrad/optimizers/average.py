@@ -66,6 +66,10 @@ def with_average(optimizer: Optimizer) -> Optimizer:
             Shift("average", lambda s: (1 - h.ema_decay) * s.params),
         ]
 
+    labels = optimizer.labels
+    if labels is not None:
+        having = {label: names | {"average"} for label, names in labels.variables.items()}
+        labels = labels._replace(variables=having)
     return replace(
         optimizer,
         name=f"with_average({optimizer.name})",
@@ -73,6 +77,7 @@ def with_average(optimizer: Optimizer) -> Optimizer:
         variables={**optimizer.variables, "average": Variable(init=_itself)},
         hypers={**optimizer.hypers, "ema_decay": 0.999},
         domains={**optimizer.domains, "ema_decay": DOMAIN},
+        labels=labels,
     )
 
 

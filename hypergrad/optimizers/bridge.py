@@ -1,7 +1,7 @@
 """Optimizers from optax, and ours for optax."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from hypergrad import program
+from hypergrad.arguments import labels_of
 from hypergrad.optimizers.finite import finite
 from hypergrad.program import PARAMS, Here, Optimizer, Whole, with_defaults
 
@@ -246,10 +247,11 @@ def as_optax(
     >>> bool(loss(w, x) < 0.1)
     True
     """
-    values = with_defaults(f"as_optax({optimizer.name}, hypers)", optimizer, hypers)
+    call = f"as_optax({optimizer.name}, hypers)"
+    values = with_defaults(call, optimizer, hypers)
     if isinstance(optimizer, Whole) and optimizer.per_example:
         raise ValueError(
-            f"as_optax({optimizer.name}, hypers): {optimizer.name} looks at single examples, and optax has "
+            f"{call}: {optimizer.name} looks at single examples, and optax has "
             "only their mean gradient for it; use it with hypergrad.train"
         )
 
@@ -257,6 +259,10 @@ def as_optax(
 
     def merge(params: PyTree) -> PyTree:
         return params if blocks is None else blocks.merge(params)
+
+    def labelled(merged: PyTree, leaves: list[Array]) -> Sequence[str | None]:
+        labels = labels_of(call, optimizer, merged, leaves)
+        return [None] * len(leaves) if labels is None else labels
 
     def at(step: Array, x: Array) -> Array:
         x = jnp.asarray(x)
@@ -270,8 +276,17 @@ def as_optax(
         step = jnp.zeros((), jnp.int32)
         if isinstance(optimizer, Whole):
             return ProgramState(step, {"state": optimizer.start(the_same(step), params)})
-        names = optimizer.variables.items()
-        return ProgramState(step, {name: jax.tree.map(kept.init, merge(params)) for name, kept in names})
+        merged = merge(params)
+        leaves = jax.tree.leaves(merged)
+        structure: Any = jax.tree.structure(merged)
+        labels = labelled(merged, leaves)
+        return ProgramState(
+            step,
+            {
+                name: structure.unflatten([optimizer.start_of(name, *each) for each in zip(leaves, labels)])
+                for name in optimizer.variables
+            },
+        )
 
     def update(
         gradient: PyTree,
@@ -284,7 +299,6 @@ def as_optax(
         value_fn: Callable[[PyTree], Array] | None = None,
         **_: Any,
     ) -> tuple[PyTree, ProgramState]:
-        call = f"as_optax({optimizer.name}, hypers)"
         if params is None:
             raise ValueError(f"{call}: call update(gradient, state, params)")
         after = optax.safe_increment(state.step)
@@ -302,7 +316,10 @@ def as_optax(
             name: [at(state.step, x) for x in jax.tree.leaves(jax.tree.broadcast(tree, merged))]
             for name, tree in values.items()
         }
-        hypers = [SimpleNamespace(**{k: x[i] for k, x in now.items()}) for i in range(len(leaves))]
+        hypers = [
+            SimpleNamespace(**{k: x[i] for k, x in now.items()}, label=label)
+            for i, label in enumerate(labelled(merged, leaves))
+        ]
         gradients = jax.tree.leaves(merge(gradient))
         if optimizer.transform is not None:
             gradients = list(optimizer.transform(hypers, gradients))

@@ -121,8 +121,7 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
     >>> import jax.numpy as jnp
     >>> square = lambda w, meta, step: jnp.sum(w**2)
     >>> hypers = {"learning_rate": 0.25, "momentum": 0.5}
-    >>> hg.train(square, jnp.ones((2, 2)), hypers, steps=1, optimizer=hg.adafactor(2),
-    ...          adjoint=hg.Checkpointed()).params
+    >>> hg.train(square, jnp.ones((2, 2)), hypers, steps=1, optimizer=hg.adafactor(2)).params
     Array([[0.875, 0.875],
            [0.875, 0.875]], dtype=float32)
     """

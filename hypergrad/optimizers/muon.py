@@ -250,7 +250,9 @@ def _of_matrices(name: str) -> Callable[[Array], Array]:
         if jnp.ndim(leaf) != 2:
             raise ValueError(
                 f"{name}: a leaf of params has shape {list(jnp.shape(leaf))}, and only matrices can be "
-                "made orthogonal; reshape it inside the loss, or train such leaves with another optimizer"
+                "made orthogonal; reshape it inside the loss, or train such leaves with another optimizer, "
+                'such as hypergrad.partition({"matrices": hypergrad.muon(), "others": hypergrad.adamw()}, '
+                "labels)"
             )
         return jnp.zeros_like(leaf)
 
