@@ -30,7 +30,7 @@ def partition(
 ) -> Optimizer:
     """One optimizer for every label: ``w_i <- step of optimizers[label_i]``, for every leaf ``i``.
 
-    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What optimizers sum
+    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What they sum
     over leaves, as `prodigy` does, they sum over those of their label.
 
     Hyperparameters and variables are called ``"label.name"``, with the defaults and domains of each
