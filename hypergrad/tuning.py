@@ -199,7 +199,8 @@ def _adjoint(optimizer: Optimizer | Whole, start: Mapping[str, PyTree]) -> Adjoi
     """Exact reversal where it is possible, with room for the smallest factors that can come up."""
     if not optimizer.reversible:
         return Checkpointed()
-    factors = [_lowest(start[name]) for name, (_, high) in optimizer.domains.items() if np.isfinite(high)]
+    domains = {name: domain for name, domain in optimizer.domains.items() if name in start}
+    factors = [_lowest(start[name]) for name, (_, high) in domains.items() if np.isfinite(high)]
     return Reversible(bits=min(7.0, 0.1 - math.log2(min([SMALLEST_FACTOR, *factors]))))
 
 

@@ -13,7 +13,7 @@ import pytest
 from problems import quick_jit, unrounded
 
 import hypergrad as hg
-from hypergrad import curvature, exact
+from hypergrad import curvature, exact, tuning
 from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 
@@ -711,6 +711,14 @@ def test_refuses_an_interval_of_sophia_that_is_none() -> None:
 
 
 # Elsewhere.
+
+
+@pytest.mark.parametrize("name", ["signum", "muon", "madgrad", "prodigy"])
+def test_is_tuned_by_playing_back(name: str) -> None:
+    """Although its module knows domains of more hyperparameters than it has."""
+    optimizer = CASES[name].optimizer
+    adjoint = tuning._adjoint(optimizer, {"learning_rate": 0.1} | optimizer.hypers)
+    assert isinstance(adjoint, hg.Reversible)
 
 
 def test_a_kept_sign_as_an_optax_transformation() -> None:

@@ -289,7 +289,7 @@ def test_frozen_parts_stay_and_their_hypergradient_passes_through() -> None:
         return square(end, None, None), end
 
     for adjoint in (hg.Reversible(), hg.Checkpointed()):
-        (_, end), gradient = jax.value_and_grad(outer, has_aux=True)(w, adjoint)
+        (_, end), gradient = differentiated(lambda w, adjoint=adjoint: outer(w, adjoint))(w)
         for x, same, g in zip(*map(jax.tree.leaves, (w, end, gradient))):
             np.testing.assert_array_equal(same, x)
             np.testing.assert_array_equal(g, 2 * x)
@@ -298,11 +298,15 @@ def test_frozen_parts_stay_and_their_hypergradient_passes_through() -> None:
 def test_goes_on_from_a_state_bit_for_bit() -> None:
     optimizer = CASES["muon for matrices"].optimizer
     w, hypers = start(jnp.float32), schedules(optimizer, 10, jnp.float32)
-    arguments = {"optimizer": optimizer, "adjoint": hg.Reversible()}
-    whole = hg.train(loss, w, hypers, 0.1, steps=10, **arguments)
-    first = hg.train(loss, w, {k: x[:4] for k, x in hypers.items()}, 0.1, steps=4, **arguments)
-    rest = {k: x[4:] for k, x in hypers.items()}
-    second = hg.train(loss, first.params, rest, 0.1, steps=6, state=first.state, **arguments)
+
+    def run(w: Any, hypers: Any, state: Any) -> Any:
+        steps = len(hypers["matrices.beta"])
+        return hg.train(loss, w, hypers, 0.1, steps=steps, optimizer=optimizer, state=state)
+
+    go_on = quick_jit(run)
+    whole = go_on(w, hypers, None)
+    first = go_on(w, {k: x[:4] for k, x in hypers.items()}, None)
+    second = go_on(first.params, {k: x[4:] for k, x in hypers.items()}, first.state)
     jax.tree.map(np.testing.assert_array_equal, second.params, whole.params)
     jax.tree.map(np.testing.assert_array_equal, second.state, whole.state)
     assert whole.state["matrices.mu"]["body"]["weights"].shape == (3, 2)
@@ -338,9 +342,9 @@ def test_many_steps_in_float32_are_played_back() -> None:
         return judged(w, losses)
 
     with jax.enable_x64(True):
-        along = quick_jit(right, static_argnums=1)
         for name in ("matrices.learning_rate", "others.learning_rate", "others.weight_decay"):
-            difference = float(along(1 + 1e-4, name) - along(1 - 1e-4, name)) / 2e-4
+            along = quick_jit(lambda scale, name=name: right(scale, name))
+            difference = float(along(1 + 1e-4) - along(1 - 1e-4)) / 2e-4
             slope = float(np.vdot(found[name].astype(np.float64), hypers[name].astype(np.float64)))
             assert slope == pytest.approx(difference, rel=1e-2), name
 
@@ -369,7 +373,7 @@ def test_tuned_by_the_names_of_its_parts() -> None:
     w, optimizer = start(jnp.float32), PARTS[0]
     hypers = {"slow.learning_rate": 0.05, "quick.learning_rate": 0.02, "quick.eps": 1e-2}
     validation = lambda w: loss(w, 0.1, 3)  # noqa: E731
-    rate = 1e-2
+    rate = 10.0
     tuned = hg.tune(
         loss,
         w,
@@ -390,13 +394,21 @@ def test_tuned_by_the_names_of_its_parts() -> None:
 
     with jax.enable_x64(True):
 
-        def at(scale: float) -> float:
-            moved = hypers | {"quick.learning_rate": 0.02 * scale}
-            arguments = {"steps": 6, "optimizer": optimizer, "adjoint": hg.Stored()}
-            wide = jax.tree.map(lambda x: x.astype(jnp.float64), w)
-            return float(validation(hg.train(loss, wide, moved, 0.1, **arguments).params))
+        def end(scale: Any) -> Any:
+            h = by_label(optimizer.hypers | hypers | {"quick.learning_rate": 0.02 * scale})
+            transformation = CASES["momentum and adamw"].optax(h)
 
-        slope = (at(1 + 1e-5) - at(1 - 1e-5)) / 2e-5
+            def step(carry: Any, t: Any) -> Any:
+                w, state = carry
+                updates, state = transformation.update(jax.grad(loss)(w, 0.1, t), state, w)
+                return (optax.apply_updates(w, updates), state), None
+
+            wide = jax.tree.map(lambda x: x.astype(jnp.float64), w)
+            init = (wide, transformation.init(wide))
+            return validation(jax.lax.scan(step, init, jnp.arange(6))[0][0])
+
+        at = quick_jit(end)
+        slope = float(at(1 + 1e-5) - at(1 - 1e-5)) / 2e-5
     made = float(np.log(tuned.hypers["quick.learning_rate"] / 0.02))
     assert abs(slope) > 1e-3
     assert made == pytest.approx(-rate * slope, rel=1e-3)

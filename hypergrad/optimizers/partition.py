@@ -30,8 +30,8 @@ def partition(
 ) -> Optimizer:
     """One optimizer for every label: ``w_i <- step of optimizers[label_i]``, for every leaf ``i``.
 
-    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What optimizers
-    sum over leaves, as `prodigy` does, they sum over those of their label.
+    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What they sum
+    over leaves, as `prodigy` does, they sum over those of their label.
 
     Hyperparameters and variables are called ``"label.name"``, with the defaults and domains of each
     optimizer.  They may be schedules or differ by leaf like any others; what one says of leaves of other
