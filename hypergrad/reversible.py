@@ -61,7 +61,7 @@ class LaneWarning(RuntimeWarning):
 
 
 class _Guard(NamedTuple):
-    """How coarse the shifts of one variable of one leaf were so far, and the step that first was too much.
+    """How coarse the shifts of one variable of one leaf were so far, and since what step too much so.
 
     Attributes:
       total: by row, see `exact.coarseness`.
@@ -301,18 +301,41 @@ def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> S
 
 
 def _weighed(
-    guards: list[dict[str, _Guard]], coarse: list[dict[str, Array]], step: Array
+    guards: list[dict[str, _Guard]],
+    coarse: list[dict[str, Array]],
+    leaves: Sequence[ExactLeaf],
+    at: tuple[Array, Array],
+    steps: int,
 ) -> list[dict[str, _Guard]]:
-    """The guards after one more step."""
+    """The guards after one more step.
 
-    def after(guard: _Guard, now: Array) -> _Guard:
-        first = (guard.since < 0) & jnp.any(now > 0)
-        return _Guard(guard.total + now, jnp.where(first, step, guard.since))
+    Looked at is what was added up to now: later steps may be large only because an earlier one was lost.
 
-    return [
-        guard | {name: after(guard[name], now) for name, now in each.items()}
-        for guard, each in zip(guards, coarse)
-    ]
+    Args:
+      guards: before the step.
+      coarse: of the step.
+      leaves: after the step.
+      at: the step, and whether it was guarded.
+      steps: of the run.
+    """
+    step, guarded = at
+    places = [(i, name) for i, each in enumerate(coarse) for name in each]
+    totals = [guards[i][name].total + coarse[i][name] for i, name in places]
+
+    def matter(_: list[Array], totals: list[Array], numbers: list[exact.Fixed]) -> list[Array]:
+        return [exact.matters(*pair, LARGEST_LOSS, steps) for pair in zip(totals, numbers)]
+
+    doubtful = [guards[i][name].since < 0 for i, name in places]
+    doubtful = [one & jnp.any(total > 0) for one, total in zip(doubtful, totals)]
+    fine = [jnp.asarray(False) for _ in places]
+    numbers = [leaves[i].numbers[name] for i, name in places]
+    any_doubt = guarded & jnp.any(jnp.stack([jnp.asarray(False), *doubtful]))
+    found = in_place(any_doubt, matter, fine, totals, numbers)
+    new = [dict(each) for each in guards]
+    for (i, name), total, much in zip(places, totals, found):
+        since = guards[i][name].since
+        new[i][name] = _Guard(total, jnp.where((since < 0) & much, step, since))
+    return new
 
 
 @dataclass(frozen=True)
@@ -341,9 +364,9 @@ class _Playback:
         return self.adjoint.length(self.run.steps)
 
     def begin(
-        self, start: list[Leaf], constants: Constants, first: Array, live: Array
+        self, start: list[Leaf], constants: Constants, live: Array
     ) -> tuple[list[ExactLeaf], list[dict[str, _Guard]]]:
-        """The start as integers, before the first step, and what rounding took from it."""
+        """The start as integers, and what rounding took from it."""
         earlier, totals = (None, None) if constants.exact is None else unpacked(constants.exact)
         leaves, guards = [], []
         for i, (leaf, taped) in enumerate(zip(start, self.taped)):
@@ -354,12 +377,11 @@ class _Playback:
                 zero = self.zero(name, x.shape)
                 numbers[name] = number = in_place(live, self.started, zero, x, *given)
                 (coarse,) = exact.coarseness([number], [x], LARGEST_LOSS, live)
-                new = jnp.any(coarse > 0)
                 if earlier is not None and totals is not None:
                     # What an earlier run left is not rounded again.
                     known = jnp.all(exact.to_float(earlier[i].numbers[name], x.dtype) == x)
-                    coarse, new = jnp.where(known, totals[i][name], coarse), new & ~known
-                guard[name] = _Guard(coarse, jnp.where(new, first, -1).astype(jnp.int32))
+                    coarse = jnp.where(known, totals[i][name], coarse)
+                guard[name] = _Guard(coarse, jnp.int32(-1))
             leaves.append(ExactLeaf(numbers, buffers if earlier is None else earlier[i].buffers))
             guards.append(guard)
         return leaves, guards
@@ -438,7 +460,7 @@ class _Playback:
             failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
             snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
             outputs = Outputs(loss, run.watched(snapshot, constants))
-            guards = _weighed(guards, now.coarse, x.step)
+            guards = _weighed(guards, now.coarse, now.leaves, (x.step, guarded), run.steps)
             return (now.leaves, now.tapes, guards, failed), (outputs, now.records)
 
         carry, (outputs, records) = jax.lax.scan(step, (leaves, tapes, guards, failed), span.steps())
@@ -531,7 +553,7 @@ class _Playback:
         whole, rest = divmod(self.run.steps, self.length)
         with jax.enable_x64(True):
             live = _live(start)
-            leaves, guards = self.begin(start, constants, inputs.step[0], live)
+            leaves, guards = self.begin(start, constants, live)
             failed = jnp.array([-1, 0, 0], jnp.int32)
             for i, leaf in enumerate(leaves):
                 for name, x in leaf.numbers.items():
@@ -579,17 +601,11 @@ class _Playback:
     def too_coarse(self, played: _Played) -> Array:
         """What has failed, rounding that took too much included."""
         failed = played.failed
-        for i, (guards, leaf) in enumerate(zip(played.guards, played.leaves)):
+        for i, guards in enumerate(played.guards):
             for name, guard in guards.items():
                 trouble = self.integers.troubles().index(("rounding", name))
                 found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
-
-                def matters(_: Array, total: Array, number: exact.Fixed) -> Array:
-                    return exact.matters(total, number, LARGEST_LOSS, self.run.steps)
-
-                fine, much = jnp.asarray(False), jnp.any(guard.total > 0)
-                wrong = in_place(much, matters, fine, guard.total, leaf.numbers[name])
-                failed = jnp.where((failed[0] < 0) & (guard.since >= 0) & wrong, found, failed)
+                failed = jnp.where((failed[0] < 0) & (guard.since >= 0), found, failed)
         return failed
 
     def backward(
@@ -626,7 +642,7 @@ class _Playback:
                     end, bars, sums, broken, recovered = carry
                     leaves, first = at
                     span, unharmed = _Span(first, count), jnp.array([-1, 0, 0], jnp.int32)
-                    guards = self.begin(start, constants, first, live)[1]  # for their shapes
+                    guards = self.begin(start, constants, live)[1]  # for their shapes
                     played = self.play(leaves, guards, unharmed, arrays, span, self.lengths)
                     again = _same(end, _torn_off(played.leaves))
                     now = cotangents._replace(end=bars)
