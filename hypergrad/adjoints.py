@@ -147,6 +147,7 @@ class Forward:
 
     Raises:
       ValueError: if more are.
+      TypeError: where the loss holds a ``jax.custom_vjp`` that JAX cannot differentiate forwards.
 
     Source: Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter
     optimization", ICML 2017, section 3.2.
@@ -183,7 +184,9 @@ class Forward:
 
         def rule(flat: Any, given: Any) -> Any:
             wanted = [k for k, x in enumerate(given) if not isinstance(x, SymbolicZero)]
-            sizes = [flat[k].size for k in wanted]
+            # A complex number is two: the end is no holomorphic function of it.
+            point = [part for k in wanted for part in _real(flat[k])]
+            sizes = [part.size for part in point]
             if sum(sizes) > self.limit:
                 raise ValueError(
                     f"{run.call}: {sum(sizes)} numbers are differentiated, and Forward carries a copy of "
@@ -192,10 +195,9 @@ class Forward:
                 )
 
             def end(values: list[Array]) -> Solution:
-                replaced = dict(zip(wanted, values))
+                parts = iter(values)
+                replaced = {k: _joined([next(parts) for _ in _real(flat[k])]) for k in wanted}
                 return plain(*(replaced.get(k, x) for k, x in enumerate(flat)))
-
-            point = [flat[k] for k in wanted]
 
             def column(k: Array) -> Any:
                 """Derivative of the end in the ``k``-th number."""
@@ -203,13 +205,32 @@ class Forward:
                 units = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, point)]
                 return jax.jvp(end, (point,), (units,))
 
-            solution, columns = jax.vmap(column, out_axes=(None, 0))(jnp.arange(sum(sizes)))
-            direction = jnp.concatenate([jnp.ravel(given[k]) for k in wanted])
+            try:
+                solution, columns = jax.vmap(column, out_axes=(None, 0))(jnp.arange(sum(sizes)))
+            except TypeError as error:
+                if "forward-mode" not in str(error):
+                    raise
+                raise TypeError(
+                    f"{run.call}: Forward needs forward derivatives, and the loss, or what is watched, "
+                    "holds a jax.custom_vjp, whose rule JAX cannot differentiate forwards; pass "
+                    "adjoint=Reversible() or Checkpointed(), or give it a jax.custom_jvp"
+                ) from error
+            direction = jnp.concatenate([jnp.ravel(part) for k in wanted for part in _real(given[k])])
             return solution, jax.tree.map(lambda x: _combined(direction, x), columns)
 
         solve = jax.custom_jvp(plain)
         solve.defjvp(rule, symbolic_zeros=True)
         return solve(*once.values())
+
+
+def _real(x: Array) -> list[Array]:
+    """The real numbers of an array: itself, or real and imaginary parts."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _joined(parts: list[Array]) -> Array:
+    """Undo `_real`."""
+    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
 
 
 def _combined(weights: Array, columns: Array) -> Array | np.ndarray:

@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
+from hypergrad.opaque import with_rule
 from hypergrad.program import (
     BAD_LOSS,
     LARGEST_LOSS,
@@ -947,23 +948,21 @@ def _zero_tangents(tree: PyTree) -> PyTree:
 
 def _forward(playback: _Playback) -> Callable[..., tuple[Solution, _Record]]:
     """`_Playback.forward`, whose derivative in forward mode is that of the float twin."""
-    played = jax.custom_jvp(playback.forward)
 
-    @played.defjvp
     def rule(arguments: Any, tangents: Any) -> Any:
         solution, record = played(*arguments)
         _, (end, outputs) = jax.jvp(lambda *x: twin(playback.run, *x), arguments, tangents)
         outputs = outputs._replace(exact=_zero_tangents(solution[1].exact))
         return (solution, record), ((end, outputs), _zero_tangents(record))
 
+    played = with_rule(playback.forward, rule)
     return played
 
 
 def _backward(playback: _Playback) -> Callable[..., tuple[list[Leaf], list[Array]]]:
     """`_Playback.backward`, whose derivative in forward mode is that of the float twin played backwards."""
 
-    @jax.custom_jvp
-    def pulled(arguments: Any, record: _Record, cotangents: _Cotangents) -> Any:
+    def backward(arguments: Any, record: _Record, cotangents: _Cotangents) -> Any:
         start, constants, inputs = arguments
         return playback.backward(start, constants, inputs, record, cotangents)
 
@@ -979,11 +978,11 @@ def _backward(playback: _Playback) -> Callable[..., tuple[list[Leaf], list[Array
         _, pull = jax.vjp(solution, start, wanted)
         return pull(cotangents)
 
-    @pulled.defjvp
     def rule(primals: Any, tangents: Any) -> Any:
         arguments, _, cotangents = primals
         result = pulled(*primals)
         _, change = jax.jvp(of_twin, (arguments, cotangents), (tangents[0], tangents[2]))
         return result, change
 
+    pulled = with_rule(backward, rule)
     return pulled

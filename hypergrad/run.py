@@ -401,15 +401,15 @@ class Run:
             params, theta = jax.tree.map(lambda x: x.value, (params, theta))
             linearised = linearise(self, params, theta, flags)
             saved = (linearised.primal, linearised.residuals)
-            return linearised.primal[:2], (saved, Static(linearised.jaxpr), freeze(flags))
+            return linearised.primal[:2], (saved, Static(linearised.jaxprs), freeze(flags))
 
         def backward(residual: Any, cotangent: Any) -> Any:
-            saved, jaxpr, flags = residual
+            saved, jaxprs, flags = residual
             primal, residuals = saved
             loss_cotangent, direction = cotangent
             if isinstance(loss_cotangent, SymbolicZero):
                 loss_cotangent = None
-            linearised = Linearised(primal, residuals, jaxpr.value)
+            linearised = Linearised(primal, residuals, jaxprs.value)
             products = linearised.transposed(loss_cotangent, instantiate(direction))
             return products.params, scatter(thaw(flags), products.wanted)
 
@@ -458,27 +458,29 @@ class Linearised(NamedTuple):
     """Loss, gradient and what is observed at a point, with what is needed for their derivatives there.
 
     Attributes:
-      primal: ``(loss, seen, ∂L/∂θ)``, where ``seen`` is ``∂L/∂w`` and ``S``, by leaf.
-      residuals: what the linear map needs besides its argument.
-      jaxpr: the linear map from a direction ``(u_g, u_S)`` by leaf to
+      primal: ``(loss, seen, first)``, where ``seen`` is ``∂L/∂w`` and ``S``, by leaf, and ``first`` what
+        the first linear map needs besides its argument.
+      residuals: what the second needs.
+      jaxprs: the linear maps from ``l`` to ``l ∂L/∂θ``; and from a direction ``(u_g, u_S)`` by leaf to
         ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
     """
 
     primal: tuple[Array, list[Seen], list[Array]]
     residuals: list[Array]
-    jaxpr: Any
+    jaxprs: tuple[Any, Any]
 
     def transposed(self, loss_cotangent: Array | None, direction: Sequence[Seen]) -> Products:
         """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``; None is ``l = 0``."""
-        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, self.residuals)
-        total = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(list(direction)))
-        _, seen, first_theta = self.primal
+        first, second = (
+            jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, given))
+            for jaxpr, given in zip(self.jaxprs, (self.primal[2], self.residuals))
+        )
+        total = second(*jax.tree.leaves(list(direction)))
+        _, seen, _ = self.primal
         if loss_cotangent is not None:
             used = loss_cotangent != 0  # at a step that is masked, ∂L/∂θ need not be a number
-            total = [
-                jnp.where(used, loss_cotangent * first, 0).astype(first.dtype) + second
-                for first, second in zip([*gradients(seen), *first_theta], total)
-            ]
+            along = [*(loss_cotangent * g for g in gradients(seen)), *first(loss_cotangent)]
+            total = [jnp.where(used, x, 0).astype(y.dtype) + y for x, y in zip(along, total)]
         return Products(total[: len(seen)], total[len(seen) :])
 
 
@@ -500,7 +502,7 @@ def linearise(
       live: true, at run time: evaluate apart (see `hypergrad.program.isolated`), so that the same bits
         come out in both directions.  None where that does not matter.
     """
-    linear_map: list[Any] = []
+    linear_maps: list[tuple[Any, Any]] = []
 
     def evaluate(params: list[Array], theta: PyTree) -> Any:
         wanted, merge = split(flags, theta)
@@ -535,15 +537,23 @@ def linearise(
             bars = [{name: u[name] for name in each} for u, each in zip(direction, observed)]
             return jax.tree.map(jnp.add, along, jax.tree.leaves(pull_back(bars)))
 
-        closed = jax.make_jaxpr(products)(seen)
-        linear_map.append(closed.jaxpr)
-        return (value, seen), (first_theta, list(closed.consts))
+        first = jax.make_jaxpr(lambda bar: [bar * x for x in first_theta])(value)
+        if live is None and wanted:
+            # What is kept at every step may be less: of the weights of examples, those in the batch.
+            _, pull = jax.vjp(lambda wanted: loss(params, wanted), wanted)
+            other = jax.make_jaxpr(lambda bar: pull(bar)[0])(value)
+            given = {id(x) for x in jax.tree.leaves((params, theta))}
+            if sum(x.size for x in other.consts if id(x) not in given) < sum(x.size for x in first_theta):
+                first = other
+        second_map = jax.make_jaxpr(products)(seen)
+        linear_maps.append((first.jaxpr, second_map.jaxpr))
+        return (value, seen), (list(first.consts), list(second_map.consts))
 
     if live is None:
-        primal, (first_theta, residuals) = evaluate(params, theta)
+        primal, (first, residuals) = evaluate(params, theta)
     else:
-        primal, (first_theta, residuals) = _first_apart(live, evaluate, params, theta)
-    return Linearised((*primal, first_theta), residuals, linear_map[-1])
+        primal, (first, residuals) = _first_apart(live, evaluate, params, theta)
+    return Linearised((*primal, first), residuals, linear_maps[-1])
 
 
 def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
@@ -597,7 +607,7 @@ def keep_alive(live: Array, unused: PyTree, value: Array) -> Array:
 
     def never(value: Array, unused: PyTree) -> Array:
         numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-        return value + sum(jnp.sum(x.astype(value.dtype)) for x in numbers)
+        return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
 
     return jax.lax.cond(live, lambda value, _: value, never, value, unused)
 
