@@ -146,7 +146,9 @@ def test_result_has_the_types_and_structure_of_the_start() -> None:
     trained = train(watch=lambda s: s.loss)
     assert jax.tree.structure(trained.params) == jax.tree.structure(START)
     assert jax.tree.structure(trained.state["velocity"]) == jax.tree.structure(START)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(trained))
+    floats = trained.params, trained.state["velocity"], trained.losses
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(floats))
+    assert int(trained.state["step"]) == trained.losses.size
     np.testing.assert_array_equal(trained.watched, trained.losses)
     assert float(trained.losses[0]) == 18.0 and trained.losses[-1] < trained.losses[0]
 
