@@ -48,6 +48,7 @@ from hypergrad.run import (
     in_segments,
     instantiate,
     linearise,
+    perturbed,
     scatter,
     split,
     thaw,
@@ -832,7 +833,7 @@ class Reversible:
             return _forward(playback)(start, constants, inputs)[0]
 
         def forward(*arguments: Any) -> Any:
-            flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
+            flags = _Flags(*perturbed(arguments[1:]))
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known
