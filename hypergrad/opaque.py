@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.interpreters import ad, batching, mlir
@@ -68,8 +69,9 @@ def with_rule(function: Callable[..., PyTree], rule: Callable[[Any, Any], tuple[
 def _instantiated(x: Array, tangent: Array | None) -> Array | np.ndarray:
     if tangent is not None:
         return tangent
-    inexact = jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
-    return jax.numpy.zeros_like(x) if inexact else np.zeros(x.shape, jax.dtypes.float0)
+    dtype, shape = jnp.result_type(x), jnp.shape(x)
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return jnp.zeros(shape, dtype) if inexact else np.zeros(shape, jax.dtypes.float0)
 
 
 def _evaluated(*flat: Array, jaxpr: Any, rule: Rule) -> Flat:

@@ -48,6 +48,7 @@ from hypergrad.run import (
     in_segments,
     instantiate,
     linearise,
+    perturbed,
     scatter,
     split,
     thaw,
@@ -861,10 +862,7 @@ class Reversible:
             return _forward(playback)(start, constants, inputs)[0]
 
         def forward(*arguments: Any) -> Any:
-            flags = _Flags(*jax.tree.map(lambda x: x.perturbed, arguments[1:]))
-            # Integers have no derivative, though what an earlier run left counts as perturbed.
-            constants = flags.constants._replace(exact=jax.tree.map(lambda _: False, flags.constants.exact))
-            flags = flags._replace(constants=constants)
+            flags = _Flags(*perturbed(arguments[1:]))
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known

@@ -151,6 +151,11 @@ def thaw(static: Static) -> PyTree:
     return structure.unflatten(leaves)
 
 
+def perturbed(tree: PyTree) -> PyTree:
+    """What a forward rule is told of its arguments: which are differentiated.  Integers never are."""
+    return jax.tree.map(lambda x: x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact), tree)
+
+
 def scatter(flags: PyTree, values: Sequence[Array]) -> PyTree:
     """A tree like the flags, with the values where they are set and None, meaning zero, elsewhere."""
     new = iter(values)
@@ -397,7 +402,7 @@ class Run:
             return self.plain_gradient(params, *theta)
 
         def forward(params: Any, theta: Any) -> Any:
-            flags = jax.tree.map(lambda x: x.perturbed, theta)
+            flags = perturbed(theta)
             params, theta = jax.tree.map(lambda x: x.value, (params, theta))
             linearised = linearise(self, params, theta, flags)
             saved = (linearised.primal, linearised.residuals)

@@ -119,7 +119,7 @@ def test_a_hessian_in_a_constant_rate(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
-@every
+@each(ADJOINTS[1], slow=[a for a in ADJOINTS if a != ADJOINTS[1]])
 def test_hessian_vector_products_in_everything(x64: None, adjoint: Any) -> None:
     """Forward over reverse, reverse over reverse, and a third derivative."""
     x, u = jnp.asarray(POINT), jnp.asarray(ALONG)
@@ -142,7 +142,7 @@ def test_outside_jit(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, jax.grad(jax.grad(of_target(plain)))(0.7), rtol=1e-7)
 
 
-@typical
+@each(hg.Stored(), slow=ADJOINTS[:2])
 def test_third_derivatives(x64: None, adjoint: Any) -> None:
     thrice = lambda f: quick_jit(jax.grad(jax.grad(jax.grad(f))))(0.7)  # noqa: E731
     of_meta = lambda train: lambda meta: train(wavy, 0.4, 0.2, meta)[0] ** 2  # noqa: E731
