@@ -16,6 +16,18 @@ from hypergrad import exact
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
+
+def settled(radix: Any, x: Any, words: int) -> Any:
+    """`exact.settled` of one array."""
+    return exact.settled([radix], [x], [words])[0]
+
+
+def coarseness(radix: Any, words: int, amount: Any, part: float, wanted: Any) -> Any:
+    """`exact.coarseness` of one amount."""
+    number = exact.zero(amount.shape, words)._replace(radix=radix)
+    return exact.coarseness([number], [amount], part, wanted)[0]
+
+
 FACTORS = st.one_of(
     st.floats(2.0**-7, 1.0),
     st.sampled_from([1.0, 2.0**-7, 0.5, 0.9, 0.999, 1 - 2.0**-32, 1 - 2.0**-20, 0.75]),
@@ -220,7 +232,7 @@ def test_bounds_grow_enough_for_every_factor(factors: list[float], start: int) -
             register = (int(before) - 8 * exact.BIT * int(exact.spilled(before))) / exact.BIT
         old, new = int(bounds(before)), int(bounds(after)) << (8 * full)
         assert new * int(n) >= 2**32 * old
-        assert 2**exact.MARGIN <= old <= 2**32
+        assert 2**exact.MARGIN - 1 <= old <= 2**32  # rounded down
         assert 2.0**register * (1 - 2.0**-22) <= old <= 2.0**register * (1 + 2.0**-45)
 
 
@@ -234,7 +246,9 @@ def test_bounds_never_shrink_and_stay_near_powers_of_two() -> None:
     assert np.all(found <= power * (1 + 2.0**-45)) and np.all(found >= power * (1 - 2.0**-22))
     with jax.enable_x64(True):
         whole = jnp.arange(24, 33) * exact.BIT
-    assert bounds(whole).tolist() == [2**k for k in range(24, 33)]
+    powers = np.array([2.0**k for k in range(24, 33)])
+    below = 1 - np.asarray(bounds(whole), float) / powers
+    assert np.all(below >= 0) and np.all(below <= 2.0**-23)
 
 
 @hypothesis.given(FACTORS, WORDS, st.integers(0, 2**31))
@@ -390,7 +404,7 @@ def test_the_nearest_float(high: int, digits: int, radix: int, words: int) -> No
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1000.0, 1e30])
 def test_the_radix_leaves_headroom_above_the_largest_number(size: float, words: int) -> None:
     x = jnp.asarray([0.0, -size, size / 3])
-    radix = int(exact.settled(jnp.int32(exact.UNSET), x, words))
+    radix = int(settled(jnp.int32(exact.UNSET), x, words))
     room = 62 - radix - (math.frexp(float(jnp.float32(size)))[1])
     assert room == exact.HEADROOM[words]
     with jax.enable_x64(True):
@@ -402,9 +416,9 @@ def test_the_radix_leaves_headroom_above_the_largest_number(size: float, words: 
 
 def test_a_radix_is_chosen_once_and_by_numbers_alone() -> None:
     zero = jnp.zeros(3)
-    assert int(exact.settled(jnp.int32(7), jnp.ones(3), 1)) == 7
+    assert int(settled(jnp.int32(7), jnp.ones(3), 1)) == 7
     for useless in (zero, jnp.full(3, jnp.nan), jnp.full(3, jnp.inf)):
-        assert int(exact.settled(jnp.int32(exact.UNSET), useless, 1)) == exact.UNSET
+        assert int(settled(jnp.int32(exact.UNSET), useless, 1)) == exact.UNSET
     number = shift(exact.zero((3,), 1), zero)
     assert int(number.radix) == exact.UNSET and not np.any(exact.to_float(number, jnp.float32))
     first = shift(number, jnp.full(3, 2.0))
@@ -419,7 +433,7 @@ def test_a_radix_is_chosen_once_and_by_numbers_alone() -> None:
 def test_an_empty_array_has_a_radix_too() -> None:
     empty = shift(exact.zero((0,), 1), jnp.zeros(0))
     assert empty.high.shape == (0,) and exact.fits(empty)
-    assert int(exact.settled(jnp.int32(exact.UNSET), jnp.zeros((0, 3)), 2)) == exact.UNSET
+    assert int(settled(jnp.int32(exact.UNSET), jnp.zeros((0, 3)), 2)) == exact.UNSET
 
 
 @pytest.mark.parametrize("part", [2.0**-10, 0.25])
@@ -430,15 +444,15 @@ def test_coarseness_is_what_rounding_takes_beyond_a_part(part: float) -> None:
     size = np.abs(np.asarray(amount, np.float64))
     half = 2.0 ** (20 - 33)
     expected = np.sum(np.minimum(size, half) - part * size, axis=1)
-    found = exact.coarseness(radix, 1, amount, part, jnp.asarray(True))
+    found = coarseness(radix, 1, amount, part, jnp.asarray(True))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
     assert np.any(expected > 0) and np.any(expected < 0)
-    assert not np.any(exact.coarseness(radix, 1, amount, part, jnp.asarray(False)))
+    assert not np.any(coarseness(radix, 1, amount, part, jnp.asarray(False)))
     # Rows that are many and narrow are added up in parts, and a wide radix takes nothing.
-    narrow = exact.coarseness(radix, 1, jnp.tile(amount.reshape(-1, 1), (8, 1)), part, jnp.asarray(True))
+    narrow = coarseness(radix, 1, jnp.tile(amount.reshape(-1, 1), (8, 1)), part, jnp.asarray(True))
     assert narrow.shape == (exact.ROWS,)
     np.testing.assert_allclose(np.sum(np.asarray(narrow)), 8 * np.sum(expected), rtol=1e-6)
-    assert np.all(np.asarray(exact.coarseness(jnp.int32(80), 2, amount, part, jnp.asarray(True))) <= 0)
+    assert np.all(np.asarray(coarseness(jnp.int32(80), 2, amount, part, jnp.asarray(True))) <= 0)
 
 
 def test_what_is_lost_counts_next_to_the_number_itself() -> None:
