@@ -135,8 +135,8 @@ def test_segments_take_less_memory_than_either_pure_strategy() -> None:
         compiled = jax.jit(jax.grad(outer)).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    segmented = memory(hg.Reversible(segments=4))
-    assert segmented < 0.75 * memory(hg.Reversible())
+    segmented = memory(hg.Reversible(segments=3))
+    assert segmented < 0.9 * memory(hg.Reversible())
     assert segmented < 0.2 * memory(hg.Checkpointed())
 
 
