@@ -740,9 +740,8 @@ class Exact(NamedTuple):
                         now[i].numbers[v] = number
                         wrong = look(exact.fits(number), ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
-        scalars = [{name: x for name, x in record.items() if x.ndim == 0} for record in records]
         kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
-        scalars = [{name: x for name, x in record.items() if name not in kept} for record in scalars]
+        scalars = [{name: x for name, x in record.items() if name not in kept} for record in records]
         return Stepped(now, new_tapes, scalars, coarse, wrong)
 
     def kept(
