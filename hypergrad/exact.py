@@ -72,42 +72,28 @@ class Buffer(NamedTuple):
     bits: Array
 
 
-NEGLIGIBLE = 2.0**-30
-ROWS = 256  # how many sums are kept of an array of many narrow rows
-WIDTH = 16  # the least of a row
-
-
-def _by_row(x: Array) -> Array:
-    """Sums over the rows of an array: over all but its leading axis, or of as many parts as are useful."""
-    rows = x.shape[0] if x.ndim else 1
-    if x.size <= ROWS:
-        return x.ravel()
-    if x.size >= WIDTH * rows:
-        return jnp.sum(x.reshape(rows, -1), axis=1)
-    return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
-
-
-def settled(radices: list[Array], added: list[Array], words: list[int]) -> list[Array]:
-    """The radices of arrays that are all zero so far, now that numbers are added; others keep theirs.
+def fitted(radix: Array, largest: Array, words: int) -> Array:
+    """The radix of arrays that are all zero so far, now that numbers are added; others keep theirs.
 
     The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
     in every radix, so that on the way back the one in which it ended serves all along.
+
+    Args:
+      radix: int32, of one array or several.
+      largest: the largest ``|x|`` that is added to each, float64.
+      words: low words.
     """
-
-    def fitting(count: Array, radices: list[Array]) -> list[Array]:
-        new = []
-        for radix, x, low in zip(radices, added, words):
-            largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
-            usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
-            exponent = (jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) - 1022
-            fitted = jax.lax.clamp(-LARGEST_RADIX, 62 - HEADROOM[low] - exponent, LARGEST_RADIX)
-            new.append(jnp.where(usable, fitted.astype(jnp.int32), radix))
-        return new
-
     with jax.enable_x64(True):
-        # A loop that is run once or not at all: what is not needed costs nothing.
-        needed = jnp.any(jnp.stack([radix == UNSET for radix in radices]))
-        return jax.lax.fori_loop(0, needed.astype(jnp.int32), fitting, radices)
+        usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
+        exponent = (jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) - 1022
+        best = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
+        return jnp.where(usable, best.astype(jnp.int32), radix)
+
+
+def largest(x: Array) -> Array:
+    """The largest ``|x|`` in float64; 0 of no elements."""
+    with jax.enable_x64(True):
+        return jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
 
 
 def _power(exponent: Array) -> Array:
@@ -193,7 +179,7 @@ def shift(number: Fixed, amount: Array) -> Fixed:
 
     A number that has no radix yet is zero and takes the one that suits the amount.
     """
-    (radix,) = settled([number.radix], [amount], [len(number.low)])
+    radix = fitted(number.radix, largest(amount), len(number.low))
     return shift_settled(number._replace(radix=radix), amount)
 
 
@@ -223,40 +209,19 @@ def unshift(number: Fixed, amount: Array) -> Fixed:
         return Fixed(high, tuple(rests), number.radix)
 
 
-def coarseness(numbers: list[Fixed], amounts: list[Array], part: float, wanted: Array) -> list[Array]:
-    """By how much rounding takes more than a part of amounts, row by row: positive where it takes more.
-
-    ``Σ min(|a|, u/2) - part |a|`` over a row, with ``u`` the unit of the last digit.
+def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
+    """By how much rounding takes more than a part of what is added, ``min(|a|, u/2) - part |a|``.
 
     Args:
-      numbers: to which the amounts are added.
-      amounts: as given to `shift`.
+      radix: of the number to which it is added, whose last digit has the unit ``u``.
+      words: its low words.
+      amount: as given to `shift`.
       part: of the amount that rounding may take.
-      wanted: whether to look at all; else zeros.
-    """
-
-    def look(count: Array, nothing: list[Array]) -> list[Array]:
-        result = []
-        for number, amount, zero in zip(numbers, amounts, nothing):
-            radix = jnp.where(number.radix == UNSET, count, number.radix)
-            half = _power(-radix) * 0.5 ** (DIGITS * len(number.low) + 1)
-            size = jnp.abs(amount.astype(jnp.float64))
-            result.append(zero + _by_row(jnp.minimum(size, half) - part * size))
-        return result
-
-    with jax.enable_x64(True):
-        nothing = [jnp.zeros(jax.eval_shape(_by_row, a).shape, jnp.float64) for a in amounts]
-        return jax.lax.fori_loop(0, wanted.astype(jnp.int32), look, nothing)
-
-
-def matters(coarse: Array, number: Fixed, part: float, steps: int) -> Array:
-    """Whether shifts were too coarse by their sum, next to which the number itself is not large.
-
-    Where ``2**-30`` of the number at every step would be as much, it is: what is lost is nothing to it.
     """
     with jax.enable_x64(True):
-        own = _by_row(jnp.abs(to_float(number, jnp.float64)))
-        return jnp.any(coarse > part * NEGLIGIBLE * steps * own)
+        half = _power(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
+        size = jnp.abs(amount.astype(jnp.float64))
+        return jnp.minimum(size, half) - part * size
 
 
 def numerator(factor: Array) -> Array:
@@ -381,6 +346,45 @@ def _bound(bits: Array) -> Array:
     return power >> (DIGITS - exponent).astype(jnp.uint64)
 
 
+class Ratio(NamedTuple):
+    """By what an array is scaled, and how its registers change.
+
+    Attributes:
+      n: the numerator, uint64.
+      full: whether a byte leaves the register.
+      old: ``I``, uint64.
+      new: ``I'``, when the byte has not left yet.
+    """
+
+    n: Array
+    full: Array
+    old: Array
+    new: Array
+
+
+class Growth(NamedTuple):
+    """How the buffer of an array grows when the array is scaled.
+
+    Attributes:
+      before: the buffer's ``bits`` before.
+      after: and after.
+      ratio: by what it is scaled.
+    """
+
+    before: Array
+    after: Array
+    ratio: Ratio
+
+
+def growth(bits: Array, n: Array, undo: bool = False) -> Growth:
+    """How a buffer with these bits grows by a scale; to undo that, how it has grown."""
+    with jax.enable_x64(True):
+        before, after = (bits - cost(n), bits) if undo else (bits, bits + cost(n))
+        full = spilled(after) > spilled(before)
+        new = _bound(after)
+        return Growth(before, after, Ratio(n, full, _bound(before), jnp.where(full, new << 8, new)))
+
+
 def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer, Array]:
     """Multiply by ``n / 2**32`` exactly, keeping what is destroyed in the buffer.
 
@@ -417,12 +421,26 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
     >>> bool((exact.to_float(back, jnp.float32) == jnp.array([1.0, -2.0])).all())
     True
     """
+    grown = growth(buffer.bits, n)
+    number, register, byte = scaled(number, buffer.register, grown.ratio)
+    return number, Buffer(register, grown.after), written(tape, byte, grown.ratio.full, grown.before)
+
+
+def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer]:
+    """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
+    grown = growth(buffer.bits, n, undo=True)
+    byte = read(tape, grown.ratio.full, grown.before, buffer.register.shape)
+    number, register = unscaled(number, buffer.register, byte, grown.ratio)
+    return number, Buffer(register, grown.before)
+
+
+def scaled(number: Fixed, register: Array, ratio: Ratio) -> tuple[Fixed, Array, Array]:
+    """`scale` without the tape: the number, the register, and the byte that left it if one did."""
     with jax.enable_x64(True):
-        bits = buffer.bits + cost(n)
-        full, bound = _next_bound(buffer.bits, bits)
-        q = number.low[-1].astype(jnp.uint64) * _bound(buffer.bits) + buffer.register.astype(jnp.uint64)
-        digit = _quotient(q, bound)
-        register, tape = _spill(q - digit * bound, full, tape, buffer.bits)
+        n, full, old, new = ratio
+        q = number.low[-1].astype(jnp.uint64) * old + register.astype(jnp.uint64)
+        digit = _quotient(q, new)
+        register, byte = _cut(q - digit * new, full)
         # Upper digits times n, plus the new one; carry + word * n < 2**64.
         carry = digit
         low: list[Array] = []
@@ -431,14 +449,13 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
             low.insert(0, total.astype(jnp.uint32))
             carry = (total - low[0]) >> DIGITS  # of what is new, as in `shift`
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
-        return Fixed(high, tuple(low), number.radix), Buffer(register, bits), tape
+        return Fixed(high, tuple(low), number.radix), register, byte
 
 
-def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer]:
-    """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
+def unscaled(number: Fixed, register: Array, byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
+    """Undo `scaled`."""
     with jax.enable_x64(True):
-        bits = buffer.bits - cost(n)
-        full, bound = _next_bound(bits, buffer.bits)
+        n, full, old, new = ratio
         # Long division by n, in base 2**32.  The top digit of what was scaled is below n in size and hence
         # its own remainder, or n more.
         top = number.high >> DIGITS
@@ -452,12 +469,10 @@ def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed
         # The remainder once more, from what is new.
         lowest = [high, *quotients[2:]][-1].astype(jnp.uint32)
         last = number.low[-1] - lowest * n.astype(jnp.uint32)
-        q = last.astype(jnp.uint64) * bound + _unspill(buffer.register, full, tape, bits)
-        old = _bound(bits)
+        q = last.astype(jnp.uint64) * new + _uncut(register, byte, full)
         word = _quotient(q, old)
-        low = [*(q.astype(jnp.uint32) for q in quotients[2:]), word.astype(jnp.uint32)]
-        register = (q - word * old).astype(jnp.uint32)
-        return Fixed(high, tuple(low), number.radix), Buffer(register, bits)
+        low = (*(q.astype(jnp.uint32) for q in quotients[2:]), word.astype(jnp.uint32))
+        return Fixed(high, low, number.radix), (q - word * old).astype(jnp.uint32)
 
 
 def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer, Array]:
@@ -472,18 +487,18 @@ def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer
     """
     with jax.enable_x64(True):
         bits = buffer.bits + cost_of_levels(levels)
-        full, _ = _next_bound(buffer.bits, bits)
+        full = spilled(bits) > spilled(buffer.bits)
         longer = buffer.register.astype(jnp.uint64) * levels + digit.astype(jnp.uint64)
-        register, tape = _spill(longer, full, tape, buffer.bits)
-        return Buffer(register, bits), tape
+        register, byte = _cut(longer, full)
+        return Buffer(register, bits), written(tape, byte, full, buffer.bits)
 
 
 def pop(levels: int, buffer: Buffer, tape: Array) -> tuple[Array, Buffer]:
     """Undo `push`: the digit, int32, and the buffer as it was."""
     with jax.enable_x64(True):
         bits = buffer.bits - cost_of_levels(levels)
-        full, _ = _next_bound(bits, buffer.bits)
-        longer = _unspill(buffer.register, full, tape, bits)
+        full = spilled(buffer.bits) > spilled(bits)
+        longer = _uncut(buffer.register, read(tape, full, bits, buffer.register.shape), full)
         register = longer // levels
         return (longer - register * levels).astype(jnp.int32), Buffer(register.astype(jnp.uint32), bits)
 
@@ -506,35 +521,35 @@ def _lower(word: Array) -> Array:
     return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
-def _next_bound(before: Array, after: Array) -> tuple[Array, Array]:
-    """Whether a byte leaves the register as its bits go from before to after, and its bound until then."""
-    full = spilled(after) > spilled(before)
-    bound = _bound(after)
-    return full, jnp.where(full, bound << 8, bound)
-
-
-def _spill(register: Array, full: Array, tape: Array, before: Array) -> tuple[Array, Array]:
-    """Move a byte to the tape from registers that have become too long."""
-    start = spilled(before)
+def _cut(register: Array, full: Array) -> tuple[Array, Array]:
+    """Take a byte off registers that have become too long; and the byte."""
     byte = register.astype(jnp.uint8)
-    register = jnp.where(full, register >> 8, register).astype(jnp.uint32)
+    return jnp.where(full, register >> 8, register).astype(jnp.uint32), byte
+
+
+def _uncut(register: Array, byte: Array, full: Array) -> Array:
+    """Undo `_cut`: the long register as it was."""
+    register = register.astype(jnp.uint64)
+    return jnp.where(full, (register << 8) | byte.astype(jnp.uint64), register)
+
+
+def written(tape: Array, byte: Array, full: Array, before: Array) -> Array:
+    """The tape with the byte that left the registers."""
+    start = spilled(before)
     if before.ndim == 0:
         # The row is always written; unless registers were full the next one overwrites it.
-        return register, jax.lax.dynamic_update_slice_in_dim(tape, byte[None], start, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(tape, byte[None], start, axis=0)
     # Out of range, hence dropped, where the register was not full.
     place = jnp.where(full.ravel(), _places(start, full), jnp.int32(tape.size))
-    return register, tape.at[place].set(byte.ravel(), mode="drop")
+    return tape.at[place].set(byte.ravel(), mode="drop")
 
 
-def _unspill(register: Array, full: Array, tape: Array, before: Array) -> Array:
-    """Undo `_spill`: the long register as it was."""
+def read(tape: Array, full: Array, before: Array, shape: tuple[int, ...]) -> Array:
+    """The byte that `written` wrote, for an array of this shape."""
     start = spilled(before)
-    register = register.astype(jnp.uint64)
     if before.ndim == 0:
-        byte = jax.lax.dynamic_index_in_dim(tape, start, axis=0, keepdims=False)
-    else:
-        byte = tape.at[_places(start, full)].get(mode="fill", fill_value=0).reshape(register.shape)
-    return jnp.where(full, (register << 8) | byte.astype(jnp.uint64), register)
+        return jax.lax.dynamic_index_in_dim(tape, start, axis=0, keepdims=False)
+    return tape.at[_places(start, full)].get(mode="fill", fill_value=0).reshape(shape)
 
 
 def _places(start: Array, full: Array) -> Array:

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Var
 
-from hypergrad import exact
+from hypergrad import bundles, exact
+from hypergrad.compiler import same_bits
 from hypergrad.devices import Evaluate, in_turn
 
 PyTree = Any
@@ -471,86 +471,6 @@ def factor_of(move: Scale, view: View) -> Any:
     return move.factor(view) if callable(move.factor) else move.factor
 
 
-def in_place(live: Array, function: Callable[..., PyTree], state: PyTree, *arguments: PyTree) -> PyTree:
-    """``function(state, *arguments)``, a state like the old one, in a computation of its own.
-
-    Compilers would rather compute integers anew from the old state wherever they are used than keep them,
-    so that old and new state of all leaves are in memory at the same time.  The body of a loop is compiled
-    apart, and what it carries stays where it is; this one is run once.  What does not depend on its count
-    would be moved out of it again: all arguments are made to.
-
-    Args:
-      live: as for `isolated`.
-      function: a pure function.
-      state: what it changes.
-      arguments: what else it needs.
-    """
-
-    def tied(count: Array, x: Array) -> Array:
-        number = jnp.issubdtype(x.dtype, jnp.floating) or (x.dtype == jnp.int32 and x.ndim == 0)
-        return x + count.astype(x.dtype) if number else x
-
-    def body(count: Array, state: PyTree) -> PyTree:
-        return function(state, *jax.tree.map(lambda x: tied(count, x), arguments))
-
-    with jax.enable_x64(True):
-        return jax.lax.fori_loop(0, live.astype(jnp.int32), body, state)
-
-
-def isolated(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Evaluate a function in a compiled computation of its own.
-
-    The same instructions then give the same bits wherever it is called.  A compiler fuses arithmetic
-    with what stands around it, and contracts ``a * b + c`` to one rounding where it can: forwards and
-    backwards it would not always do so alike.  A branch of a conditional is compiled apart.
-
-    Args:
-      live: a scalar that is true, which the compiler must not know.
-      function: a pure function of its arguments.
-      arguments: pytrees of arrays.
-    """
-    shapes = jax.eval_shape(function, *arguments)
-
-    def never(*_: PyTree) -> PyTree:
-        return jax.tree.map(_zeros, shapes)
-
-    return jax.lax.cond(live, function, never, *arguments)
-
-
-# Each is one correctly rounded operation for every element, and nothing to fuse changes its bits.
-ROUNDED_ALONE = {
-    "abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "max", "min", "mul", "neg", "reshape",
-    "select_n", "sign", "sqrt", "squeeze", "stop_gradient", "transpose",
-}  # fmt: skip
-
-
-def _rounds_alike(function: Callable[..., PyTree], *arguments: PyTree) -> bool:
-    """Whether a function gives the same bits however it is compiled, so that it need not stand apart.
-
-    So it is if it consists of single roundings, and adds or subtracts scalars only, or nothing that a
-    multiplication gave; ``a * b + c`` in one rounding would differ.
-    """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    products = set()
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name not in ROUNDED_ALONE | {"add", "sub"}:
-            return False
-        from_product = any(v in products for v in eqn.invars if isinstance(v, Var))
-        if name in {"add", "sub"} and from_product:
-            return False
-        if name == "mul" or from_product:
-            products.update(eqn.outvars)
-    return True
-
-
-def _zeros(like: Any) -> Array:
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        key = jax.random.key(0, impl=str(jax.random.key_impl(like)))
-        return jnp.broadcast_to(key, like.shape)
-    return jnp.zeros(like.shape, like.dtype)
-
-
 Trouble = tuple[str, str]  # a kind and a variable
 NO_TROUBLE = ("", "")
 BAD_LOSS = ("loss", "")
@@ -595,13 +515,15 @@ class Exact(NamedTuple):
         return [NO_TROUBLE, BAD_LOSS, ("level", ""), *((kind, v) for kind in kinds for v in self.variables)]
 
     def floats(
-        self, leaves: Sequence[ExactLeaf], *names: str, dtypes: Sequence[Any] | None = None
+        self, live: Array, leaves: Sequence[ExactLeaf], *names: str, dtypes: Sequence[Any] | None = None
     ) -> list[Leaf]:
         """The float state that the integers stand for: all variables, or those named."""
-        return [
-            {v: exact.to_float(leaf.numbers[v], dtype) for v in names or leaf.numbers}
-            for leaf, dtype in zip(leaves, self.dtypes if dtypes is None else dtypes)
-        ]
+        result: list[Leaf] = [{} for _ in leaves]
+        for v in names or leaves[0].numbers:
+            numbers = [leaf.numbers[v] for leaf in leaves]
+            for leaf, x in zip(result, bundles.floats(live, numbers, dtypes or self.dtypes)):
+                leaf[v] = x
+        return result
 
     def factors(
         self,
@@ -637,7 +559,7 @@ class Exact(NamedTuple):
 
         numerators = []
         scalars = [{k: x for k, x in records[i].items() if x.ndim == 0} for i in group]
-        for i, factor in zip(group, _same_bits(live, evaluate, at, scalars)):
+        for i, factor in zip(group, same_bits(live, evaluate, at, scalars)):
             move = programs[i][k]
             assert isinstance(move, Scale)
             shape = leaves[i].numbers[move.variable].high.shape
@@ -662,7 +584,7 @@ class Exact(NamedTuple):
         dtypes = _of(group, self.dtypes)
 
         def evaluate(at: PyTree, others: list[ExactLeaf], seen: Any, records: Any) -> list[Array]:
-            floats, result, programs = self.floats(others, dtypes=dtypes), [], self.program(*at)
+            floats, result, programs = self.floats(live, others, dtypes=dtypes), [], self.program(*at)
             for i, leaf, see, record in zip(group, floats, seen, records):
                 move = programs[i][k]
                 assert isinstance(move, Shift)
@@ -671,7 +593,7 @@ class Exact(NamedTuple):
                 result.append(jnp.broadcast_to(amount, leaves[i].numbers[variable].high.shape))
             return result
 
-        return _same_bits(live, evaluate, at, others, _of(group, seen), _of(group, records))
+        return same_bits(live, evaluate, at, others, _of(group, seen), _of(group, records))
 
     def step(
         self,
@@ -700,7 +622,7 @@ class Exact(NamedTuple):
                 if isinstance(move, Remember | Total | Keep):
                     dtypes, given = _of(group, self.dtypes), (_of(group, seen), _of(group, records))
                     with jax.enable_x64(self.x64):
-                        floats = self.floats(_of(group, now), dtypes=dtypes)
+                        floats = self.floats(live, _of(group, now), dtypes=dtypes)
                         remembered = _remembered(k, _of(group, programs), floats, *given, dtypes)
                     for i, record in zip(group, remembered):
                         records[i] = record
@@ -720,23 +642,20 @@ class Exact(NamedTuple):
                         wrong = look(exact.admissible(n), ("factor", v), i)
                         # A division by zero would trap, not tell.
                         numerators.append(jnp.maximum(n, jnp.ones_like(n)))
-                    states = [
-                        (now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped]) for i in group
-                    ]
-                    scaled = _bundled(live, _scaled, states, numerators)
+                    numbers = [now[i].numbers[v] for i in group]
+                    buffers = [now[i].buffers[taped] for i in group]
+                    written = [new_tapes[i][taped] for i in group]
+                    scaled = bundles.scale(live, numbers, buffers, written, numerators)
                     for i, (number, buffer, tape) in zip(group, scaled):
                         now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = number, buffer, tape
                     taped += 1
                 elif isinstance(move, Shift):
                     v = move.variable
                     amounts = self.amounts(k, group, at, now, seen, records, live)
-                    before = [now[i].numbers[v] for i in group]
-                    words = [len(number.low) for number in before]
-                    radices = exact.settled([number.radix for number in before], amounts, words)
-                    before = [x._replace(radix=radix) for x, radix in zip(before, radices)]
-                    for i, more in zip(group, exact.coarseness(before, amounts, LARGEST_LOSS, guarded)):
+                    moved = bundles.shift(live, [now[i].numbers[v] for i in group], amounts)
+                    for i, more in zip(group, bundles.coarseness(guarded, moved, amounts, LARGEST_LOSS)):
                         coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
-                    for i, number in zip(group, _bundled(live, exact.shift_settled, before, amounts)):
+                    for i, number in zip(group, moved):
                         now[i].numbers[v] = number
                         wrong = look(exact.fits(number), ("range", v), i)
         # What is kept stands on the tape; only scalars are recorded.
@@ -790,47 +709,19 @@ class Exact(NamedTuple):
                     v = move.variable
                     taped -= 1
                     numerators = self.factors(k, group, at, now, records, live)
-                    tapes_and_factors = [
-                        (tapes[i][taped], jnp.maximum(n, jnp.ones_like(n)))
-                        for i, n in zip(group, numerators)
-                    ]
-                    states = [(now[i].numbers[v], now[i].buffers[taped]) for i in group]
-                    for i, state in zip(group, _bundled(live, _unscaled, states, tapes_and_factors)):
+                    numerators = [jnp.maximum(n, jnp.ones_like(n)) for n in numerators]
+                    numbers = [now[i].numbers[v] for i in group]
+                    buffers = [now[i].buffers[taped] for i in group]
+                    read = [tapes[i][taped] for i in group]
+                    for i, state in zip(group, bundles.unscale(live, numbers, buffers, read, numerators)):
                         now[i].numbers[v], now[i].buffers[taped] = state
                 elif isinstance(move, Shift):
                     v = move.variable
                     amounts = self.amounts(k, group, at, now, given, records, live)
                     numbers = [now[i].numbers[v] for i in group]
-                    for i, number in zip(group, _bundled(live, exact.unshift, numbers, amounts)):
+                    for i, number in zip(group, bundles.unshift(live, numbers, amounts)):
                         now[i].numbers[v] = number
         return now
-
-
-def _scaled(state: tuple[exact.Fixed, exact.Buffer, Array], n: Array) -> Any:
-    return exact.scale(*state, n)
-
-
-def _unscaled(state: tuple[exact.Fixed, exact.Buffer], given: tuple[Array, Array]) -> Any:
-    return exact.unscale(*state, *given)
-
-
-SMALL = 1 << 14  # elements of a leaf that is not worth a computation of its own
-
-
-def _bundled(live: Array, function: Callable[..., T], states: Sequence[T], given: Sequence[Any]) -> list[T]:
-    """`in_place` for the states of several leaves: each large one by itself, all small ones together."""
-    sizes = [max(x.size for x in jax.tree.leaves(state)) for state in states]
-    small = [i for i, size in enumerate(sizes) if size < SMALL]
-    result = list(states)
-
-    def all_of(states: list[T], given: list[Any]) -> list[T]:
-        return [function(*pair) for pair in zip(states, given)]
-
-    for bundle in [*([small] if small else []), *([i] for i in range(len(sizes)) if i not in small)]:
-        new = in_place(live, all_of, _of(bundle, states), _of(bundle, given))
-        for i, state in zip(bundle, new):
-            result[i] = state
-    return result
 
 
 def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
@@ -842,10 +733,3 @@ def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
 def _moved(move: Move) -> str:
     """The variable that a move changes; what is remembered or kept is none."""
     return "" if isinstance(move, Remember | Total | Keep) else move.variable
-
-
-def _same_bits(live: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Evaluate a function so that the same bits come out wherever it is called."""
-    if _rounds_alike(function, *arguments):
-        return function(*arguments)
-    return isolated(live, function, *arguments)

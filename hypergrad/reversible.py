@@ -22,7 +22,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from hypergrad import exact
+from hypergrad import bundles, exact
+from hypergrad.compiler import in_place
 from hypergrad.opaque import with_rule
 from hypergrad.program import (
     BAD_LOSS,
@@ -34,7 +35,6 @@ from hypergrad.program import (
     Optimizer,
     ReversalError,
     Seen,
-    in_place,
 )
 from hypergrad.run import (
     Constants,
@@ -241,16 +241,21 @@ def _all_equal(a: PyTree, b: PyTree) -> Array:
 
 
 def _live(start: Sequence[Leaf]) -> Array:
-    """True, which the compiler does not know; see `program.isolated`."""
+    """True, which the compiler does not know; see `hypergrad.compiler`."""
     numbers = [x for leaf in start for x in leaf.values() if x.size]
     return jnp.ravel(numbers[0])[0] * 0 != 1 if numbers else jnp.asarray(True)
+
+
+def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
+    """Numbers without their radix, which does not count where they are zeros."""
+    return [number[:2] for number in numbers]
 
 
 def _same(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Array:
     """Whether two states are the same bits.  The radix of an array of zeros does not count."""
 
     def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
-        return [([x[:2] for x in leaf.numbers.values()], leaf.buffers) for leaf in leaves]
+        return [(_bits([*leaf.numbers.values()]), leaf.buffers) for leaf in leaves]
 
     return _all_equal(bits(a), bits(b))
 
@@ -321,22 +326,23 @@ def _weighed(
       steps: of the run.
     """
     step, guarded = at
-    places = [(i, name) for i, each in enumerate(coarse) for name in each]
-    totals = [guards[i][name].total + coarse[i][name] for i, name in places]
-
-    def matter(_: list[Array], totals: list[Array], numbers: list[exact.Fixed]) -> list[Array]:
-        return [exact.matters(*pair, LARGEST_LOSS, steps) for pair in zip(totals, numbers)]
-
-    doubtful = [guards[i][name].since < 0 for i, name in places]
-    doubtful = [one & jnp.any(total > 0) for one, total in zip(doubtful, totals)]
-    fine = [jnp.asarray(False) for _ in places]
-    numbers = [leaves[i].numbers[name] for i, name in places]
-    any_doubt = guarded & jnp.any(jnp.stack([jnp.asarray(False), *doubtful]))
-    found = in_place(any_doubt, matter, fine, totals, numbers)
     new = [dict(each) for each in guards]
-    for (i, name), total, much in zip(places, totals, found):
-        since = guards[i][name].since
-        new[i][name] = _Guard(total, jnp.where((since < 0) & much, step, since))
+    for name in dict.fromkeys(name for each in coarse for name in each):
+        places = [i for i, each in enumerate(coarse) if name in each]
+        totals = [guards[i][name].total + coarse[i][name] for i in places]
+        since = jnp.stack([guards[i][name].since for i in places])
+        doubted = jnp.stack([jnp.any(total > 0) for total in totals])
+        doubted = guarded & jnp.any(doubted & (since < 0))
+
+        def judged(_: Array, doubted: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Array:
+            return bundles.matters(doubted, totals, numbers, LARGEST_LOSS, steps)
+
+        numbers = [leaves[i].numbers[name] for i in places]
+        none = jnp.zeros(len(places), bool)
+        found = in_place(doubted, judged, none, doubted, totals, numbers)
+        since = jnp.where((since < 0) & found, step, since)
+        for k, i in enumerate(places):
+            new[i][name] = _Guard(totals[k], since[k])
     return new
 
 
@@ -370,38 +376,31 @@ class _Playback:
     ) -> tuple[list[ExactLeaf], list[dict[str, _Guard]]]:
         """The start as integers, and what rounding took from it."""
         earlier, totals = (None, None) if constants.exact is None else unpacked(constants.exact)
-        leaves, guards = [], []
-        for i, (leaf, taped) in enumerate(zip(start, self.taped)):
-            buffers = [exact.empty(s.shape, s.factor_shape) for s in taped]
-            numbers, guard = {}, {}
-            for name, x in leaf.items():
-                given = () if earlier is None else (earlier[i].numbers[name],)
-                zero = self.zero(name, x.shape)
-                numbers[name] = number = in_place(live, self.started, zero, x, *given)
-                (coarse,) = exact.coarseness([number], [x], LARGEST_LOSS, live)
-                if earlier is not None and totals is not None:
-                    # What an earlier run left is not rounded again.
-                    known = jnp.all(exact.to_float(earlier[i].numbers[name], x.dtype) == x)
+        numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
+        guards: list[dict[str, _Guard]] = [{} for _ in start]
+        for name in self.integers.variables:
+            given = [leaf[name] for leaf in start]
+            fresh = self.started(name, given, live)
+            for i, coarse in enumerate(bundles.coarseness(live, fresh, given, LARGEST_LOSS)):
+                number, before = fresh[i], None if earlier is None else earlier[i].numbers[name]
+                if before is not None and totals is not None:
+                    # The integers behind the start, where it is still what an earlier run left: that is
+                    # not rounded again.
+                    known = jnp.all(exact.to_float(before, given[i].dtype) == given[i])
+                    number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), before, number)
                     coarse = jnp.where(known, totals[i][name], coarse)
-                guard[name] = _Guard(coarse, jnp.int32(-1))
-            leaves.append(ExactLeaf(numbers, buffers if earlier is None else earlier[i].buffers))
-            guards.append(guard)
-        return leaves, guards
+                numbers[i][name] = number
+                guards[i][name] = _Guard(coarse, jnp.int32(-1))
+        empty = [[exact.empty(s.shape, s.factor_shape) for s in taped] for taped in self.taped]
+        buffers = empty if earlier is None else [leaf.buffers for leaf in earlier]
+        return [ExactLeaf(*each) for each in zip(numbers, buffers)], guards
 
-    def zero(self, name: str, shape: tuple[int, ...]) -> exact.Fixed:
-        """A variable before anything is in it."""
+    def started(self, name: str, given: list[Array], live: Array) -> list[exact.Fixed]:
+        """The start of a variable."""
         assert isinstance(self.run.optimizer, Optimizer)
         radix = dict(self.adjoint.radix).get(name, exact.UNSET)
-        return exact.zero(shape, self.run.optimizer.words_of(name), radix)
-
-    @staticmethod
-    def started(zero: exact.Fixed, x: Array, earlier: exact.Fixed | None = None) -> exact.Fixed:
-        """The start of a variable; the integers behind it, where it is still what an earlier run left."""
-        fresh = exact.shift(zero, x)
-        if earlier is None:
-            return fresh
-        known = jnp.all(exact.to_float(earlier, x.dtype) == x)
-        return jax.tree.map(lambda a, b: jnp.where(known, a, b), earlier, fresh)
+        words = self.run.optimizer.words_of(name)
+        return bundles.shift(live, [exact.zero(x.shape, words, radix) for x in given], given)
 
     def recovered(
         self, start: list[Leaf], constants: Constants, found: Sequence[ExactLeaf], live: Array
@@ -409,19 +408,24 @@ class _Playback:
         """Whether the run backwards arrived at its start; looked at one variable after the other."""
         earlier = None if constants.exact is None else unpacked(constants.exact)[0]
         same = []
-        for i, (leaf, now, taped) in enumerate(zip(start, found, self.taped)):
-            for name, x in leaf.items():
-                given = () if earlier is None else (earlier[i].numbers[name],)
+        for name in self.integers.variables:
+            given = [leaf[name] for leaf in start]
+            numbers = [leaf.numbers[name] for leaf in found]
 
-                def alike(_: Array, number: exact.Fixed, x: Array, *given: Any, name: str = name) -> Array:
-                    again = self.started(self.zero(name, x.shape), x, *given)
-                    return _all_equal(number[:2], again[:2])
+            def alike(_: Array, numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
+                again = self.started(name, given, live)
+                equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
+                if earlier is not None:
+                    before = [leaf.numbers[name] for leaf in earlier]
+                    known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(before, given)]
+                    kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(before))]
+                    equal = [jnp.where(*each) for each in zip(known, kept, equal)]
+                return jnp.all(jnp.stack(equal))
 
-                unknown = jnp.asarray(False)
-                same.append(in_place(live, alike, unknown, now.numbers[name], x, *given))
-            buffers = [exact.empty(s.shape, s.factor_shape) for s in taped]
-            same.append(_all_equal(now.buffers, buffers if earlier is None else earlier[i].buffers))
-        return jnp.all(jnp.stack(same))
+            same.append(in_place(live, alike, jnp.asarray(False), numbers, given))
+        empty = [[exact.empty(s.shape, s.factor_shape) for s in taped] for taped in self.taped]
+        buffers = empty if earlier is None else [leaf.buffers for leaf in earlier]
+        return jnp.all(jnp.stack([*same, _all_equal([leaf.buffers for leaf in found], buffers)]))
 
     def play(
         self,
@@ -447,7 +451,7 @@ class _Playback:
             leaves, tapes, guards, failed = carry
             x = _at(inputs, t)
             live = x.step >= 0
-            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+            params = [leaf[PARAMS] for leaf in integers.floats(live, leaves, PARAMS)]
             if self.lengths is None:
                 loss, evaluated = run.gradient(params, constants.loss, x.batch)
             else:
@@ -460,7 +464,7 @@ class _Playback:
             wrong = jnp.where(jnp.isfinite(loss), now.wrong, bad_loss)
             at_step = jnp.concatenate([x.step[None], wrong])
             failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
-            snapshot = run.snapshot(integers.floats(leaves), loss, evaluated, x.step)
+            snapshot = run.snapshot(integers.floats(live, leaves), loss, evaluated, x.step)
             outputs = Outputs(loss, run.watched(snapshot, constants))
             guards = _weighed(guards, now.coarse, now.leaves, (x.step, guarded), run.steps)
             return (now.leaves, now.tapes, guards, failed), (outputs, now.records)
@@ -496,7 +500,7 @@ class _Playback:
         wanted = sum(jax.tree.leaves(flags.constants.loss))
         hypers_wanted = sum(jax.tree.leaves(flags.constants.hypers))
         slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
-        like = integers.floats(played.leaves)
+        like = jax.eval_shape(lambda leaves: integers.floats(jnp.asarray(True), leaves), played.leaves)
         spread_shapes = _spread_shapes(run, flags.hypers, (constants.hypers, slices), like)
 
         def unstep(carry: Any, at: tuple[Array, list[dict[str, Array]]]) -> Any:
@@ -508,12 +512,12 @@ class _Playback:
             leaves, kept = integers.kept(at_step, leaves, played.tapes)
             records = [a | b for a, b in zip(records, kept)]
             leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
-            params = [leaf[PARAMS] for leaf in integers.floats(leaves, PARAMS)]
+            params = [leaf[PARAMS] for leaf in integers.floats(live, leaves, PARAMS)]
             linearised = linearise(run, params, (constants.loss, x.batch), flags.loss, live)
             loss, evaluated, _ = linearised.primal
             seen = run.seen(constants.hypers, x.hypers, evaluated, live)
             leaves = integers.unstep(at_step, leaves, played.tapes, seen, records, live)
-            floats = integers.floats(leaves)
+            floats = integers.floats(live, leaves)
 
             # The float twin of the step, as a function of everything but the parameters of the loss.
             hypers, merge = split(flags.hypers, (constants.hypers, x.hypers))
@@ -551,6 +555,14 @@ class _Playback:
 
     def forward(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> tuple[Solution, _Record]:
         """The run forwards: its solution, and what the way back needs."""
+        with jax.enable_x64(True):
+            # Compiled as one also where nobody else does.
+            (end, outputs), record = jax.jit(self.played, inline=True)(start, constants, inputs)
+        end, outputs = self.refuse((end, outputs), record.health)
+        return (end, outputs), record
+
+    def played(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> tuple[Solution, _Record]:
+        """`forward`, whatever goes wrong."""
         arrays = (constants, inputs)
         whole, rest = divmod(self.run.steps, self.length)
         with jax.enable_x64(True):
@@ -589,12 +601,11 @@ class _Playback:
                 leaves, guards, failed, needed = carry
                 played = _Played(leaves, [], [], outputs, failed, guards)
             failed = self.too_coarse(played)
-            end, state = self.integers.floats(played.leaves), packed(played.leaves, played.guards)
+            end, state = self.integers.floats(live, played.leaves), packed(played.leaves, played.guards)
         fine = jnp.array([-1, 0], jnp.int32)
         health = _Health(failed, needed, jnp.asarray(True), fine)
-        end, outputs = self.refuse((end, played.outputs), health)
         record = _Record(played._replace(outputs=Outputs(None, None), guards=[]), checkpoints, health)
-        return (end, outputs._replace(exact=state)), record
+        return (end, played.outputs._replace(exact=state)), record
 
     def tape_needed(self, leaves: Sequence[ExactLeaf]) -> list[Array]:
         """Length of tape that was needed, by what is taped."""
@@ -619,6 +630,22 @@ class _Playback:
         cotangents: _Cotangents,
     ) -> tuple[list[Leaf], list[Array]]:
         """The run backwards: cotangents of the start, and of what is wanted of constants and inputs."""
+        given = (start, constants, inputs, record, cotangents)
+        with jax.enable_x64(True):
+            result, health = jax.jit(self.replayed, inline=True)(*given)
+        # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
+        # the compiler leaves out what only an unused value depends on.
+        return self.refuse(result, health)
+
+    def replayed(
+        self,
+        start: list[Leaf],
+        constants: Constants,
+        inputs: Inputs,
+        record: _Record,
+        cotangents: _Cotangents,
+    ) -> tuple[tuple[list[Leaf], list[Array]], _Health]:
+        """`backward`, whatever goes wrong."""
         played, checkpoints, health = record
         arrays, flags = (constants, inputs), self.flags
         fixed, _ = split(
@@ -665,10 +692,9 @@ class _Playback:
                 _, bars, sums, broken, recovered = carry
         recovered = checkpoint_name(recovered, RECOVERED)
         batch_bars, hyper_bars = steps
-        health = health._replace(recovered=recovered, broken=broken)
-        # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
-        # the compiler leaves out what only an unused value depends on.
-        return self.refuse((bars, [*sums, *batch_bars, *hyper_bars]), health)
+        return (bars, [*sums, *batch_bars, *hyper_bars]), health._replace(
+            recovered=recovered, broken=broken
+        )
 
     def refuse(self, result: PyTree, health: _Health) -> PyTree:
         """Pass the result on, or raise what was wrong with the run."""

@@ -30,6 +30,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
 from hypergrad import program
+from hypergrad.compiler import isolated
 from hypergrad.program import PARAMS, Examples, Here, Leaf, Optimizer, Seen, Whole
 
 PyTree = Any
@@ -259,11 +260,11 @@ class Run:
         seen: Sequence[Seen],
         live: Array,
     ) -> list[Seen]:
-        """The same, in a way that gives the same bits in both directions (see `program.isolated`)."""
+        """The same, in a way that gives the same bits in both directions (see `isolated`)."""
         assert isinstance(self.optimizer, Optimizer)
         if self.optimizer.transform is None:
             return list(seen)
-        return program.isolated(live, self.transformed, constants, inputs, list(seen))
+        return isolated(live, self.transformed, constants, inputs, list(seen))
 
     @property
     def per_example(self) -> bool:
@@ -504,7 +505,7 @@ def linearise(
       params: flat parameters.
       theta: what else the loss is a function of: `Constants.loss` and `Inputs.batch`.
       flags: which arrays of ``theta`` are wanted.
-      live: true, at run time: evaluate apart (see `hypergrad.program.isolated`), so that the same bits
+      live: true, at run time: evaluate apart (see `hypergrad.compiler`), so that the same bits
         come out in both directions.  None where that does not matter.
     """
     linear_maps: list[tuple[Any, Any]] = []
@@ -589,7 +590,7 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
-    results = program.isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
+    results = isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
     # An array of no elements, such as the gradient of one, would keep nothing alive.
     sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
     smallest = sizes.index(min(sizes))

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from hypergrad import exact
+from hypergrad import bundles, exact
 
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.load_profile("ci")
 
 
 def settled(radix: Any, x: Any, words: int) -> Any:
-    """`exact.settled` of one array."""
-    return exact.settled([radix], [x], [words])[0]
+    """The radix that an array of zeros takes."""
+    return exact.fitted(radix, exact.largest(x), words)
 
 
 def coarseness(radix: Any, words: int, amount: Any, part: float, wanted: Any) -> Any:
-    """`exact.coarseness` of one amount."""
+    """`bundles.coarseness` of one amount."""
     number = exact.zero(amount.shape, words)._replace(radix=radix)
-    return exact.coarseness([number], [amount], part, wanted)[0]
+    return bundles.coarseness(wanted, [number], [amount], part)[0]
 
 
 FACTORS = st.one_of(
@@ -35,6 +35,7 @@ FACTORS = st.one_of(
 SHAPES = st.sampled_from([(), (3, 1, 2)])
 WORDS = st.sampled_from([1, 2])
 RADIX = 40
+TRUE = jnp.asarray(True)
 
 # Compiled once for every shape: one by one, the operations of these take most of the time.
 scale, unscale, shift, unshift = map(jax.jit, (exact.scale, exact.unscale, exact.shift, exact.unshift))
@@ -450,14 +451,14 @@ def test_coarseness_is_what_rounding_takes_beyond_a_part(part: float) -> None:
     assert not np.any(coarseness(radix, 1, amount, part, jnp.asarray(False)))
     # Rows that are many and narrow are added up in parts, and a wide radix takes nothing.
     narrow = coarseness(radix, 1, jnp.tile(amount.reshape(-1, 1), (8, 1)), part, jnp.asarray(True))
-    assert narrow.shape == (exact.ROWS,)
+    assert narrow.shape == (bundles.ROWS,)
     np.testing.assert_allclose(np.sum(np.asarray(narrow)), 8 * np.sum(expected), rtol=1e-6)
     assert np.all(np.asarray(coarseness(jnp.int32(80), 2, amount, part, jnp.asarray(True))) <= 0)
 
 
 def test_what_is_lost_counts_next_to_the_number_itself() -> None:
     number = exact.to_fixed(jnp.full((2, 200), 1.0), RADIX)
-    lost = lambda x: bool(exact.matters(jnp.asarray([0.0, x]), number, 0.5, 100))  # noqa: E731
+    lost = lambda x: bool(bundles.matters(TRUE, [jnp.asarray([0.0, x])], [number], 0.5, 100)[0])  # noqa: E731
     limit = 0.5 * 2.0**-30 * 100 * 200
     assert lost(1.01 * limit) and not lost(0.99 * limit) and not lost(-1.0)
 

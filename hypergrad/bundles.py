@@ -1,0 +1,265 @@
+"""The exact arithmetic of many arrays at once.
+
+A model has many leaves and most are small: biases, gains, little matrices.  What is done to each by itself
+costs its own instructions, and their compilation; laid end to end they cost one set.  Large arrays stay by
+themselves, since laying them end to end would copy them.
+
+All functions take and return lists, with one entry for each array; all numbers in a list have as many low
+words.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import exact
+from hypergrad.compiler import computed, in_place
+from hypergrad.exact import Buffer, Fixed, Growth, Ratio
+
+SMALL = 1 << 14  # elements of an array that is not worth a computation of its own
+LARGEST = 1 << 18  # elements of a bundle; what is copied at a time
+NEGLIGIBLE = 2.0**-30
+ROWS = 256  # how many sums are kept of an array of many narrow rows
+WIDTH = 16  # the least of a row
+
+Shape = tuple[int, ...]
+
+
+def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Which arrays to lay end to end: lists of indices, of arrays of one kind, that hold every index once.
+
+    >>> from hypergrad.bundles import bundles
+    >>> bundles([(3,), (1000, 1000), (2, 2)], ["float32"] * 3)
+    [[0, 2], [1]]
+    """
+    result: list[list[int]] = []
+    filling: dict[Hashable, tuple[list[int], int]] = {}
+    for i, (shape, kind) in enumerate(zip(shapes, kinds)):
+        size = math.prod(shape)
+        bundle, held = filling.get(kind, ([], LARGEST))
+        if size >= SMALL or held + size > LARGEST:
+            bundle, held = [], 0
+            result.append(bundle)
+        bundle.append(i)
+        if size < SMALL:
+            filling[kind] = (bundle, held + size)
+    return result
+
+
+def shift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+    """`exact.shift`."""
+    if not numbers:
+        return []
+    words = len(numbers[0].low)
+
+    def fitting(_: Array, radices: Array) -> Array:
+        largest = jnp.stack([exact.largest(x) for x in amounts])
+        return exact.fitted(radices, largest, words)
+
+    with jax.enable_x64(True):
+        # A loop that is run once or not at all: what is not needed costs nothing.
+        radices = jnp.stack([number.radix for number in numbers])
+        needed = jnp.any(radices == exact.UNSET)
+        radices = jax.lax.fori_loop(0, needed.astype(jnp.int32), fitting, radices)
+    settled = [number._replace(radix=radices[i]) for i, number in enumerate(numbers)]
+    return _added(live, exact.shift_settled, settled, amounts)
+
+
+def unshift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+    """`exact.unshift`."""
+    return _added(live, exact.unshift, numbers, amounts)
+
+
+def _added(
+    live: Array,
+    move: Callable[[Fixed, Array], Fixed],
+    numbers: Sequence[Fixed],
+    amounts: Sequence[Array],
+) -> list[Fixed]:
+    result = [*numbers]
+    for bundle in bundles([x.shape for x in amounts], [x.dtype for x in amounts]):
+        of_bundle = [numbers[i] for i in bundle]
+        moved = in_place(live, move, _together(of_bundle), _joined([amounts[i] for i in bundle]))
+        for i, number in zip(bundle, _apart(moved, of_bundle)):
+            result[i] = number
+    return result
+
+
+def scale(
+    live: Array,
+    numbers: Sequence[Fixed],
+    buffers: Sequence[Buffer],
+    tapes: Sequence[Array],
+    ns: Sequence[Array],
+) -> list[tuple[Fixed, Buffer, Array]]:
+    """`exact.scale`."""
+
+    def scaled(state: tuple[Fixed, Array, Array], ratio: Ratio) -> tuple[Fixed, Array, Array]:
+        return exact.scaled(*state[:2], ratio)
+
+    grown = _growths(live, buffers, ns, undo=False)
+    result = [*zip(numbers, buffers, tapes)]
+    for bundle in _scaled_alike(buffers):
+        before, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
+        ratio = _repeated([grown[i].ratio for i in bundle], shapes)
+        register = _joined([buffers[i].register for i in bundle])
+        state = (_together(before), register, jnp.zeros(register.shape, jnp.uint8))
+        number, register, byte = in_place(live, scaled, state, ratio)
+        parts = zip(_apart(number, before), _parted(register, shapes), _parted(byte, shapes))
+        for i, state in zip(bundle, parts):
+            tape = exact.written(tapes[i], state[2], grown[i].ratio.full, grown[i].before)
+            result[i] = (state[0], Buffer(state[1], grown[i].after), tape)
+    return result
+
+
+def unscale(
+    live: Array,
+    numbers: Sequence[Fixed],
+    buffers: Sequence[Buffer],
+    tapes: Sequence[Array],
+    ns: Sequence[Array],
+) -> list[tuple[Fixed, Buffer]]:
+    """`exact.unscale`."""
+
+    def unscaled(state: tuple[Fixed, Array], byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
+        return exact.unscaled(*state, byte, ratio)
+
+    grown = _growths(live, buffers, ns, undo=True)
+    result = [*zip(numbers, buffers)]
+    for bundle in _scaled_alike(buffers):
+        after, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
+        ratio = _repeated([grown[i].ratio for i in bundle], shapes)
+        register = _joined([buffers[i].register for i in bundle])
+        rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
+        byte = _joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
+        number, register = in_place(live, unscaled, (_together(after), register), byte, ratio)
+        for i, *state in zip(bundle, _apart(number, after), _parted(register, shapes)):
+            result[i] = (state[0], Buffer(state[1], grown[i].before))
+    return result
+
+
+def _growths(live: Array, buffers: Sequence[Buffer], ns: Sequence[Array], undo: bool) -> list[Growth]:
+    """`exact.growth`: of arrays with one factor each as one, of others by themselves."""
+    result = [exact.growth(b.bits, n, undo) if b.bits.ndim else None for b, n in zip(buffers, ns)]
+    whole = [i for i, each in enumerate(result) if each is None]
+    if whole:
+        with jax.enable_x64(True):
+            bits = jnp.stack([buffers[i].bits for i in whole])
+            n = jnp.stack([ns[i] for i in whole])
+            of_all = computed(live, lambda bits, n: exact.growth(bits, n, undo), bits, n)
+            for k, i in enumerate(whole):
+                result[i] = jax.tree.map(lambda x, k=k: x[k], of_all)
+    return [each for each in result if each is not None]
+
+
+def _scaled_alike(buffers: Sequence[Buffer]) -> list[list[int]]:
+    """Arrays with a factor for every element stay by themselves."""
+    kinds = [i if buffer.bits.ndim else -1 for i, buffer in enumerate(buffers)]
+    return bundles([buffer.register.shape for buffer in buffers], kinds)
+
+
+def floats(live: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list[Array]:
+    """`exact.to_float`."""
+    result: dict[int, Array] = {}
+    shapes = [number.high.shape for number in numbers]
+    for bundle in bundles(shapes, dtypes):
+
+        def converted(number: Fixed, dtype: Any = dtypes[bundle[0]]) -> Array:
+            return exact.to_float(number, dtype)
+
+        together = _together([numbers[i] for i in bundle])
+        joined = converted(together) if len(bundle) == 1 else computed(live, converted, together)
+        result |= zip(bundle, _parted(joined, [shapes[i] for i in bundle]))
+    return [result[i] for i in range(len(numbers))]
+
+
+def coarseness(
+    wanted: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], part: float
+) -> list[Array]:
+    """`exact.coarseness`, summed over rows of the arrays; zeros unless it is wanted."""
+    result: dict[int, Array] = {}
+    shapes = [x.shape for x in amounts]
+
+    def lost(_: Array, amount: Array, radix: Array) -> Array:
+        return exact.coarseness(radix, len(numbers[0].low), amount, part)
+
+    def summed(_: Array, amount: Array, radix: Array) -> Array:
+        return _by_row(lost(_, amount, radix))
+
+    for bundle in bundles(shapes, [x.dtype for x in amounts]):
+        radices = _repeated([numbers[i].radix for i in bundle], [shapes[i] for i in bundle])
+        joined = _joined([amounts[i] for i in bundle])
+        of_one = len(bundle) == 1
+        with jax.enable_x64(True):
+            like = jax.eval_shape(_by_row, joined) if of_one else joined
+            nothing = jnp.zeros(like.shape, jnp.float64)
+            found = in_place(wanted, summed if of_one else lost, nothing, joined, radices)
+            parts = [found] if of_one else map(_by_row, _parted(found, [shapes[i] for i in bundle]))
+        result |= zip(bundle, parts)
+    return [result[i] for i in range(len(amounts))]
+
+
+def matters(
+    live: Array, coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
+) -> Array:
+    """Which arrays' shifts were too coarse by their sum, next to which the number itself is not large.
+
+    Where ``2**-30`` of the number at every step would be as much, it is: what is lost is nothing to it.
+    """
+    with jax.enable_x64(True):
+        sizes = [_by_row(jnp.abs(x)) for x in floats(live, numbers, [jnp.float64] * len(numbers))]
+        found = [jnp.any(c > part * NEGLIGIBLE * steps * size) for c, size in zip(coarse, sizes)]
+        return jnp.stack(found)
+
+
+def _by_row(x: Array) -> Array:
+    """Sums over the rows of an array: over all but its leading axis, or of as many parts as are useful."""
+    rows = x.shape[0] if x.ndim else 1
+    if x.size <= ROWS:
+        return x.ravel()
+    if x.size >= WIDTH * rows:
+        return jnp.sum(x.reshape(rows, -1), axis=1)
+    return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
+
+
+def _together(numbers: Sequence[Fixed]) -> Fixed:
+    """Numbers end to end, each element with the radix of its array."""
+    low = tuple(_joined(words) for words in zip(*(x.low for x in numbers)))
+    radix = _repeated([x.radix for x in numbers], [x.high.shape for x in numbers])
+    return Fixed(_joined([x.high for x in numbers]), low, radix)
+
+
+def _apart(number: Fixed, like: Sequence[Fixed]) -> list[Fixed]:
+    """Undo `_together`; the radices are those of the like."""
+    shapes = [x.high.shape for x in like]
+    low = zip(*(_parted(word, shapes) for word in number.low))
+    return [Fixed(high, words, x.radix) for high, words, x in zip(_parted(number.high, shapes), low, like)]
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """Arrays of one type end to end; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate([jnp.ravel(x) for x in arrays])
+
+
+def _parted(array: Array, shapes: Sequence[Shape]) -> list[Array]:
+    """Undo `_joined`."""
+    if len(shapes) == 1:
+        return [array]
+    result, end = [], 0
+    for shape in shapes:
+        start, end = end, end + math.prod(shape)
+        result.append(jax.lax.slice(array, [start], [end]).reshape(shape))
+    return result
+
+
+def _repeated(values: Sequence[Any], shapes: Sequence[Shape]) -> Any:
+    """What goes with `_joined` arrays of these shapes: the scalars of each for all its elements."""
+
+    def repeat(*scalars: Array) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(x, (math.prod(s),)) for x, s in zip(scalars, shapes)])
+
+    return values[0] if len(values) == 1 else jax.tree.map(repeat, *values)
