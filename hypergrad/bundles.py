@@ -40,7 +40,7 @@ def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int
     filling: dict[Hashable, tuple[list[int], int]] = {}
     for i, (shape, kind) in enumerate(zip(shapes, kinds)):
         size = math.prod(shape)
-        bundle, held = filling.get(kind, ([], LARGEST))
+        bundle, held = filling.get(kind, ([], LARGEST + 1))
         if size >= SMALL or held + size > LARGEST:
             bundle, held = [], 0
             result.append(bundle)
@@ -137,8 +137,8 @@ def unscale(
         rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
         byte = _joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
         number, register = in_place(live, unscaled, (_together(after), register), byte, ratio)
-        for i, *state in zip(bundle, _apart(number, after), _parted(register, shapes)):
-            result[i] = (state[0], Buffer(state[1], grown[i].before))
+        for i, x, held in zip(bundle, _apart(number, after), _parted(register, shapes)):
+            result[i] = (x, Buffer(held, grown[i].before))
     return result
 
 

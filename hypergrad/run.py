@@ -590,22 +590,21 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
-    results = isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
+    of_first = jax.extend.core.jaxpr_as_fun(part(jaxpr, inputs, reversed(first), handed))
+    results = isolated(live, of_first, *given)
     # An array of no elements, such as the gradient of one, would keep nothing alive.
     sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
     smallest = sizes.index(min(sizes))
     results[smallest] = keep_alive(live, results, results[smallest])
-    outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
-    return jax.tree.unflatten(structure, outputs)
+    rest = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)
+    return jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(rest)(*given, *results))
 
 
-def part(
-    jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
-) -> Callable[..., list[Array]]:
-    """Some of the equations of a jaxpr as a function."""
+def part(jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]) -> Any:
+    """Some of the equations of a jaxpr as another, closed one."""
     names = jaxpr.debug_info.with_unknown_names()
     part = jaxpr.replace(constvars=[], invars=inputs, eqns=list(eqns), outvars=outputs, debug_info=names)
-    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, []))
+    return jax.extend.core.ClosedJaxpr(part, [])
 
 
 def keep_alive(live: Array, unused: PyTree, value: Array) -> Array:

@@ -1,5 +1,6 @@
 """How long the tapes of an exact reversal must be, which is known before the run from its factors alone."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -8,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 
 from hypergrad import exact
 from hypergrad.program import PARAMS, Assign, Keep, Leaf, ReversalError, Scale, Whole
-from hypergrad.run import Constants, Inputs, Run
+from hypergrad.run import Constants, Inputs, Run, part
 
 
 class Taped(NamedTuple):
@@ -85,31 +88,69 @@ def known_lengths(
     length: int,
 ) -> list[list[int | None]]:
     """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
-    lengths: list[list[int | None]] = []
-    for i, (leaf, each) in enumerate(zip(start, taped)):
-        fixed, scheduled = constants.hypers[i], inputs.hypers[i]
-        lengths.append([None] * len(each))
-        if not each:
-            continue
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            costs = partial(_costs, run, i, leaf)
-            # A factor may come out one unit away from that of the run: one bit more is enough for all.
-            # Registers that are not empty at the start hold up to a byte more.
-            more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
+    # A factor may come out one unit away from that of the run: one bit more is enough for all.
+    # Registers that are not empty at the start hold up to a byte more.
+    more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
+
+    def needed(hypers: list[Any], steps: Array) -> list[list[Array | None]]:
+        result = []
+        for i, (leaf, each, (fixed, scheduled)) in enumerate(zip(start, taped, hypers)):
             empty = [exact.empty_bits(s.factor_shape) + more * exact.BIT for s in each]
+            costs = partial(_costs, run, i, leaf)
             if all(s.factor_shape == () for s in each):
-                over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, inputs.step)
-                needed = [
-                    None if n is None else exact.tape_length(bits + _longest(n, length))
-                    for n, bits in zip(over, empty)
-                ]
-            elif any(isinstance(x, jax.core.Tracer) for x in [*fixed.values(), *scheduled.values()]):
-                continue
+                over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, steps)
+                result.append(
+                    [
+                        None if n is None else exact.tape_length(bits + _longest(n, length))
+                        for n, bits in zip(over, empty)
+                    ]
+                )
             else:
-                needed = _needed(partial(costs, fixed), empty, length, scheduled, inputs.step)
-            for k, need in enumerate(needed):
-                lengths[i][k] = None if need is None or isinstance(need, jax.core.Tracer) else int(need)
-    return lengths
+                result.append(_needed(partial(costs, fixed), empty, length, scheduled, steps))
+        return result
+
+    arguments = ([*zip(constants.hypers, inputs.hypers)], inputs.step)
+    with jax.enable_x64(True):
+        closed, shapes = jax.make_jaxpr(needed, return_shape=True)(*jax.tree.map(jax.typeof, arguments))
+        told = iter(_known_results(closed, jax.tree.leaves(arguments)))
+    return [[None if each is None else next(told) for each in leaf] for leaf in shapes]
+
+
+def _known_results(closed: Any, arguments: list[Array]) -> list[int | None]:
+    """The results of a program as far as they do not depend on what is being traced."""
+    jaxpr = closed.jaxpr
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    given = dict(zip(variables, [*closed.consts, *arguments]))
+    known = {v for v, x in given.items() if not isinstance(x, jax.core.Tracer)}
+    made = []
+    for eqn in jaxpr.eqns:
+        if all(v in known for v in eqn.invars if isinstance(v, Var)):
+            made.append(eqn)
+            known.update(eqn.outvars)
+    outputs = [v for v in jaxpr.outvars if isinstance(v, Var) and v in known]
+    inputs = [v for v in variables if v in known]
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        found = _compiled(_Program(part(jaxpr, inputs, made, outputs)))(*(given[v] for v in inputs))
+    values = {v: int(x) for v, x in zip(outputs, found)}
+    return [values.get(v) if isinstance(v, Var) else int(v.val) for v in jaxpr.outvars]
+
+
+class _Program:
+    """A closed jaxpr; the same as another if both are written alike."""
+
+    def __init__(self, closed: Any):
+        self.closed, self.text = closed, str(closed.jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Program) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(program: _Program) -> Callable[..., list[Array]]:
+    return jax.jit(jax.extend.core.jaxpr_as_fun(program.closed))
 
 
 def _needed(

@@ -6,6 +6,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Nearly all of a test's time goes to compiling: little effort is put into it.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -15,11 +17,10 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """Compile with little effort what is lowered and compiled by hand, as `meta.optimize` does."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    with pytest.MonkeyPatch.context() as patch:
-        thorough = jax.stages.Lowered.compile
-        patch.setattr(jax.stages.Lowered, "compile", lambda self: thorough(self, options))
-        yield
+@pytest.fixture(autouse=True)
+def effort(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile as users do where it counts, and always in slow tests."""
+    thorough = any(request.node.get_closest_marker(name) for name in ("optimised", "slow"))
+    jax.config.update("jax_disable_most_optimizations", not thorough)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -155,12 +155,14 @@ def temporary_memory(adjoint: Any, steps: int, width: int = 300) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimised
 def test_memory_of_reversible_grows_by_the_bits_that_momentum_destroys() -> None:
     short, long = (temporary_memory(hg.Reversible(), steps) for steps in (1000, 4000))
     bits = 8 * (long - short) / (3000 * 300 * 300)
     assert 0.9 * np.log2(1 / 0.9) < bits < 1.1 * np.log2(1 / 0.9)
 
 
+@pytest.mark.optimised
 def test_memory_of_checkpointed_grows_with_the_square_root() -> None:
     short, long = (temporary_memory(hg.Checkpointed(), steps) for steps in (1000, 4000))
     assert long < 2.3 * short

@@ -154,6 +154,7 @@ def test_torch_contestants_are_skipped_by_name_where_missing(monkeypatch):
     assert bench.missing("Reversible") is None
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", bench.EXACT)
 def test_exactness(name):
     result = bench.check_exactness(TINY, name, STEPS)
@@ -162,6 +163,7 @@ def test_exactness(name):
     assert (result["optimizer"], result["steps"]) == (name, STEPS)
 
 
+@pytest.mark.optimised
 def test_exactness_is_not_claimed_where_reversal_fails(monkeypatch):
     def refused(*_, **__):
         raise bench.hg.ReversalError("not recovered")

@@ -15,8 +15,6 @@ import hypergrad as hg
 from hypergrad import nets
 from hypergrad.distill import _look_for_chaos, _trained, centred, standardised
 
-pytestmark = pytest.mark.usefixtures("quick_compile")  # where most of a test's time goes to compiling
-
 CLASSES = 3
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(size=(CLASSES, 4, 4))

@@ -16,7 +16,7 @@ def digits():
 
 
 @pytest.mark.slow
-def test_figures_and_files_are_written(tmp_path, digits, quick_compile):
+def test_figures_and_files_are_written(tmp_path, digits):
     small = experiment.Config(model="logistic", meta_steps=3, seeds=1, steps=3, inits=1)
     outcome = experiment.main(small, output=str(tmp_path), full=False)
     assert {p.name for p in tmp_path.iterdir()} == {

@@ -136,7 +136,7 @@ def test_the_first_loss_is_the_authors_but_for_the_order_of_the_rows() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> tuple[list[Found], Path]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Found], Path]:
     folder = tmp_path_factory.mktemp("omniglot")
     return experiment.main(SHALLOW, output=str(folder)), folder
 
@@ -154,7 +154,7 @@ def test_sharing_is_learned_and_recorded(run: Any) -> None:
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers(
-    run: Any, tmp_path: Path, quick_compile: None, monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ((found,), _), drawn = run, experiment.scripts(SHALLOW, None)
     given, file = experiment.split(SHALLOW, drawn, 0), str(tmp_path / "seed_0.npz")

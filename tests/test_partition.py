@@ -295,6 +295,7 @@ def test_frozen_parts_stay_and_their_hypergradient_passes_through() -> None:
             np.testing.assert_array_equal(g, 2 * x)
 
 
+@pytest.mark.optimised
 def test_goes_on_from_a_state_bit_for_bit() -> None:
     optimizer = CASES["muon for matrices"].optimizer
     w, hypers = start(jnp.float32), schedules(optimizer, 10, jnp.float32)
