@@ -542,7 +542,7 @@ class Exact(NamedTuple):
           at: arguments of `program`.
           leaves: exact state of all leaves.
           records: what has been remembered or kept in this step, by leaf.
-          live: see `isolated`.
+          live: see `hypergrad.compiler`.
         """
         programs = self.program(*at)
 

@@ -753,7 +753,7 @@ class _Playback:
             f"{at}{whose} became NaN or grew to 2**{exact.HEADROOM[words]} times the largest number that "
             "was first in it. Either training has diverged, which a lower learning rate cures, or it began "
             f"with numbers that say nothing of later ones: pass Reversible(radix={{{name!r}: r}}) with "
-            f"|{name}| < 2**(62 - r) all along, or adjoint=Checkpointed()"
+            f"the largest r for which |{name}| < 2**(62 - r) all along, or adjoint=Checkpointed()"
         )
 
     def overflowed(self, taped: Taped, need: int) -> str:
@@ -825,7 +825,9 @@ class Reversible:
         ``log2(1 / factor)`` over the run is needed.  It counts only where the factors (momentum) are not
         known before the run, that is under ``jit``; else the need is computed.  By default 1.
       radix: binary digits before the low words, by variable (``{"params": 40}``): values must stay below
-        ``2**(62 - radix)``.  By default chosen for every array, when the first numbers come into it.
+        ``2**(62 - radix)``, and the largest radix for which they do rounds least.  By default chosen for
+        every array, when the first numbers come into it, with room to outgrow them by ``2**32`` (squares
+        ``2**50``).
       segments: in how many segments the run is played back, in ``[1, T]``.
 
     Raises:

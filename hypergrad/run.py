@@ -260,7 +260,7 @@ class Run:
         seen: Sequence[Seen],
         live: Array,
     ) -> list[Seen]:
-        """The same, in a way that gives the same bits in both directions (see `isolated`)."""
+        """The same, in a way that gives the same bits in both directions (see `hypergrad.compiler`)."""
         assert isinstance(self.optimizer, Optimizer)
         if self.optimizer.transform is None:
             return list(seen)
