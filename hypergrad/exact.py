@@ -97,7 +97,7 @@ def settled(radices: list[Array], added: list[Array], words: list[int]) -> list[
     def fitting(count: Array, radices: list[Array]) -> list[Array]:
         new = []
         for radix, x, low in zip(radices, added, words):
-            largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count
+            largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64) + count.astype(jnp.float64)
             usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
             exponent = (jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) - 1022
             fitted = jax.lax.clamp(-LARGEST_RADIX, 62 - HEADROOM[low] - exponent, LARGEST_RADIX)
@@ -429,7 +429,7 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
         for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
             total = word * n + carry
             low.insert(0, total.astype(jnp.uint32))
-            carry = (total - low[0]) >> DIGITS  # of what is new, as in `shift`
+            carry = (total - low[0].astype(jnp.uint64)) >> DIGITS  # of what is new, as in `shift`
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
         return Fixed(high, tuple(low), number.radix), Buffer(register, bits), tape
 
