@@ -462,8 +462,19 @@ def test_what_is_known_costs_no_callback() -> None:
         (hg.adam(), hg.Reversible(), jnp.float64),
         (hg.adam(), hg.Stored(), jnp.float32),
         (hg.radam(), hg.Stored(), jnp.float64),
+        (hg.momentum(), hg.Forward(), jnp.float64),
+        (hg.momentum(), hg.Truncated(3, hg.Reversible(segments=2)), jnp.float32),
+        (hg.from_optax(optax.adam, {"learning_rate": None}), hg.Checkpointed(), jnp.float32),
     ],
-    ids=["momentum, float32", "adam, float64", "adam, stored", "radam, stored"],
+    ids=[
+        "momentum, float32",
+        "adam, float64",
+        "adam, stored",
+        "radam, stored",
+        "momentum, forward",
+        "momentum, truncated",
+        "optax.adam",
+    ],
 )
 def test_types_need_no_promotion(optimizer: Any, adjoint: Any, precision: Any) -> None:
     """Rates of Python and schedules; against finite differences of the same run in a lenient session."""
