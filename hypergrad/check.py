@@ -28,12 +28,14 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad.arguments import DomainError
 from hypergrad.errors import readable_errors
 from hypergrad.reversible import RECOVERED, ReversalError
 from hypergrad.run import PyTree, hoist, split
 
 Leaves = list[np.ndarray]
 Move = dict[int, np.ndarray]  # by number of the leaf; the others stay
+FAILURES = (ReversalError, DomainError)  # of a run at points next to the one that is checked
 RESOLUTION = 0.02  # of a slope, relative, that finite differences must reach to confirm it
 
 
@@ -90,7 +92,7 @@ class _Program(NamedTuple):
 
     Attributes:
       value: ``f``; NaN where the run fails.
-      gradient: ``∂f/∂z`` in float64; raises a `ReversalError` where the run fails.
+      gradient: ``∂f/∂z`` in float64; raises one of `FAILURES` where the run fails.
       dtype: of the value.
       jaxpr: of the gradient.
     """
@@ -175,6 +177,8 @@ def check_hypergradient(
     Raises:
       ValueError: where an argument cannot be meant as it is; before any work starts.
       TypeError: where the objective does not return one float.
+      DomainError: a ValueError, where a hyperparameter itself is outside its domain; where only moving it
+        leads there, that point is left out.
 
     Sources: noise from differences, Moré and Wild, "Estimating computational noise", SIAM J. Sci. Comput.,
     2011.  Metasmoothness after Engstrom et al., "Optimizing ML training with metagradient descent",
@@ -296,7 +300,7 @@ def _program(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Leave
         try:
             with readable_errors():
                 return float(compiled(_on_device(leaves), constants))
-        except ReversalError:
+        except FAILURES:
             return math.nan
 
     def gradient(leaves: Leaves) -> Leaves:
@@ -412,7 +416,7 @@ def _slope(point: _Point, move: Move, noise: float, tolerance: float) -> _Slope:
     def change(h: float) -> float:
         try:
             ends = [derivative(point.program.gradient(point.moved(move, s))) for s in (-h, h)]
-        except ReversalError:
+        except FAILURES:
             return math.inf
         changes = [abs(end - expected) for end in ends]
         return max(changes) if all(map(math.isfinite, changes)) else math.inf
@@ -608,7 +612,7 @@ def _metasmoothness(point: _Point, noise: float, step: float) -> Finding:
     measured: dict[str, Any] = {"predicted": predicted, "fractions": fractions, "changes": changes}
     try:
         middle, last = (point.program.gradient(point.moved(move, s)) for s in (0.5, 1.0))
-    except ReversalError as error:
+    except FAILURES as error:
         return Finding(name, "warning", measured, f"{size} leads to where the run fails: {error}")
     slopes = [point.linear(g, end) for g in (point.gradient, middle, last)]
     measured["slopes"] = slopes

@@ -447,7 +447,7 @@ def scaled(number: Fixed, register: Array, ratio: Ratio) -> tuple[Fixed, Array, 
         for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
             total = word * n + carry
             low.insert(0, total.astype(jnp.uint32))
-            carry = (total - low[0]) >> DIGITS  # of what is new, as in `shift`
+            carry = (total - low[0].astype(jnp.uint64)) >> DIGITS  # of what is new, as in `shift`
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
         return Fixed(high, tuple(low), number.radix), register, byte
 

@@ -35,6 +35,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import partial_eval
 
+from hypergrad.dtypes import lenient
 from hypergrad.linear import (
     GMRES,
     ConjugateGradients,
@@ -677,8 +678,10 @@ def hoag(
         found = hypergradient(
             objective, outer, params, hypers, linear=accurate, tolerance=tolerance, start=adjoint
         )
-        updates, state = optimizer.update(found.gradient, state, hypers)
-        return (optax.apply_updates(hypers, updates), params, found.adjoint, state), found.value
+        with lenient():
+            updates, state = optimizer.update(found.gradient, state, hypers)
+            hypers = optax.apply_updates(hypers, updates)
+        return (hypers, params, found.adjoint, state), found.value
 
     first = (hypers, init, jax.tree.map(jnp.zeros_like, init), optimizer.init(hypers))
     (hypers, params, adjoint, _), values = jax.lax.scan(step, first, tolerances)

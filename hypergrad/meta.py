@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from hypergrad import files
 from hypergrad.constraints import constrain, is_constraint, real, unconstrain
+from hypergrad.dtypes import lenient, promoted
 from hypergrad.errors import out_of_memory, readable_errors
 from hypergrad.fingerprint import digest
 from hypergrad.run import PyTree, hoist
@@ -419,7 +420,8 @@ def _evaluation(
         (losses, aux), gradients = jax.vmap(both, in_axes=(None, 0))(raw, keys)
         norms = jax.vmap(_norm)(gradients)
         # A norm above seeds * limit takes that of the average above the limit by itself.
-        sound = jnp.isfinite(losses) & jnp.isfinite(norms) & (norms <= seeds * limit)
+        most = jnp.asarray(seeds * limit, norms.dtype)
+        sound = jnp.isfinite(losses) & jnp.isfinite(norms) & (norms <= most)
         taken = jnp.where(averaged & jnp.any(sound), sound, True)
 
         def mean(leaf: jax.Array) -> jax.Array:
@@ -439,10 +441,9 @@ def _brief(value: Any) -> str:
 
 def _norm(tree: PyTree) -> jax.Array:
     # At least float32, in which the square of a float16 cannot overflow.
-    squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))))
-        for leaf in jax.tree.leaves(tree)
-    ]
+    leaves = jax.tree.leaves(tree)
+    dtype = promoted(jnp.float32, *leaves)
+    squares = [jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in leaves]
     return jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
@@ -597,10 +598,12 @@ def _optax(
 
     @jax.jit
     def update(gradient: PyTree, state: PyTree, raw: PyTree, loss: Any) -> tuple[PyTree, PyTree]:
-        updates, state = stepper.update(gradient, state, raw, value=loss)
+        with lenient():
+            updates, state = stepper.update(gradient, state, raw, value=loss)
+            raw = optax.apply_updates(raw, updates)
         # Strong types: a checkpoint cannot hold weak ones, and a resumed run must compute with
         # the types of the uninterrupted one.
-        return jax.tree.map(_strong, (optax.apply_updates(raw, updates), state))
+        return jax.tree.map(_strong, (raw, state))
 
     state = jax.tree.map(_strong, stepper.init(raw))
     if run.checkpoint is not None:

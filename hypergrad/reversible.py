@@ -182,8 +182,8 @@ def refuse_if(
     """Pass the result on, unless the numbers are a reason not to: then raise an error.
 
     Raises at once where the numbers are known, else from the running program, by a callback on which the
-    result depends.  Of several runs under ``vmap`` those that failed end in NaN with a `LaneWarning` that
-    names them; only where all did is the error raised.
+    result depends.  Of several runs under ``vmap`` those that failed end in NaN, derivatives too, with a
+    `LaneWarning` that names them; only where all did is the error raised.
 
     Args:
       explain: from the numbers, as Python scalars, to a message, or None if all is well.
@@ -211,9 +211,12 @@ def refuse_if(
         return result
     shape = jax.ShapeDtypeStruct((), bool)
     refused = jax.pure_callback(check, shape, *numbers, vmap_method="broadcast_all")
+    # A product, so that derivatives are NaN too.
     return jax.tree.map(
         lambda x: (
-            jnp.where(refused, jnp.nan, x).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+            x * jnp.where(refused, jnp.nan, 1.0).astype(x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+            else x
         ),
         result,
     )

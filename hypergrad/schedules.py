@@ -37,6 +37,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from hypergrad.arguments import is_function, is_whole
+from hypergrad.dtypes import lenient, promoted
 
 PyTree = Any
 
@@ -288,13 +289,14 @@ def values(schedules: PyTree, steps: int) -> PyTree:
     def value(schedule: Any) -> Any:
         if not is_schedule(schedule):
             return schedule
-        array = jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(steps))
+        with lenient():
+            array = jax.vmap(lambda count: jnp.asarray(schedule(count)))(jnp.arange(steps))
         if array.ndim != 1:
             raise ValueError(
                 f"values(schedules): {schedule!r} returned an array of shape {array.shape[1:]} for one "
                 "count; a schedule returns a scalar"
             )
-        return array.astype(jnp.result_type(array, float))
+        return array.astype(promoted(array, float))
 
     return jax.tree.map(value, schedules, is_leaf=is_schedule)
 
@@ -331,7 +333,7 @@ def per_layer(schedule: Any, params: PyTree) -> PyTree:
 
 def _floats(*numbers: ArrayLike) -> list[Array]:
     """All in one dtype, float32 at least: a count above 256 is no bfloat16."""
-    dtype = jnp.promote_types(jnp.float32, jnp.result_type(float, *map(jnp.asarray, numbers)))
+    dtype = promoted(jnp.float32, promoted(float, *map(jnp.asarray, numbers)))
     return [jnp.asarray(x, dtype) for x in numbers]
 
 

@@ -365,7 +365,9 @@ def test_refuses_an_optimizer_that_cannot_be_reversed() -> None:
 def test_refuses_a_run_that_diverges() -> None:
     message = messages(jax.grad(end), {"learning_rate": 9.0, "momentum": 0.5 * jnp.ones(50)})
     assert re.search(
-        r"train\(steps=50.*at step \d+ .*\|params\| < 2\*\*14.*lower the learning rate", message
+        r"train\(steps=50.*at step \d+ 'velocity' of params became NaN or grew to 2\*\*32 times .*"
+        r"training has diverged, which a lower learning rate cures",
+        message,
     )
     messages(end, {"learning_rate": jnp.float32(90.0)})  # not differentiated, and yet not silent
 
@@ -378,7 +380,7 @@ def test_refuses_a_loss_that_is_nan() -> None:
 
 def test_refuses_a_momentum_of_zero() -> None:
     message = messages(jax.grad(end), {"learning_rate": 0.1, "momentum": jnp.zeros(50)})
-    assert "a factor of 'velocity' left [2**-7, 1]" in message and "sgd()" in message
+    assert "a factor of 'velocity' of params left [2**-7, 1]" in message and "sgd()" in message
 
 
 def test_refuses_a_buffer_that_is_too_small() -> None:
@@ -444,11 +446,24 @@ def test_refuses_a_move_that_reads_what_there_is_not() -> None:
         hg.train(square, jnp.zeros(2), {}, steps=2, optimizer=wrong, adjoint=hg.Stored())
 
 
-def test_the_range_can_be_moved() -> None:
-    """Weights beyond 2**14 need a smaller radix."""
-    loss = lambda w, meta, step: jnp.sum((w - 1e5) ** 2)  # noqa: E731
+def far(w: Any, meta: Any, step: Any) -> Any:
+    return jnp.sum((w - 1e5) ** 2)
+
+
+def test_the_range_is_chosen_from_the_first_numbers_and_can_be_moved() -> None:
     hypers = {"learning_rate": 0.2, "momentum": 0.5}
-    with pytest.raises(hg.ReversalError, match="radix"):
-        end(hypers, loss=loss)
+    assert float(end(hypers, loss=far)) == pytest.approx(2e5, rel=1e-3)
+    message = messages(lambda h: end(h, hg.Reversible(radix={"params": 48}), far), hypers)
+    assert "|params| < 2**14, that radix={'params': 48} asks for; leave the radix to be chosen" in message
     wide = hg.Reversible(radix={"params": 36, "velocity": 36})
-    assert float(end(hypers, wide, loss)) == pytest.approx(2e5, rel=1e-3)
+    assert float(end(hypers, wide, far)) == pytest.approx(2e5, rel=1e-3)
+
+
+def test_first_numbers_that_say_nothing_of_later_ones_are_refused_until_a_radix_is_given() -> None:
+    """The first change of the weights, ``1e-12 1e5``, is ``2**40`` times smaller than where they go."""
+    hypers = {"learning_rate": jnp.full(50, 0.2).at[0].set(1e-12), "momentum": 0.5}
+    message = messages(lambda h: end(h, loss=far), hypers)
+    assert "params became NaN or grew to 2**32 times the largest number that was first in it" in message
+    assert "pass Reversible(radix={'params': r}) with |params| < 2**(62 - r)" in message
+    moved = hg.Reversible(radix={"params": 40})  # below 2**22
+    assert float(end(hypers, moved, far)) == pytest.approx(2e5, rel=1e-3)

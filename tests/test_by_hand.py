@@ -104,13 +104,14 @@ def test_one_step_of_every_bilevel_solver_is_that_of_plain_jax(x64: None, rule: 
     np.testing.assert_allclose(found.hypers, theta - 0.3 * jax.grad(looked_ahead)(theta), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["soba", "saba", "amortized"])
+@pytest.mark.parametrize("name", ["soba", "saba", "amortized", "unrolled"])
 def test_bilevel_solvers_end_where_the_hypergradient_of_plain_jax_vanishes(x64: None, name: str) -> None:
     loss = through(one_sided)
     solver = {
         "soba": bilevel.soba(rate=0.2, hyper_rate=0.2),
         "saba": bilevel.saba(rate=0.2, hyper_rate=0.2),
         "amortized": bilevel.amortized(rate=0.2, hyper_rate=0.3, inner_steps=2, linear_steps=2),
+        "unrolled": bilevel.unrolled(rate=0.2, hyper_rate=0.3, inner_steps=50),
     }[name]
     arguments: Any = {"steps": 1500, "key": jax.random.key(0)}
     found = bilevel.solve(bilevel.Problem(loss, outer), jnp.zeros(3), jnp.zeros(3), solver, **arguments)

@@ -197,6 +197,12 @@ def test_points_where_the_run_fails_are_left_out(momentum: float, caplog: pytest
     assert not caplog.records
 
 
+def test_a_point_outside_the_domain_is_an_error_that_says_so() -> None:
+    everything = {"rate": jnp.full(20, 0.05), "momentum": jnp.float32(1.5)}
+    with pytest.raises(ValueError, match=r"hypers\['momentum'\] has 1\.5 in it; it must lie in \[0, 1\)"):
+        check(quadratic, everything)
+
+
 def test_a_part_that_is_seen_but_not_resolved_is_confirmed_by_nothing() -> None:
     """Of a slope that rounding hides in part: right or wrong by 4%, nobody can tell or may trust."""
     for factor in (1.0, 1.04):
@@ -338,7 +344,7 @@ def test_a_run_that_diverges_at_some_length_fails() -> None:
     report = check(objective, jnp.float32(9.0), steps=(2, 3, 50))
     assert report.chaos.verdict == "failed" and report.chaos.meaning.startswith("At T = 50")
     assert np.isfinite(report.chaos.numbers["norms"][:2]).all()
-    assert report.recovery.verdict == "failed" and "Training has diverged" in report.recovery.meaning
+    assert report.recovery.verdict == "failed" and "training has diverged" in report.recovery.meaning
 
 
 def test_chaos_is_not_checked_without_lengths_or_growth() -> None:

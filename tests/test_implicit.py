@@ -319,6 +319,24 @@ def test_hypers_without_influence_are_announced_by_hypergradient() -> None:
 # ---- approximate solutions and warm starts
 
 
+def test_hoag_needs_no_promotion_of_types() -> None:
+    def found() -> implicit.Hoag:
+        return implicit.hoag(
+            lambda w, h: (w - h) ** 2 + w**2,
+            lambda w, h: (w - 1) ** 2,
+            jnp.float32(0.5),
+            jnp.float32(0.0),
+            solve=lambda w, h, tolerance: h / 2,
+            tolerances=jnp.full(3, 1e-3),
+            optimizer=optax.adam(0.3),
+        )
+
+    expected = found()
+    with jax.numpy_dtype_promotion("strict"):
+        jax.tree.map(np.testing.assert_array_equal, found(), expected)
+    assert expected.hypers > 0.5
+
+
 def test_hoag_arrives_where_the_accurate_hypergradient_is_zero(x64: None) -> None:
     problem = ridge()
     objective = lambda w, log_penalty: problem.objective(w, jnp.exp(log_penalty), problem.y)  # noqa: E731

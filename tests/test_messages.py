@@ -351,10 +351,12 @@ TRACED: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
     "jit": lambda f: jax.jit(f),
     "jit of grad": lambda f: jax.jit(jax.grad(f)),
     "grad of jit": lambda f: jax.grad(jax.jit(f)),
-    "vmap": lambda f: lambda x: jax.vmap(f)(jnp.stack([jnp.abs(x), x])),
-    "vmap of grad": lambda f: lambda x: jax.vmap(jax.grad(f))(jnp.stack([jnp.abs(x), x])),
-    "jit of vmap of grad": lambda f: jax.jit(lambda x: jax.vmap(jax.grad(f))(jnp.stack([jnp.abs(x), x]))),
     "scan": lambda f: lambda x: jax.lax.map(f, jnp.stack([jnp.abs(x), x])),
+}
+LANES: dict[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "vmap": lambda f: jax.vmap(f),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f)),
+    "jit of vmap of grad": lambda f: jax.jit(jax.vmap(jax.grad(f))),
 }
 
 
@@ -363,17 +365,36 @@ def test_domains_hold_where_values_are_traced(how: str) -> None:
     """And change nothing inside: against the run by hand, and its finite differences in float64."""
     function = TRACED[how](lambda rate: end(rate, hg.Checkpointed()))
     for wrong in (-0.1, np.nan):
-        with pytest.raises(
-            Exception, match=rf"hypers\['learning_rate'\] has {wrong} in it; it must lie"
-        ) as e:
-            jax.block_until_ready(function(jnp.float32(wrong)))
-        assert DomainError.__name__ in str(e.value) and "hypergrad.constraints" in str(e.value)
+        outside_is_refused(function, jnp.float32(wrong), wrong)
+    np.testing.assert_allclose(function(jnp.float32(0.1)), by_hand(how), rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", LANES)
+def test_domains_hold_lane_by_lane(how: str) -> None:
+    """A run outside is NaN and named, and the one next to it is right; an error where both are outside."""
+    function = LANES[how](lambda rate: end(rate, hg.Checkpointed()))
+    for wrong in (-0.1, np.nan):
+        named = rf"run \[1\] of \[2\] under vmap: .*hypers\['learning_rate'\] has {wrong} in it; it must"
+        with pytest.warns(hg.LaneWarning, match=named):
+            inside, outside = function(jnp.array([0.1, wrong], jnp.float32))
+        assert np.isnan(outside)
+        np.testing.assert_allclose(inside, by_hand(how), rtol=1e-3)
+        outside_is_refused(function, jnp.full(2, wrong, jnp.float32), wrong)
+
+
+def outside_is_refused(function: Callable[[Any], Any], x: Any, wrong: float) -> None:
+    with pytest.raises(Exception, match=rf"hypers\['learning_rate'\] has {wrong} in it; it must lie") as e:
+        jax.block_until_ready(function(x))
+    assert DomainError.__name__ in str(e.value) and "hypergrad.constraints" in str(e.value)
+
+
+def by_hand(how: str) -> float:
+    """The value at a rate of 0.1, or its slope by finite differences in float64."""
     h = 1e-3
     with jax.enable_x64(True):
         start = jax.tree.map(lambda x: x.astype(jnp.float64), START)
         value, slope = parabola(0.1, start), (parabola(0.1 + h, start) - parabola(0.1 - h, start)) / (2 * h)
-    expected = slope if "grad" in how else value
-    np.testing.assert_allclose(function(jnp.float32(0.1)), expected, rtol=1e-3)
+    return slope if "grad" in how else value
 
 
 def parabola(rate: float, start: Any) -> float:
@@ -441,8 +462,19 @@ def test_what_is_known_costs_no_callback() -> None:
         (hg.adam(), hg.Reversible(), jnp.float64),
         (hg.adam(), hg.Stored(), jnp.float32),
         (hg.radam(), hg.Stored(), jnp.float64),
+        (hg.momentum(), hg.Forward(), jnp.float64),
+        (hg.momentum(), hg.Truncated(3, hg.Reversible(segments=2)), jnp.float32),
+        (hg.from_optax(optax.adam, {"learning_rate": None}), hg.Checkpointed(), jnp.float32),
     ],
-    ids=["momentum, float32", "adam, float64", "adam, stored", "radam, stored"],
+    ids=[
+        "momentum, float32",
+        "adam, float64",
+        "adam, stored",
+        "radam, stored",
+        "momentum, forward",
+        "momentum, truncated",
+        "optax.adam",
+    ],
 )
 def test_types_need_no_promotion(optimizer: Any, adjoint: Any, precision: Any) -> None:
     """Rates of Python and schedules; against finite differences of the same run in a lenient session."""

@@ -70,6 +70,22 @@ def test_the_default_is_adam_with_004():
     assert best.stopped == ""
 
 
+@pytest.mark.parametrize("precision", [np.float32, np.float64])
+@pytest.mark.parametrize("optimizer", [None, LBFGSB()], ids=["adam", "lbfgsb"])
+def test_needs_no_promotion_of_types(optimizer, precision):
+    def objective(hypers, key):
+        return jnp.sum((hypers["rate"] - 2) ** 2) + (hypers["momentum"] - 0.75) ** 2
+
+    with jax.enable_x64(precision is np.float64):
+        start = jax.tree.map(precision, START)
+        settings = {"optimizer": optimizer, "steps": 3, "constraints": CONSTRAINTS, "seeds": 2}
+        expected = run(objective, start, **settings)
+        with jax.numpy_dtype_promotion("strict"):
+            found = run(objective, start, **settings)
+        assert_same(found, expected)
+    assert found.hypers["rate"].dtype == precision
+
+
 def test_the_first_step_is_the_one_computed_by_hand():
     best = run(quadratic, START, optimizer=optax.sgd(0.1), steps=1, constraints=constraints.positive)
     gradient = 2 * (1 - TARGET["rate"])  # d rate / d raw = rate = 1 here

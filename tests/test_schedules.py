@@ -62,6 +62,30 @@ def test_one_cycle_is_optaxs_where_its_knots_are_cut_to_whole_counts(steps: int)
     assert np.abs(smooth - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_need_no_promotion_of_types(name: str) -> None:
+    """Called in a strict session, and as hyperparameters there: the bits of a lenient one."""
+
+    def total(schedule: Any) -> Any:
+        by_hand = sum(jnp.sin(schedule(jnp.int32(count))).astype(jnp.float32) for count in (0, 5, 20))
+        return by_hand + jnp.sum(jnp.sin(schedules.values(schedule, 12)))
+
+    for given in (FAMILIES[name], jax.tree.map(jnp.float32, FAMILIES[name])):
+        expected = jax.value_and_grad(total)(given)
+        with jax.numpy_dtype_promotion("strict"):
+            found = jax.value_and_grad(total)(given)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_optaxs_schedules_need_no_promotion_of_types() -> None:
+    """Nor do functions that return whole numbers."""
+    given = [optax.cosine_decay_schedule(0.3, 9), optax.exponential_decay(0.3, 4, 0.5), lambda count: count]
+    expected = schedules.values(given, 12)
+    with jax.numpy_dtype_promotion("strict"):
+        jax.tree.map(np.testing.assert_array_equal, schedules.values(given, 12), expected)
+    assert expected[2].dtype == jnp.float32
+
+
 def test_one_cycle_with_a_peak_of_zero_is_optaxs() -> None:
     both = OneCycle(20.0, 0.0, 0.25, 0.8), optax.linear_onecycle_schedule(20, 0.0, 0.25, 0.8)
     found, expected = jax.jit(lambda: schedules.values(both, 25))()

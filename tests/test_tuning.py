@@ -43,6 +43,28 @@ def test_the_tuned_optimizer_trains_better_in_optax(optimizer: Any) -> None:
         assert name not in tuned.hypers or low <= tuned.hypers[name] < high
 
 
+@pytest.mark.parametrize("precision", [jnp.float32, jnp.float64])
+def test_needs_no_promotion_of_types(precision: Any) -> None:
+    with jax.enable_x64(precision == jnp.float64):
+        target = jnp.ones(3, precision)
+
+        def distance(params: Any, meta: Any, batch: Any) -> Any:
+            return jnp.sum((params - target) ** 2)
+
+        def tuned() -> hg.Tuned:
+            settings = {"steps": 4, "optimizer": hg.momentum(), "meta_steps": 2, "seeds": 2}
+            return hg.tune(
+                distance, jnp.zeros(3, precision), {"learning_rate": 0.1}, progress=False, **settings
+            )
+
+        expected = tuned()
+        with jax.numpy_dtype_promotion("strict"):
+            found = tuned()
+        np.testing.assert_array_equal(found.history.loss, expected.history.loss)
+        jax.tree.map(np.testing.assert_array_equal, found.hypers, expected.hypers)
+        assert found.history.loss[-1] < found.history.loss[0]
+
+
 def test_learns_schedules_by_leaf_and_an_optax_optimizer() -> None:
     """A schedule stays one, and so does a tree; what is not named stays as it was."""
     optimizer = hg.from_optax(optax.sgd, {"learning_rate": None, "momentum": 0.9}, hg.momentum().domains)

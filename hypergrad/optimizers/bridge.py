@@ -12,6 +12,7 @@ from jax import Array
 
 from hypergrad import program
 from hypergrad.arguments import labels_of
+from hypergrad.dtypes import lenient
 from hypergrad.optimizers.finite import finite
 from hypergrad.program import PARAMS, Here, Optimizer, Whole, with_defaults
 
@@ -114,7 +115,8 @@ def from_optax(
             ) from error
 
     def init(h: Mapping[str, Array], params: PyTree) -> PyTree:
-        return built(h).init(params)
+        with lenient():
+            return built(h).init(params)
 
     def update(
         h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree, here: Here
@@ -138,7 +140,8 @@ def from_optax(
             updates, state = _updated(call, transformation, gradient, state, params, more)
             return optax.apply_updates(params, updates), state
 
-        return finite(step, call)(dict(h), gradient, state, params, here.value)
+        with lenient():
+            return finite(step, call)(dict(h), gradient, state, params, here.value)
 
     return Whole(call, init, update, dict(hypers), usual | dict(domains or {}), init_from_hypers=True)
 

@@ -1,0 +1,25 @@
+"""Types of numbers, also in a strict session of JAX, which promotes none by itself."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def lenient() -> AbstractContextManager[None]:
+    """A context in which types are promoted, for code of others: optax multiplies floats and counts."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def promoted(*numbers: Any) -> np.dtype:
+    """The type to which JAX promotes numbers, arrays and types when it is not told to be strict.
+
+    >>> import jax, jax.numpy as jnp
+    >>> with jax.numpy_dtype_promotion("strict"):
+    ...     promoted(float, jnp.arange(2), jnp.bfloat16)
+    dtype(bfloat16)
+    """
+    with lenient():
+        return jnp.result_type(*numbers)
