@@ -73,12 +73,6 @@ def unrounded(optimizer: Optimizer) -> Optimizer:
     return dataclasses.replace(optimizer, moves=moves)
 
 
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled with little effort, where most of a test's time goes to compiling."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=options)
-
-
 class Layer(NamedTuple):
     weights: Array
     biases: Array
@@ -226,8 +220,8 @@ def assert_reversed_hypergradients_agree(objective: Callable[..., Array], everyt
     def both(e: Any) -> Any:
         return [jax.grad(objective)(e, adjoint) for adjoint in (hg.Stored(), hg.Reversible(bits=2))]
 
-    expected, found = quick_jit(both)(everything)
+    expected, found = jax.jit(both)(everything)
     errors = relative_error(found, expected)
     assert max(errors.values()) < 1e-9, errors
-    value = quick_jit(lambda e: objective(e, hg.Stored(), unrounded))
+    value = jax.jit(lambda e: objective(e, hg.Stored(), unrounded))
     assert_agrees_with_finite_differences(value, everything, expected)

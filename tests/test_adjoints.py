@@ -14,7 +14,6 @@ from problems import (
     TYPICAL,
     assert_agrees_with_finite_differences,
     classification,
-    quick_jit,
     relative_error,
 )
 
@@ -32,10 +31,9 @@ def square(w: Any, meta: Any, step: Any) -> Any:
 def test_agrees_with_stored_in_float64(optimizer: str) -> None:
     """By every adjoint, under jit."""
     objective, everything = classification(optimizer)
-    expected = quick_jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
+    expected = jax.jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
     for adjoint in ADJOINTS:
-        compile_ = jax.jit if isinstance(adjoint, hg.Reversible) else quick_jit
-        found = compile_(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
+        found = jax.jit(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
         errors = relative_error(found, expected)
         assert max(errors.values()) < 1e-9, (adjoint, errors)
 
@@ -46,7 +44,7 @@ def test_agrees_with_stored_in_float64(optimizer: str) -> None:
 def test_agrees_with_stored_without_jit(optimizer: str) -> None:
     """Where the factors are known."""
     objective, everything = classification(optimizer)
-    expected = quick_jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
+    expected = jax.jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
     found = jax.grad(lambda e: objective(e, hg.Reversible()))(everything)
     assert max(relative_error(found, expected).values()) < 1e-9
 
@@ -57,7 +55,7 @@ def test_agrees_with_finite_differences(optimizer: str) -> None:
     objective, everything = classification(optimizer)
     gradient = jax.jit(jax.grad(lambda e: objective(e, hg.Reversible())))(everything)
     smooth = classification(optimizer, rounded=False).objective
-    value = quick_jit(lambda e: smooth(e, hg.Stored()))
+    value = jax.jit(lambda e: smooth(e, hg.Stored()))
     assert_agrees_with_finite_differences(value, everything, gradient)
 
 

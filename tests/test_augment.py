@@ -4,18 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import quick_jit
 
 from hypergrad import Augmentation
 from hypergrad import augment as augmenting
 
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 8, 8)), jnp.float32)
 KEY = jax.random.key(0)
-moved = quick_jit(augmenting.moved)
+moved = jax.jit(augmenting.moved)
 
 
 def apply(augmentation, images, key=KEY):
-    return np.asarray(quick_jit(augmentation)(key, images))
+    return np.asarray(jax.jit(augmentation)(key, images))
 
 
 def test_without_settings_nothing_changes():
@@ -58,8 +57,8 @@ def test_flip_mirrors_some_images_and_only_mirrors():
 def test_gradients_pass_and_every_image_has_draws_of_its_own(x64):
     images = jnp.asarray(IMAGES, jnp.float64)
     augment = Augmentation(shift=1.5, degrees=20.0, scale=0.2, contrast=0.3, cutout=0.3)
-    value = quick_jit(lambda x: jnp.sum(augment(KEY, x) ** 2))
-    gradient = quick_jit(jax.grad(lambda x: jnp.sum(augment(KEY, x) ** 2)))(images)
+    value = jax.jit(lambda x: jnp.sum(augment(KEY, x) ** 2))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(augment(KEY, x) ** 2)))(images)
     direction = jnp.asarray(np.random.default_rng(1).normal(size=images.shape))
     h = 1e-6
     difference = (value(images + h * direction) - value(images - h * direction)) / (2 * h)

@@ -14,7 +14,6 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import bilevel
-from tests.problems import quick_jit
 
 KEY = 3
 ALPHA, GAMMA = 0.4, 0.15
@@ -119,7 +118,7 @@ def solved(
     problem: bilevel.Problem, begin: Any, solver: bilevel.Solver, **settings: Any
 ) -> bilevel.Solution:
     run = partial(bilevel.solve, problem, solver=solver, key=jax.random.key(KEY), **settings)
-    return quick_jit(run)(*begin)
+    return jax.jit(run)(*begin)
 
 
 def found(problem: bilevel.Problem, solver: bilevel.Solver, steps: int) -> bilevel.Solution:
@@ -249,7 +248,7 @@ def test_directions_are_those_of_unrolled_steps(
     x64: None, solver: bilevel.Solver, steps: int, window: int
 ) -> None:
     data, state = logistic()
-    after = quick_jit(partial(solver.step, data.problem()))(state, jax.random.key(0))
+    after = jax.jit(partial(solver.step, data.problem()))(state, jax.random.key(0))
     direction = (state.hypers - after.hypers) / GAMMA
     np.testing.assert_allclose(direction, by_hand(data, state, steps, window), atol=1e-12)
 
@@ -264,7 +263,7 @@ def test_a_truncated_window_is_that_of_the_adjoint(x64: None) -> None:
         return data.outer(w, theta, rows[0])
 
     np.testing.assert_allclose(
-        quick_jit(jax.grad(outer))(state.hypers), by_hand(data, state, 5, 2), atol=1e-12
+        jax.jit(jax.grad(outer))(state.hypers), by_hand(data, state, 5, 2), atol=1e-12
     )
 
 
@@ -285,7 +284,7 @@ def test_the_reversible_adjoint_gives_what_storing_everything_gives(x64: None) -
 def test_tables_average_to_what_they_reduce(x64: None) -> None:
     data, state = logistic()
     problem, solver = data.problem(5), bilevel.saba(**RATES)
-    begin = quick_jit(partial(solver.init, problem))(*state[1:3])
+    begin = jax.jit(partial(solver.init, problem))(*state[1:3])
     rows = jnp.arange(20)
     slope = jax.grad(data.inner)(state.params, state.hypers, rows)
     outer = jax.grad(data.outer, argnums=(0, 1))(state.params, state.hypers, rows)
@@ -320,7 +319,7 @@ def test_records_evaluations_and_going_on() -> None:
     assert whole.evaluations.tolist() == [0, 3 * 6, 6 * 6]  # 2 * 2 + 2 a step
     assert bilevel.saba(rate=0.1, hyper_rate=0.1).work(problem) == (2 * 12 + 8, 6)
     state = solved(problem, start(), solver, steps=3, every=3).state
-    step = quick_jit(partial(solver.step, problem))
+    step = jax.jit(partial(solver.step, problem))
     for count in range(3, 6):
         state = step(state, jax.random.fold_in(jax.random.key(KEY), count))
     np.testing.assert_allclose(flat(state.hypers), flat(whole.hypers), rtol=1e-5, atol=1e-7)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_jit, relative_error
+from problems import relative_error
 
 import hypergrad as hg
 
@@ -237,10 +237,10 @@ def test_clipping_with_dropout_in_every_adjoint(wrap: Any) -> None:
             bound: jnp.asarray(0.5),
         },
     }
-    expected = quick_jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
+    expected = jax.jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
     assert abs(float(expected["hypers"][bound])) > 1e-3
     for adjoint in (hg.Reversible(), hg.Reversible(segments=3), hg.Checkpointed(), hg.Forward()):
-        found = quick_jit(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
+        found = jax.jit(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
         assert max(relative_error(found, expected).values()) < 1e-9
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OPTIMIZERS, RANGES, RATES, quick_jit
+from problems import OPTIMIZERS, RANGES, RATES
 
 import hypergrad as hg
 
@@ -100,7 +100,7 @@ def test_two_runs_are_one_bit_for_bit(name: str) -> None:
     optimizer, hypers = CASES[name]
     meta = jnp.float32(1.0)
     for adjoint in adjoints_of(optimizer):
-        whole, parts = (quick_jit(lambda m, f=f, a=adjoint: f(optimizer, a, hypers, m)) for f in (one, two))
+        whole, parts = (jax.jit(lambda m, f=f, a=adjoint: f(optimizer, a, hypers, m)) for f in (one, two))
         expected, found = whole(meta), parts(meta)
         assert_same_bits(floats(found), floats(expected))
         assert_same_bits(found.losses, expected.losses[HALF:])
@@ -121,9 +121,9 @@ def test_the_hypergradient_of_two_runs_is_that_of_one(name: str) -> None:
     given_adjoints = [*adjoints_of(optimizer), hg.Reversible(segments=3)]
     adjoints = [a for a in given_adjoints if optimizer.reversible or not isinstance(a, hg.Reversible)]
     meta = jnp.asarray(1.0)
-    expected = quick_jit(jax.grad(lambda x: end(one(optimizer, hg.Stored(), *x))))((hypers, meta))
+    expected = jax.jit(jax.grad(lambda x: end(one(optimizer, hg.Stored(), *x))))((hypers, meta))
     for adjoint in adjoints:
-        found = quick_jit(jax.grad(lambda x, a=adjoint: end(two(optimizer, a, *x))))((hypers, meta))
+        found = jax.jit(jax.grad(lambda x, a=adjoint: end(two(optimizer, a, *x))))((hypers, meta))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9)
 
@@ -154,7 +154,7 @@ def test_a_schedule_split_in_two() -> None:
         hypers = {"learning_rate": rates, "momentum": 0.8}
         return end(two(hg.momentum(), hg.Reversible(), hypers, meta))
 
-    found = quick_jit(jax.grad(chained, argnums=(0, 1)))(rates, meta)
+    found = jax.jit(jax.grad(chained, argnums=(0, 1)))(rates, meta)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
 

@@ -13,7 +13,6 @@ from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
 from hypergrad import curvature, nets
-from tests.problems import quick_jit
 
 N = 7
 
@@ -81,7 +80,7 @@ def matrices(p: Problem, chunk: int | None) -> dict[str, Any]:
         }
         return {name: curvature.dense(matvec, w) for name, matvec in matvecs.items()}
 
-    return quick_jit(all_of_them)(w)
+    return jax.jit(all_of_them)(w)
 
 
 def oracle(p: Problem) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def oracle(p: Problem) -> dict[str, Any]:
         return second | {"gauss_newton": J.T @ H @ J, "hessian": whole}
 
     keys = jax.random.split(jax.random.key(KEY), N)
-    found = quick_jit(jax.vmap(example))(keys, p.inputs, p.targets)
+    found = jax.jit(jax.vmap(example))(keys, p.inputs, p.targets)
     found = {name: sum(matrices) / N for name, matrices in found.items()}
     return found | {"fisher": found["gauss_newton"]}  # natural losses
 
@@ -129,7 +128,7 @@ def test_products_are_those_of_dense_matrices_whatever_the_chunk(make: Any, x64:
 def test_chunks_of_one_and_of_all(x64: None) -> None:
     p = regression()
 
-    @quick_jit
+    @jax.jit
     def products(v: Any) -> Any:
         make = partial(curvature.hessian, p.loss, p.params, p.inputs, p.targets)
         return [make(chunk=chunk)(v) for chunk in (None, 1, 7, 100)]
@@ -165,7 +164,7 @@ def test_the_sampled_fisher_is_right_on_average(make: Any, x64: None) -> None:
         chances = [(z - 1, 0.5), (z + 1, 0.5)]
     v = jax.tree.map(jnp.cos, p.params)
 
-    @quick_jit
+    @jax.jit
     def total(w: Any) -> Any:
         parts = []
         for y, chance in chances:
@@ -183,7 +182,7 @@ def test_targets_are_drawn_from_the_predictive_distribution() -> None:
     keys = jax.random.split(jax.random.key(0), 4000)
     z = jnp.array([0.0, 1.0, -1.0])
     makes = (curvature.categorical, curvature.bernoulli, curvature.normal)
-    draw = quick_jit(jax.vmap(lambda key: [make().sample(key, z) for make in makes]))
+    draw = jax.jit(jax.vmap(lambda key: [make().sample(key, z) for make in makes]))
     classes, bits, values = map(np.asarray, draw(keys))
     np.testing.assert_allclose(np.bincount(classes) / 4000, jax.nn.softmax(z), atol=0.04)
     np.testing.assert_allclose(bits.mean(0), jax.nn.sigmoid(z), atol=0.04)
@@ -202,7 +201,7 @@ def test_derivatives_do_not_go_through_how_targets_are_drawn(x64: None) -> None:
     def expected(w: Any) -> Any:
         return jnp.sum(curvature.empirical_fisher(p.loss, w, p.inputs, drawn)(jnp.ones(3)))
 
-    ours, theirs = quick_jit(lambda w: (jax.grad(found)(w), jax.grad(expected)(w)))(p.params)
+    ours, theirs = jax.jit(lambda w: (jax.grad(found)(w), jax.grad(expected)(w)))(p.params)
     np.testing.assert_allclose(ours, theirs, rtol=1e-10)
 
 
@@ -225,12 +224,12 @@ def test_products_can_be_differentiated_and_mapped(x64: None) -> None:
     def expected(w: Any, x: Any, v: Any) -> Any:
         return jnp.sum(v * (jax.hessian(p.loss)(w, x, p.targets) @ v) ** 2)
 
-    @quick_jit
+    @jax.jit
     def gradients(*at: Any) -> Any:
         ours = [jax.grad(found, (0, 1, 2))(*at, chunk) for chunk in (None, 3)]
         return jax.grad(expected, (0, 1, 2))(*at), ours
 
-    @quick_jit
+    @jax.jit
     @partial(jax.vmap, in_axes=(0, None))
     def mapped(w: Any, v: Any) -> Any:
         return curvature.hessian(p.loss, w, p.inputs, p.targets, chunk=3)(v)
@@ -257,12 +256,12 @@ def test_hypergradients_go_through_products(x64: None) -> None:
         hypers = {"learning_rate": 0.1, "momentum": 0.5}
         return jnp.sum(hg.train(loss, v, hypers, weight, steps=3, adjoint=adjoint).params)
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def ours(weight: Any) -> Any:
         return end(weight, lambda w: curvature.hessian(plain, w, x, chunk=3)(v), hg.Reversible())
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def dense(weight: Any) -> Any:
         return end(weight, lambda w: jax.hessian(plain)(w, x) @ v, hg.Stored())
@@ -322,7 +321,7 @@ def by_example(p: Problem, direction: Any) -> list[np.ndarray]:
 
         return f(flat)[None], jax.grad(f)(flat), jax.hessian(f)(flat) @ ravel_pytree(direction)[0]
 
-    return [np.asarray(rows) for rows in quick_jit(jax.vmap(one))(p.inputs, p.targets)]
+    return [np.asarray(rows) for rows in jax.jit(jax.vmap(one))(p.inputs, p.targets)]
 
 
 @pytest.mark.parametrize("make", [softmax_network, regression])
@@ -332,7 +331,7 @@ def test_examples_and_their_moments_are_those_of_a_loop(make: Any, x64: None) ->
     expected = by_example(p, direction)
     arguments = (p.params, p.inputs, p.targets)
 
-    @quick_jit
+    @jax.jit
     def found(direction: Any) -> Any:
         make = partial(curvature.moments, p.loss, *arguments, direction=direction)
         each = partial(curvature.per_example, p.loss, *arguments, direction=direction)
@@ -369,7 +368,7 @@ def test_variances_far_below_the_squared_mean() -> None:
     def loss(w: Any, x: Any) -> Any:
         return jnp.mean(x @ w**2) / 2  # at 1 all of gradient and product is x
 
-    @quick_jit
+    @jax.jit
     def found(w: Any) -> Any:
         return [curvature.moments(loss, w, x, direction=jnp.ones(4), chunk=chunk) for chunk in (None, 3)]
 
@@ -396,7 +395,7 @@ def test_moments_can_be_differentiated(x64: None) -> None:
         columns = jax.vmap(one)(p.inputs, p.targets)
         return sum(jnp.mean(jnp.var(x, axis=0, ddof=1)) / N for x in columns)
 
-    @quick_jit
+    @jax.jit
     def gradients(w: Any) -> Any:
         return jax.grad(expected)(w), [jax.grad(found)(w, chunk) for chunk in (None, 3)]
 

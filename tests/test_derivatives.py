@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from problems import quick_jit
 
 import hypergrad as hg
 from hypergrad import bilevel
@@ -122,7 +121,7 @@ def test_rules_by_hand_are_those_of_plain_jax(x64: None, rule: str) -> None:
     forwards = [] if rule == "calls itself" else [hg.Forward()]
     adjoints = [*REVERSE, *forwards]
 
-    @quick_jit
+    @jax.jit
     def all_of_them(m: Array) -> list[Array]:
         ends = [lambda m, a=a: jnp.sum(trained(loss, start, m, a).params ** 3) for a in adjoints]
         return [jax.grad(end)(m) for end in ends]
@@ -187,7 +186,7 @@ def test_a_step_that_is_masked_may_have_no_derivative(x64: None, adjoint: Any) -
     def total(meta: Array) -> Array:
         return jnp.sum(mask * trained(loss, W.astype(jnp.float64), meta, adjoint).losses)
 
-    found = quick_jit(jax.grad(total))(jnp.asarray(4.0))
+    found = jax.jit(jax.grad(total))(jnp.asarray(4.0))
     np.testing.assert_allclose(found, sum(np.sqrt([1, 2, 3])) / 4, rtol=1e-9)
 
 
@@ -205,7 +204,7 @@ def test_losses_nobody_uses_have_no_say(x64: None, adjoint: Any) -> None:
     def expected(meta: Array) -> Array:
         return jnp.sum(plain(smooth, start, meta)[0] ** 2) + jnp.sum(plain(smooth, start, meta, 3)[0])
 
-    found = quick_jit(jax.grad(total))(jnp.asarray(0.7))
+    found = jax.jit(jax.grad(total))(jnp.asarray(0.7))
     np.testing.assert_allclose(found, jax.grad(expected)(jnp.asarray(0.7)), rtol=1e-8)
 
 
@@ -234,7 +233,7 @@ def test_stored_keeps_of_the_weights_of_examples_no_more_than_plain_jax(weight: 
         (w, _), losses = jax.lax.scan(step, (jnp.zeros(3), jnp.zeros(3)), rows)
         return jnp.sum(w**2) + weight * jnp.sum(losses)
 
-    ours, theirs = (quick_jit(jax.grad(f)).lower(jnp.ones(n)).compile() for f in (stored, oracle))
+    ours, theirs = (jax.jit(jax.grad(f)).lower(jnp.ones(n)).compile() for f in (stored, oracle))
     memory = [f.memory_analysis().temp_size_in_bytes for f in (ours, theirs)]
     assert memory[0] < memory[1] + 2**20, memory  # and not 4 n T, 19 MiB
     np.testing.assert_allclose(ours(jnp.ones(n)), theirs(jnp.ones(n)), rtol=1e-3, atol=1e-7)
@@ -267,7 +266,7 @@ def test_numbers_of_16_bits_are_added_up_in_32(adjoint: Any, dtype: str) -> None
         return jax.lax.scan(step, (jnp.float32(0.3), jnp.float32(0)), jnp.arange(steps))[0][0]
 
     expected = jax.grad(end)(x.astype(jnp.float32), oracle)
-    found = quick_jit(jax.grad(lambda x: end(x, library)))(x)
+    found = jax.jit(jax.grad(lambda x: end(x, library)))(x)
     assert found.dtype == x.dtype
     # A rounding each of the loss's numbers and of the result.
     digits = 2.0 ** -(8 if dtype == "bfloat16" else 11)
@@ -294,7 +293,7 @@ def test_complex_numbers_in_the_loss(x64: None, adjoint: Any) -> None:
 
     expected = jax.grad(oracle)(z)
     assert jnp.all(jnp.abs(expected.real) > 1e-3) and jnp.all(jnp.abs(expected.imag) > 1e-3)
-    np.testing.assert_allclose(quick_jit(jax.grad(library))(z), expected, rtol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(library))(z), expected, rtol=1e-7)
 
 
 # ---- what is watched
@@ -327,7 +326,7 @@ def test_what_is_watched_is_differentiated(x64: None, adjoint: Any) -> None:
         return total
 
     x = jnp.asarray([0.3, 0.7])
-    np.testing.assert_allclose(quick_jit(jax.grad(library))(x), jax.grad(oracle)(x), rtol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(library))(x), jax.grad(oracle)(x), rtol=1e-7)
 
 
 # ---- NaN, and lanes
@@ -349,7 +348,7 @@ def test_second_derivatives_that_are_no_numbers_are_named(compiled: bool, segmen
         end = trained(loss, start, meta, hg.Reversible(segments=segments)).params
         return jnp.sum(end["a"]) + jnp.sum(end["b"])
 
-    hypergradient = quick_jit(jax.grad(outer)) if compiled else jax.grad(outer)
+    hypergradient = jax.jit(jax.grad(outer)) if compiled else jax.grad(outer)
     message = r"(?s)the derivative of step 1 in params\['b'\] became NaN.*a norm or a root at 0"
     if compiled:
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
@@ -374,7 +373,7 @@ def test_one_run_of_three_that_diverges_is_named_and_left_out(segments: int) -> 
 
         return jnp.sum(jax.lax.scan(step, (W, jnp.zeros(2)), length=12)[0][0] ** 2)
 
-    many = quick_jit(jax.vmap(jax.grad(end)))
+    many = jax.jit(jax.vmap(jax.grad(end)))
     with pytest.warns(LaneWarning, match=r"run \[1\] of \[3\] under vmap: .*at step \d+"):
         found = jax.block_until_ready(many(jnp.array([0.1, 1e4, 0.3])))
     assert np.isnan(found[1])

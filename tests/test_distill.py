@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_jit
 
 import hypergrad as hg
 from hypergrad import nets
@@ -102,13 +101,13 @@ def test_every_adjoint_gives_the_hypergradient_of_the_recipe(x64, settings):
     recipe = hg.Recipe(steps=5, **settings)
     point = jnp.asarray(RNG.normal(size=(6, 4, 4))), jnp.full(5, 0.3), jnp.asarray(0.8)
     values = {
-        name: quick_jit(jax.value_and_grad(objective(recipe, adjoint), argnums=(0, 1, 2)))(*point)
+        name: jax.jit(jax.value_and_grad(objective(recipe, adjoint), argnums=(0, 1, 2)))(*point)
         for name, adjoint in {"reversible": hg.Reversible(), "stored": hg.Stored()}.items()
     }
     exact, stored = values["reversible"][1], values["stored"][1]
     for a, b in zip(exact, stored):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * float(jnp.abs(b).max()))
-    value = quick_jit(objective(recipe, hg.Stored()))
+    value = jax.jit(objective(recipe, hg.Stored()))
     direction = jnp.asarray(RNG.normal(size=(6, 4, 4)))
     h = 1e-5
     up, down = (value(point[0] + s * h * direction, *point[1:]) for s in (1, -1))

@@ -14,7 +14,6 @@ import pytest
 from problems import (
     assert_agrees_with_finite_differences,
     assert_reversed_hypergradients_agree,
-    quick_jit,
     relative_error,
     unrounded,
 )
@@ -60,7 +59,7 @@ def test_is_exact_for_inputs_of_rank_one() -> None:
             biases = jnp.einsum("nka,nkl,nlb->ab", J.biases, F, J.biases) / len(x)
             return layers.factors(*about, (2, 0)), weights, biases
 
-        found, weights, biases = quick_jit(both)(params)
+        found, weights, biases = jax.jit(both)(params)
         (A, one), B, (G, of_biases) = found.A[0], found.B[0].weights, found.G[0]
         assert [x.shape for x in (A, B, G)] == [(2, 2), (3, 3), (4, 4)]
         scale = float(jnp.max(jnp.abs(weights)))
@@ -71,14 +70,14 @@ def test_is_exact_for_inputs_of_rank_one() -> None:
 @pytest.mark.usefixtures("x64")
 def test_rank_one_vectors_are_singular_and_keep_the_norm() -> None:
     matrices = normal(7, 4, 1) * normal(7, 1, 5, seed=1) + 0.03 * normal(7, 4, 5, seed=2)
-    K, Psi = quick_jit(layers.rank_one)(matrices.at[0].set(0))
+    K, Psi = jax.jit(layers.rank_one)(matrices.at[0].set(0))
     assert not np.any(K[0]) and not np.any(Psi[0])
     for matrix, k, psi in zip(matrices[1:], K[1:], Psi[1:]):
         u, _, v = np.linalg.svd(matrix)
         best = np.linalg.norm(matrix) * np.outer(u[:, 0], v[0])
         np.testing.assert_allclose(np.outer(k, psi), best, atol=1e-6 * np.linalg.norm(matrix))
     equal = jnp.stack([jnp.eye(3), jnp.zeros((3, 3))])
-    derivative = quick_jit(jax.jacobian(lambda x: layers.rank_one(x)[0]))(equal)
+    derivative = jax.jit(jax.jacobian(lambda x: layers.rank_one(x)[0]))(equal)
     assert jnp.all(jnp.isfinite(derivative))  # though all singular values are the same
 
 
@@ -110,7 +109,7 @@ def test_blocks_are_taken_apart_again() -> None:
 def test_benchmark() -> None:
     """What is timed is right: the factors undo it; and the small one runs."""
     factors, gradient = benchmark.problem((16, 9, 64))
-    found = quick_jit(benchmark.refresh)(factors, gradient)
+    found = jax.jit(benchmark.refresh)(factors, gradient)
     with_damping = damped(factors, jnp.float32(1e-2), jnp.float32(1))
     again = jnp.einsum("rs,cd,op,sdp->rco", *with_damping, found)
     np.testing.assert_allclose(again, gradient, atol=1e-2)
@@ -168,8 +167,8 @@ def test_late_hypergradients() -> None:
     """Through the rings; and `Reversible` refuses them by name."""
     asynchrony = hg.Asynchrony(refresh=2, statistics_delay=1, inverse_delay=1)
     objective, everything = problem(asynchrony, jnp.linspace(0.5, 0.7, STEPS))
-    expected = quick_jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
-    value = quick_jit(lambda e: objective(e, hg.Stored(), unrounded))
+    expected = jax.jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
+    value = jax.jit(lambda e: objective(e, hg.Stored(), unrounded))
     assert_agrees_with_finite_differences(value, everything, expected)
     name = re.escape("kfac(asynchrony=Asynchrony(refresh=2, statistics_delay=1, inverse_delay=1))")
     with pytest.raises(hg.ReversalError, match=name):
@@ -194,7 +193,7 @@ def run(asynchrony: Any, steps: int = 8) -> Any:
         trained = hg.train(loss, params, hypers, x, **options)
         return trained.params, trained.losses
 
-    return quick_jit(train)(INIT(jax.random.key(0), 0.5), x)
+    return jax.jit(train)(INIT(jax.random.key(0), 0.5), x)
 
 
 def remembering(asynchrony: hg.Asynchrony, steps: int = 8) -> Any:
@@ -206,13 +205,13 @@ def remembering(asynchrony: hg.Asynchrony, steps: int = 8) -> Any:
     params = INIT(jax.random.key(0), 0.5)
     blocks, structure = jax.tree.flatten(merge(params))
 
-    @quick_jit
+    @jax.jit
     def evaluate(w: Any) -> Any:
         gradient = jax.grad(lambda w: nets.cross_entropy(APPLY(w, x), labels))(w)
         found = layers.factors("test", network, *about, w, None, None, jnp.int32(0), (2, 0))
         return merge(gradient), found
 
-    inverted = quick_jit(lambda each: [inverse(x) for x in damped(each, jnp.array(0.1), jnp.array(1.0))])
+    inverted = jax.jit(lambda each: [inverse(x) for x in damped(each, jnp.array(0.1), jnp.array(1.0))])
     averages, statistics, inverses = [], [], []
     velocity = [jnp.zeros_like(block) for block in blocks]
     for t in range(steps):
@@ -262,9 +261,9 @@ def four_devices() -> None:
         for where in (None, mesh):
             asynchrony = hg.Asynchrony(2, 1, 1, mesh=where)
             objective, everything = problem(asynchrony, jnp.linspace(0.5, 0.7, STEPS))
-            gradients.append(quick_jit(jax.grad(lambda e, f=objective: f(e, hg.Stored())))(everything))
+            gradients.append(jax.jit(jax.grad(lambda e, f=objective: f(e, hg.Stored())))(everything))
         assert max(relative_error(*gradients).values()) < 1e-10
-        text = quick_jit(lambda x: devices.spread(mesh, [2])([lambda: 2 * x])[0]).lower(1.0).as_text()
+        text = jax.jit(lambda x: devices.spread(mesh, [2])([lambda: 2 * x])[0]).lower(1.0).as_text()
         assert "all_reduce" in text
 
 

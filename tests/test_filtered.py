@@ -14,7 +14,7 @@ import hypergrad as hg
 from hypergrad.optimizers import expected_improvement, probability_of_improvement, quadratic
 from hypergrad.optimizers.filtered import Average, Belief, averaged, correct, filter_loss, predict, value
 from hypergrad.optimizers.improvement import Improvement, law
-from tests.problems import quick_jit, relative_error
+from tests.problems import relative_error
 
 STEPS, EXAMPLES, SIZE = 30, 6, 4
 RULES = {"none": None, "PI": probability_of_improvement, "EI": expected_improvement, "quadratic": quadratic}
@@ -166,7 +166,7 @@ def on_grid(numbers: Array, grid: Array) -> tuple[Array, Array]:
 
 def test_most_probable_improvement_is_the_maximum(x64: None) -> None:
     numbers = draws(200)
-    found = quick_jit(jax.vmap(lambda x: probability_of_improvement(Improvement(*x), 1e12)))(numbers)
+    found = jax.jit(jax.vmap(lambda x: probability_of_improvement(Improvement(*x), 1e12)))(numbers)
     grid = jnp.geomspace(1e-7, 1e9, 20_001)
     best = grid[jnp.argmax(on_grid(numbers, grid)[0], axis=1)]
     inside = (best > grid[0]) & (best < grid[-1])
@@ -181,9 +181,9 @@ def test_most_probable_improvement_is_the_maximum(x64: None) -> None:
 def test_most_probable_improvement_in_float32() -> None:
     numbers = np.asarray(draws(300), np.float32)
     solve = lambda x: probability_of_improvement(Improvement(*x), 1e12)  # noqa: E731
-    found = quick_jit(jax.vmap(solve))(numbers)
+    found = jax.jit(jax.vmap(solve))(numbers)
     with jax.enable_x64(True):
-        exact = quick_jit(jax.vmap(solve))(jnp.asarray(numbers, jnp.float64))
+        exact = jax.jit(jax.vmap(solve))(jnp.asarray(numbers, jnp.float64))
     np.testing.assert_allclose(found, exact, rtol=1e-4)
     tiny = Improvement(*(jnp.float32(x) for x in (1e-20, 1e-20, 1e-30, 1e-30, 1e-30)))
     assert 0 < probability_of_improvement(tiny, 1e3) < 1  # where a q would underflow
@@ -192,7 +192,7 @@ def test_most_probable_improvement_in_float32() -> None:
 def test_first_maximum_of_the_expected_improvement(x64: None) -> None:
     numbers = draws(200)
     limit = 100.0
-    found = quick_jit(jax.vmap(lambda x: expected_improvement(Improvement(*x), limit)))(numbers)
+    found = jax.jit(jax.vmap(lambda x: expected_improvement(Improvement(*x), limit)))(numbers)
     grid = jnp.geomspace(1e-7, limit, 20_001)
     expected = on_grid(numbers, grid)[1]
     falls = expected[:, 1:] < expected[:, :-1] * (1 - 1e-14)
@@ -207,8 +207,8 @@ def test_first_maximum_of_the_expected_improvement(x64: None) -> None:
 @pytest.mark.parametrize("rule", ["PI", "EI", "quadratic"])
 def test_rules_are_differentiated_as_implicit_functions(rule: str, x64: None) -> None:
     numbers = draws(200)
-    function = quick_jit(jax.vmap(lambda x: RULES[rule](Improvement(*x), 30.0)))
-    both = quick_jit(jax.vmap(jax.value_and_grad(lambda x: RULES[rule](Improvement(*x), 30.0))))
+    function = jax.jit(jax.vmap(lambda x: RULES[rule](Improvement(*x), 30.0)))
+    both = jax.jit(jax.vmap(jax.value_and_grad(lambda x: RULES[rule](Improvement(*x), 30.0))))
     found, gradient = both(numbers)
     inside = (found > 0) & (found < 29)
     assert inside.sum() > 30
@@ -293,11 +293,11 @@ def test_hypergradients_agree_with_finite_differences(rule: str, preconditioned:
         return logistic(trained.params, 0.01, noise_free) + 0.1 * jnp.mean(trained.losses)
 
     at = (hypers, jnp.asarray(0.01), batches)
-    gradient = quick_jit(jax.grad(lambda x: objective(x, hg.Stored())))(at)
-    checkpointed = quick_jit(jax.grad(lambda x: objective(x, hg.Checkpointed())))(at)
+    gradient = jax.jit(jax.grad(lambda x: objective(x, hg.Stored())))(at)
+    checkpointed = jax.jit(jax.grad(lambda x: objective(x, hg.Checkpointed())))(at)
     assert max(relative_error(checkpointed, gradient).values()) < 1e-9
 
-    plain = quick_jit(lambda x: objective(x, hg.Stored()))
+    plain = jax.jit(lambda x: objective(x, hg.Stored()))
     direction = (
         dict.fromkeys(hypers, 0.0),
         0.01,
@@ -327,7 +327,7 @@ def test_forward_mode_agrees(rule: str, x64: None) -> None:
         return jnp.sum(run(optimizer, hypers, adjoint=adjoint, steps=8).params ** 2)
 
     forward, reverse = (
-        quick_jit(jax.grad(lambda h, a=a: end(h, a)))(hypers) for a in (hg.Forward(), hg.Stored())
+        jax.jit(jax.grad(lambda h, a=a: end(h, a)))(hypers) for a in (hg.Forward(), hg.Stored())
     )
     assert max(relative_error(forward, reverse).values()) < 1e-10
 
@@ -366,8 +366,8 @@ def test_a_run_may_be_cut_and_examples_taken_in_chunks(x64: None) -> None:
         options = {"steps": len(rates), "optimizer": optimizer, "adjoint": hg.Stored(), "state": state}
         return hg.train(logistic, params, hypers, 0.01, batches, **options)
 
-    compiled = quick_jit(end)
-    whole = quick_jit(lambda *x: end(*x, None, 4))(rates, batches, START)
+    compiled = jax.jit(end)
+    whole = jax.jit(lambda *x: end(*x, None, 4))(rates, batches, START)
     state = {"state": hg.filtered(quadratic).init(jnp.asarray(START))}
     first = compiled(rates[:half], batches[:half], START, state)
     second = compiled(rates[half:], batches[half:], *first[:2])
@@ -386,7 +386,7 @@ def test_without_noise_the_rules_are_exact_line_searches(rule: str, x64: None) -
         trained = run(hg.filtered(RULES[rule]), hypers, loss=paraboloid, meta=h, batches=same, steps=4)
         return trained.losses[-1], trained.losses
 
-    (_, losses), gradient = quick_jit(jax.value_and_grad(end, has_aux=True))(hypers)
+    (_, losses), gradient = jax.jit(jax.value_and_grad(end, has_aux=True))(hypers)
     w, expected = START, []
     for _ in range(4):
         g = np.asarray(h)[0] * (w - 1)

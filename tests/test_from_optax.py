@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from problems import quick_jit
 
 import hypergrad as hg
 from hypergrad.optimizers.finite import finite
@@ -217,9 +216,9 @@ def test_value_and_hypergradient_are_those_of_optax(name: str) -> None:
     hypers = {key: jnp.asarray(x, jnp.float64) for key, x in given.items()}
     names = ("grad_fn",) if name.startswith("sam") else ("value", "grad", "value_fn", "obj_fn")
     start = START if name in QUICK else BOTH
-    theirs = quick_jit(jax.value_and_grad(lambda h: by_optax(build, h, names, start)))
+    theirs = jax.jit(jax.value_and_grad(lambda h: by_optax(build, h, names, start)))
     value, gradient = theirs(hypers)
-    found, hypergradient = quick_jit(jax.value_and_grad(lambda h: by_us(build, h, start=start)))(hypers)
+    found, hypergradient = jax.jit(jax.value_and_grad(lambda h: by_us(build, h, start=start)))(hypers)
     assert float(found) == pytest.approx(float(value), rel=1e-10)
     nan = [key for key, x in gradient.items() if not np.isfinite(x)]
     by_differences = (
@@ -234,12 +233,12 @@ def test_value_and_hypergradient_are_those_of_optax(name: str) -> None:
 @pytest.mark.usefixtures("x64")
 def test_the_state_begins_with_the_first_hyperparameters_in_every_adjoint() -> None:
     rates = jnp.linspace(0.05, 0.01, STEPS)
-    expected = quick_jit(jax.grad(lambda rate: by_optax(optax.rprop, {"learning_rate": rate})))(0.05)
+    expected = jax.jit(jax.grad(lambda rate: by_optax(optax.rprop, {"learning_rate": rate})))(0.05)
     assert abs(float(expected)) > 1
     for adjoint in (hg.Checkpointed(), hg.Forward()):
-        found = quick_jit(
-            jax.grad(lambda rates, a=adjoint: by_us(optax.rprop, {"learning_rate": rates}, a))
-        )(rates)
+        found = jax.jit(jax.grad(lambda rates, a=adjoint: by_us(optax.rprop, {"learning_rate": rates}, a)))(
+            rates
+        )
         np.testing.assert_allclose(found, [float(expected), *[0.0] * (STEPS - 1)], rtol=1e-9)
 
 
@@ -256,8 +255,8 @@ def test_injected_hyperparameters_follow_a_schedule() -> None:
     def theirs(rates: Any) -> Any:
         return by_optax(optax.sgd, {"learning_rate": hg.schedules.PerStep(rates)})
 
-    expected, gradient = quick_jit(jax.value_and_grad(theirs))(rates)
-    found, hypergradient = quick_jit(jax.value_and_grad(lambda rates: by_us(build, {"rate": rates})))(rates)
+    expected, gradient = jax.jit(jax.value_and_grad(theirs))(rates)
+    found, hypergradient = jax.jit(jax.value_and_grad(lambda rates: by_us(build, {"rate": rates})))(rates)
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
     np.testing.assert_allclose(hypergradient, gradient, rtol=1e-9)
     assert np.abs(gradient).min() > 1e-3
@@ -286,10 +285,10 @@ def searching(learning_rate: Any) -> Any:
 def test_a_line_search_over_given_steps_is_differentiated_in_reverse_too() -> None:
     """The step it finds is one of a few, whose slope is 0; what it is multiplied with has another."""
     hypers = {"learning_rate": jnp.asarray(0.9)}
-    value = quick_jit(lambda h: by_optax(searching, h))
+    value = jax.jit(lambda h: by_optax(searching, h))
     expected = differences(value, hypers)["learning_rate"]
     for adjoint in (hg.Forward(), hg.Stored()):
-        found, gradient = quick_jit(jax.value_and_grad(lambda h, a=adjoint: by_us(searching, h, a)))(hypers)
+        found, gradient = jax.jit(jax.value_and_grad(lambda h, a=adjoint: by_us(searching, h, a)))(hypers)
         assert float(found) == pytest.approx(float(value(hypers)), rel=1e-12)
         assert float(gradient["learning_rate"]) == pytest.approx(expected, rel=1e-5)
 
@@ -312,8 +311,8 @@ def halving(learning_rate: Any) -> Any:
 @pytest.mark.usefixtures("x64")
 def test_a_loop_of_unknown_length_is_differentiated_forwards_and_refused_in_reverse() -> None:
     hypers = {"learning_rate": jnp.asarray(0.9)}
-    value = quick_jit(lambda h: by_optax(halving, h))
-    found, gradient = quick_jit(jax.value_and_grad(lambda h: by_us(halving, h, hg.Forward())))(hypers)
+    value = jax.jit(lambda h: by_optax(halving, h))
+    found, gradient = jax.jit(jax.value_and_grad(lambda h: by_us(halving, h, hg.Forward())))(hypers)
     assert float(found) == pytest.approx(float(value(hypers)), rel=1e-12)
     expected = differences(value, hypers)["learning_rate"]
     assert float(gradient["learning_rate"]) == pytest.approx(expected, rel=1e-7)
@@ -384,7 +383,7 @@ def test_roots_are_found_wherever_they_are(name: str) -> None:
     function = ENTERED[name]
     safe = finite(function, name)
 
-    @quick_jit
+    @jax.jit
     def everything(zero: Any, x: Any) -> Any:
         at_zero = jax.grad(safe)(zero), jax.jacfwd(safe)(zero)
         return at_zero, jax.value_and_grad(safe)(x), jax.value_and_grad(function)(x)

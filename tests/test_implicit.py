@@ -16,7 +16,6 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import implicit
-from tests.problems import quick_jit
 
 SOLVERS = {
     "conjugate gradients": implicit.ConjugateGradients(tolerance=1e-12),
@@ -72,7 +71,7 @@ def test_ridge_regression_agrees_with_its_closed_form(x64: None, name: str) -> N
 
     gradient = jax.grad(lambda *args: problem.outer(fit(jnp.zeros(12), *args)), argnums=(0, 1))
     for found, expected in zip(
-        quick_jit(gradient)(penalty, problem.y), problem.closed_form(penalty, problem.y)
+        jax.jit(gradient)(penalty, problem.y), problem.closed_form(penalty, problem.y)
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
 
@@ -113,7 +112,7 @@ def test_quadratic_bilevel_problems_of_trees_agree_with_their_closed_form(x64: N
     objective, outer, answer = quadratic_bilevel(theta, params)
     minimum, expected = answer(theta)
     start = jax.tree.map(jnp.ones_like, params)
-    found = quick_jit(
+    found = jax.jit(
         lambda theta: implicit.hypergradient(
             objective, outer, minimum, theta, linear=SOLVERS[name], start=start
         )
@@ -128,7 +127,7 @@ def test_damping_solves_the_damped_system(x64: None) -> None:
     problem, penalty = ridge(), jnp.asarray(0.3)
     damped = implicit.ConjugateGradients(tolerance=1e-12, damping=0.7)
     fit = implicit.minimizer(problem.objective, linear=damped)(lambda init, *args: problem.minimum(*args))
-    found = quick_jit(jax.grad(lambda x: problem.outer(fit(jnp.zeros(12), x, problem.y))))(penalty)
+    found = jax.jit(jax.grad(lambda x: problem.outer(fit(jnp.zeros(12), x, problem.y))))(penalty)
     np.testing.assert_allclose(found, problem.closed_form(penalty, problem.y, damping=0.7)[0], rtol=1e-9)
     A = jnp.asarray(np.random.default_rng(2).normal(size=(5, 5)))
     b = jnp.arange(1.0, 6)
@@ -153,7 +152,7 @@ def test_unsymmetric_systems_and_their_transposes(x64: None, name: str) -> None:
     theta, direction, to_w = jnp.linspace(-1, 1, 5), jnp.linspace(1, 2, 5), jnp.linspace(2, -1, 5)
     at = lambda theta: solve(jnp.zeros(5), theta)  # noqa: E731
 
-    @quick_jit
+    @jax.jit
     def both(theta: Array) -> tuple[Array, Array]:
         return jax.jvp(at, (theta,), (direction,))[1], jax.vjp(at, theta)[1](to_w)[0]
 
@@ -218,7 +217,7 @@ def unrolled() -> Any:
     """The hypergradient through a training run to convergence."""
     with jax.enable_x64(True):
         gradient = jax.grad(lambda *args: outer(by_training(jnp.zeros(4), *args)), argnums=(0, 1))
-        return jax.device_get(quick_jit(gradient)(*map(jnp.asarray, AT)))
+        return jax.device_get(jax.jit(gradient)(*map(jnp.asarray, AT)))
 
 
 @pytest.mark.parametrize("solve", [by_scipy, by_optax, by_while_loop])
@@ -226,7 +225,7 @@ def test_any_solver_gives_what_unrolled_training_gives(x64: None, unrolled: Any,
     linear = implicit.ConjugateGradients(tolerance=1e-12)
     fit = implicit.minimizer(logistic, linear=linear, tolerance=1e-6)(solve)
     gradient = jax.grad(lambda *args: outer(fit(jnp.zeros(4), *args)), argnums=(0, 1))
-    found = (gradient if solve is by_scipy else quick_jit(gradient))(*map(jnp.asarray, AT))
+    found = (gradient if solve is by_scipy else jax.jit(gradient))(*map(jnp.asarray, AT))
     assert fit.__name__ == solve.__name__
     for a, b in zip(found, unrolled):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
@@ -257,7 +256,7 @@ def test_higher_derivatives_and_mapped_linear_systems(x64: None) -> None:
 
     f = lambda x: square_root(jnp.ones(()), x)  # noqa: E731
     x = jnp.array([1.0, 4.0])
-    both = quick_jit(jax.vmap(lambda x: (jax.grad(jax.grad(f))(x), jax.jacfwd(jax.grad(f))(x))))
+    both = jax.jit(jax.vmap(lambda x: (jax.grad(jax.grad(f))(x), jax.jacfwd(jax.grad(f))(x))))
     for found in both(x):
         np.testing.assert_allclose(found, -(x**-1.5) / 4, rtol=1e-10)
 
@@ -349,7 +348,7 @@ def test_hoag_arrives_where_the_accurate_hypergradient_is_zero(x64: None) -> Non
         count.append(1)
         return jax.lax.while_loop(going, lambda w: w - 0.2 * slope(w), w)
 
-    found = quick_jit(
+    found = jax.jit(
         lambda start: implicit.hoag(
             objective,
             outer,
@@ -379,7 +378,7 @@ def test_a_warm_start_at_the_solution_needs_no_iterations(x64: None) -> None:
         implicit.Neumann(step=0.1, terms=1, tolerance=1e-8),
         implicit.Nystrom(rank=1, damping=0.1, iterations=1, tolerance=1e-8),
     ):
-        solve = quick_jit(
+        solve = jax.jit(
             lambda start, linear=one_step: implicit.linear_solve(matvec, b, start, linear=linear)
         )
         np.testing.assert_allclose(solve(x), x, rtol=1e-9)
@@ -391,7 +390,7 @@ def test_a_warm_start_at_the_solution_needs_no_iterations(x64: None) -> None:
 def test_a_right_hand_side_of_zero_or_of_tiny_numbers(name: str) -> None:
     linear: Any = replace(SOLVERS[name], tolerance=1e-3)
     matvec = lambda v: jnp.array([0.5, 1.0, 2.0]) * v  # noqa: E731
-    solve = quick_jit(lambda b: implicit.linear_solve(matvec, b, jnp.ones(3), linear=linear))
+    solve = jax.jit(lambda b: implicit.linear_solve(matvec, b, jnp.ones(3), linear=linear))
     b = jnp.array([1e-30, -2e-30, 1e-30])  # whose squares are 0
     np.testing.assert_allclose(solve(b), b / jnp.array([0.5, 1, 2]), rtol=1e-2)
     assert not solve(jnp.zeros(3)).any()
@@ -401,7 +400,7 @@ def test_nystrom_alone_is_the_damped_inverse_of_a_matrix_of_low_rank(x64: None) 
     low = jnp.asarray(np.random.default_rng(5).normal(size=(9, 3)))
     alone = implicit.Nystrom(rank=3, damping=0.1, iterations=0, accept=math.inf)
     b = jnp.linspace(1, 2, 9)
-    found = quick_jit(lambda b: implicit.linear_solve(lambda v: low @ (low.T @ v), b, linear=alone))(b)
+    found = jax.jit(lambda b: implicit.linear_solve(lambda v: low @ (low.T @ v), b, linear=alone))(b)
     np.testing.assert_allclose(found, jnp.linalg.solve(low @ low.T + 0.1 * jnp.eye(9), b), rtol=1e-8)
 
 
@@ -460,7 +459,7 @@ BAD_SYSTEMS = {
 def test_a_system_that_is_not_solved_is_refused(name: str) -> None:
     linear, diagonal, way_out = BAD_SYSTEMS[name]
     matvec = lambda v: jnp.array(diagonal) * v  # noqa: E731
-    solve = quick_jit(lambda b: implicit.linear_solve(matvec, b, linear=linear))
+    solve = jax.jit(lambda b: implicit.linear_solve(matvec, b, linear=linear))
     with pytest.raises(Exception, match=rf"left a relative residual of.*{way_out}.*accept=math.inf"):
         solve(jnp.array([1.0, 2.0, 1.0, 2.0])).block_until_ready()
 

@@ -10,7 +10,6 @@ import pytest
 from problems import (
     assert_agrees_with_finite_differences,
     assert_reversed_hypergradients_agree,
-    quick_jit,
     relative_error,
 )
 
@@ -42,7 +41,7 @@ def dense_fisher(apply: Any, params: Any, x: Any, classes: int) -> list[Any]:
         p = jax.nn.softmax(apply(params, x))[:, y, None, None]
         return [p * g[:, :, None] * g[:, None, :] for g in flat]
 
-    return quick_jit(lambda: [x.sum(0) for x in jax.vmap(term)(jnp.arange(classes))])()
+    return jax.jit(lambda: [x.sum(0) for x in jax.vmap(term)(jnp.arange(classes))])()
 
 
 def seeing(apply: Any, x: Any) -> Any:
@@ -54,7 +53,7 @@ def factors(network: Any, likelihood: Any, fisher: Any, params: Any, step: int =
     def evaluate(params: Any, step: Any) -> Any:
         return layers.factors("test", network, likelihood, fisher, params, None, None, step)
 
-    found = quick_jit(evaluate)(params, jnp.int32(step))
+    found = jax.jit(evaluate)(params, jnp.int32(step))
     return list(zip(jax.tree.leaves(found.A), jax.tree.leaves(found.G)))
 
 
@@ -124,7 +123,7 @@ def test_convolutions() -> None:
         return at.inputs, slopes, jax.tree.leaves(gradients(likelihood, apply, params, x, y))
 
     params = init(jax.random.key(0))
-    inputs, slopes, of_examples = quick_jit(evaluate)(params)
+    inputs, slopes, of_examples = jax.jit(evaluate)(params)
     found = factors(seeing(apply, x), likelihood, fisher, params)
     assert [a.shape[1] for a in inputs] == [8, 8, 8, 1]
     for (A, G), a, (g,), each in zip(found, *jax.tree.map(np.asarray, (inputs, slopes, of_examples))):
@@ -231,7 +230,7 @@ def test_layers_may_be_as_wide_as_their_inputs() -> None:
     def both(damping: Any) -> Any:
         return [jax.grad(final)(damping, adjoint) for adjoint in (hg.Stored(), hg.Reversible())]
 
-    expected, found = quick_jit(both)(jnp.float32(0.1))
+    expected, found = jax.jit(both)(jnp.float32(0.1))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
@@ -304,9 +303,9 @@ def test_adaptive_hypergradients() -> None:
         trained = run(optimizer, adjoint=hg.Stored(), apply=apply, **everything)
         return jnp.sum(trained.params[0].weights ** 2) + trained.state["state"].scale
 
-    gradient = quick_jit(jax.grad(objective))(everything)
+    gradient = jax.jit(jax.grad(objective))(everything)
     assert all(bool(jnp.all(x != 0)) for x in jax.tree.leaves(gradient["hypers"]))
-    assert_agrees_with_finite_differences(quick_jit(objective), everything, gradient)
+    assert_agrees_with_finite_differences(jax.jit(objective), everything, gradient)
 
 
 # ---- in optax
@@ -330,10 +329,10 @@ def test_is_an_optax_transformation() -> None:
         (hg.adaptive_kfac(network, curvature.normal()), {"damping": 1.0}),
     ):
         options = {"steps": 3, "optimizer": optimizer, "adjoint": hg.Stored()}
-        expected = quick_jit(lambda o=options, h=hypers: hg.train(loss, start, h, None, rows, **o).params)()
+        expected = jax.jit(lambda o=options, h=hypers: hg.train(loss, start, h, None, rows, **o).params)()
         transformation = hg.as_optax(optimizer, hypers)
 
-        @quick_jit
+        @jax.jit
         def step(w: Any, state: Any, rows: Any, transformation: Any = transformation) -> Any:
             value_fn = lambda w: loss(w, None, rows)  # noqa: E731
             given = {"batch": rows, "value_fn": value_fn}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import quick_jit, relative_error
+from problems import relative_error
 
 from experiments import metagradients as experiment
 from experiments.data_weights import Examples
@@ -27,7 +27,7 @@ def test_metagradient_is_the_slope_of_the_run() -> None:
     _, apply = experiment.network(TINY, e)
     run = experiment.training(TINY, e)
     after = lambda c: jnp.mean(experiment.losses(apply, run(e, c), e.clean_images, e.clean_labels))  # noqa: E731
-    slope, ones = quick_jit(jax.value_and_grad(after)), jnp.ones(16)
+    slope, ones = jax.jit(jax.value_and_grad(after)), jnp.ones(16)
     _, metagradient = slope(ones)
     assert int(jnp.sum(metagradient == 0)) == 16 - TINY.steps * TINY.batch_size  # those never drawn
     step = 0.1 * jnp.sign(metagradient)
@@ -40,9 +40,9 @@ def test_influence_with_much_damping_is_an_inner_product() -> None:
     e = made_up()
     init, apply = experiment.network(TINY, e)
     w, damping = init(jax.random.key(0)), 1e4
-    found = quick_jit(lambda w: experiment.influence(TINY, e, w, damping))(w)
+    found = jax.jit(lambda w: experiment.influence(TINY, e, w, damping))(w)
 
-    @quick_jit
+    @jax.jit
     def of(x: jax.Array, y: jax.Array) -> Any:
         return jax.jacobian(lambda w: experiment.losses(apply, w, x, y))(w)
 

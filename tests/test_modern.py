@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_jit, unrounded
+from problems import unrounded
 
 import hypergrad as hg
 from hypergrad import curvature, exact, tuning
@@ -369,7 +369,7 @@ def found_run(case: Case, adjoint: Any, optimizer: Optimizer | None = None) -> C
 
 
 def differentiated(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return quick_jit(jax.value_and_grad(run, has_aux=True))
+    return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
@@ -502,11 +502,11 @@ def test_newton_schulz_of_every_shape() -> None:
     rng = np.random.default_rng(0)
     for shape in ((4, 2), (2, 3)):
         M = jnp.asarray(rng.normal(size=shape))
-        made = quick_jit(newton_schulz)(M)
+        made = jax.jit(newton_schulz)(M)
         np.testing.assert_allclose(made, singular_values_near_one(M, 1e-8), rtol=1e-9, atol=1e-9)
         values = jnp.linalg.svdvals(made)
         assert float(values.min()) > 0.68 and float(values.max()) < 1.21
-    value, slope = quick_jit(jax.value_and_grad(lambda M: jnp.sum(newton_schulz(M))))(jnp.zeros((2, 3)))
+    value, slope = jax.jit(jax.value_and_grad(lambda M: jnp.sum(newton_schulz(M))))(jnp.zeros((2, 3)))
     assert float(value) == 0 and bool(jnp.all(jnp.isfinite(slope)))
 
 
@@ -519,13 +519,13 @@ def test_estimates_of_the_diagonal_are_right_on_average() -> None:
     def coupled(w: Any, meta: Any, batch: Any) -> Any:
         return jnp.sum(jnp.cos(w)) + jnp.sum(w) ** 2
 
-    hutchinson = quick_jit(jax.vmap(lambda t: hg.hutchinson(coupled)(w, None, None, t)))(steps)
+    hutchinson = jax.jit(jax.vmap(lambda t: hg.hutchinson(coupled)(w, None, None, t)))(steps)
     np.testing.assert_allclose(hutchinson.mean(axis=0), 2 - jnp.cos(w), atol=0.2)
     np.testing.assert_array_equal(hg.hutchinson(coupled)(w, None, None, steps[7]), hutchinson[7])
     assert float(jnp.std(hutchinson[:, 0, 0])) > 0.5
 
     estimate = hg.gauss_newton_bartlett(lambda w, meta, batch: batch @ w, curvature.categorical())
-    drawn = quick_jit(jax.vmap(lambda t: estimate(w, None, x, t)))(steps)
+    drawn = jax.jit(jax.vmap(lambda t: estimate(w, None, x, t)))(steps)
     p = jax.nn.softmax(x @ w, axis=1)
     fisher = jnp.mean(x[:, :, None] ** 2 * (p * (1 - p))[:, None, :], axis=0)
     np.testing.assert_allclose(drawn.mean(axis=0), fisher, rtol=0.1)
@@ -555,7 +555,7 @@ def test_coordinates_whose_gradient_is_zero(name: str) -> None:
         return judged(t.params, t.losses)
 
     e = everything(case)
-    value = quick_jit(jax.value_and_grad(run))
+    value = jax.jit(jax.value_and_grad(run))
     _, gradient = value(e)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(gradient))
     assert_slopes(lambda e: float(value(e)[0]), e, gradient, 1e-5)
@@ -669,7 +669,7 @@ def test_rounded_decay_of_adam() -> None:
 
         return jnp.sum(jax.lax.scan(step, (w, 0 * w, 0 * w), jnp.arange(30))[0][0] ** 2)
 
-    slopes = [quick_jit(jax.grad(f, (0, 1))) for f in (found, right)]
+    slopes = [jax.jit(jax.grad(f, (0, 1))) for f in (found, right)]
 
     def wrong(b2: float) -> list[float]:
         return [abs(float(a / b) - 1) for a, b in zip(*(slope(0.9, b2) for slope in slopes))]
@@ -758,6 +758,6 @@ def test_returns_to_the_start_bit_for_bit(name: str, steps: int) -> None:
         t = hg.train(loss, e["params"], hypers, bowl, **arguments)
         return judged(t.params, t.losses)
 
-    found = quick_jit(jax.grad(outer))(hypers)
+    found = jax.jit(jax.grad(outer))(hypers)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
     assert bool(jnp.any(found["learning_rate"] != 0))

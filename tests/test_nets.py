@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import quick_jit, relative_error
+from problems import relative_error
 
 import hypergrad as hg
 from hypergrad import nets
@@ -150,9 +150,9 @@ def test_convnet_is_equinoxs(shape, depth):
         along = jax.jvp(lambda p: jax.grad(loss, (0, 1))(p, images), (params,), (direction,))
         return network(params, images), *along
 
-    ours = quick_jit(lambda: results(apply))()
+    ours = jax.jit(lambda: results(apply))()
     with jax.numpy_rank_promotion("allow"):
-        theirs = quick_jit(lambda: results(jax.vmap(equinox_convnet, (None, 0))))()
+        theirs = jax.jit(lambda: results(jax.vmap(equinox_convnet, (None, 0))))()
     errors = relative_error(ours, theirs)
     assert max(errors.values()) < 1e-9, errors
 

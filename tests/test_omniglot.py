@@ -16,7 +16,6 @@ from experiments import omniglot as experiment
 from experiments.omniglot import PAPER, Config, Found
 from experiments.reproduce_2015 import authors
 from hypergrad import files
-from tests.problems import quick_jit
 
 REFERENCE = os.environ.get("HYPERGRAD_REFERENCE")
 needs_both = pytest.mark.skipif(
@@ -98,7 +97,7 @@ def test_cost_is_the_sum_of_the_means_of_the_scripts() -> None:
             logits = hidden @ last.weights + last.biases
             right = logits[np.arange(len(logits)), labels[turn]]
             expected += np.mean(np.log(np.exp(logits).sum(axis=1)) - right)
-    found = quick_jit(lambda w, examples: experiment.cost(SMALL, w, examples))(w, given.examples)
+    found = jax.jit(lambda w, examples: experiment.cost(SMALL, w, examples))(w, given.examples)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
@@ -112,8 +111,8 @@ def test_hypergradient_of_the_sharing_agrees_with_finite_differences(x64: None) 
         moved = tuple(t + h * d for t, d in zip(sharing, direction))
         return experiment.cost(SMALL, experiment.trained(SMALL, moved, z, parts)[0], held)
 
-    value, slope = quick_jit(jax.value_and_grad(along))(0.0)
-    value_at = quick_jit(along)
+    value, slope = jax.jit(jax.value_and_grad(along))(0.0)
+    value_at = jax.jit(along)
     high, low = value_at(1e-5), value_at(-1e-5)
     # The authors' rounding of the momentum is not differentiated: 1e-5 of it.
     assert float(slope) == pytest.approx(float(high - low) / 2e-5, rel=1e-4)
@@ -128,7 +127,7 @@ def test_the_first_loss_is_the_authors_but_for_the_order_of_the_rows() -> None:
     stream = authors.seeded("final_training")
     z = experiment.layers(config, jnp.asarray(experiment.start(config, stream, 10)))
     rows = [experiment.take(*x) for x in zip(given.examples, given.train)]
-    loss = quick_jit(lambda z, rows: experiment.cost(config, z, rows) / 10)(z, rows)
+    loss = jax.jit(lambda z, rows: experiment.cost(config, z, rows) / 10)(z, rows)
     assert float(loss) == pytest.approx(5.02986, rel=0.01)  # printed by them for the separate networks
 
 

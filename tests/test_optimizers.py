@@ -20,7 +20,6 @@ from problems import (
     admissible,
     assert_agrees_with_finite_differences,
     classification,
-    quick_jit,
     relative_error,
 )
 
@@ -72,14 +71,14 @@ def test_derivatives_in_everything(optimizer: str) -> None:
     The gradients of the first input's weights are exactly 0, so that a root has no derivative there.
     """
     objective, everything = classification(optimizer, sizes=(6, 3))
-    expected = quick_jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
+    expected = jax.jit(jax.grad(lambda e: objective(e, hg.Stored())))(everything)
     for adjoint in admissible(optimizer):
-        found = quick_jit(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
+        found = jax.jit(jax.grad(lambda e, a=adjoint: objective(e, a)))(everything)
         errors = relative_error(found, expected)
         assert max(errors.values()) < 1e-9, (adjoint, errors)
 
     smooth = classification(optimizer, sizes=(6, 3), rounded=False).objective
-    value = quick_jit(lambda e: smooth(e, hg.Stored()))
+    value = jax.jit(lambda e: smooth(e, hg.Stored()))
     assert_agrees_with_finite_differences(value, everything, expected)
 
     # In the first input itself the objective bends within ε; its derivative at 0 is that of tiny steps.

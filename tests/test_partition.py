@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_jit
 
 import hypergrad as hg
 from hypergrad import curvature
@@ -199,7 +198,7 @@ def trained(optimizer: Optimizer, adjoint: Any) -> Callable[[Any], Any]:
 
 
 def differentiated(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return quick_jit(jax.value_and_grad(run, has_aux=True))
+    return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
 def assert_close(found: Any, right: Any, tolerance: float) -> None:
@@ -309,7 +308,7 @@ def test_goes_on_from_a_state_bit_for_bit() -> None:
         steps = len(hypers["matrices.beta"])
         return hg.train(loss, w, hypers, 0.1, steps=steps, optimizer=optimizer, state=state)
 
-    go_on = quick_jit(run)
+    go_on = jax.jit(run)
     whole = go_on(w, hypers, None)
     first = go_on(w, {k: x[:4] for k, x in hypers.items()}, None)
     second = go_on(first.params, {k: x[4:] for k, x in hypers.items()}, first.state)
@@ -349,7 +348,7 @@ def test_many_steps_in_float32_are_played_back() -> None:
 
     with jax.enable_x64(True):
         for name in ("matrices.learning_rate", "others.learning_rate", "others.weight_decay"):
-            along = quick_jit(lambda scale, name=name: right(scale, name))
+            along = jax.jit(lambda scale, name=name: right(scale, name))
             difference = float(along(1 + 1e-4) - along(1 - 1e-4)) / 2e-4
             slope = float(np.vdot(found[name].astype(np.float64), hypers[name].astype(np.float64)))
             assert slope == pytest.approx(difference, rel=1e-2), name
@@ -371,7 +370,7 @@ def test_as_an_optax_transformation(name: str) -> None:
 
         return jax.lax.scan(step, (w, transformation.init(w)), jnp.arange(4))[0][0]
 
-    assert_close(quick_jit(lambda: end(ours))(), quick_jit(lambda: end(theirs))(), 1e-4)
+    assert_close(jax.jit(lambda: end(ours))(), jax.jit(lambda: end(theirs))(), 1e-4)
 
 
 def test_tuned_by_the_names_of_its_parts() -> None:
@@ -413,7 +412,7 @@ def test_tuned_by_the_names_of_its_parts() -> None:
             init = (wide, transformation.init(wide))
             return validation(jax.lax.scan(step, init, jnp.arange(6))[0][0])
 
-        at = quick_jit(end)
+        at = jax.jit(end)
         slope = float(at(1 + 1e-5) - at(1 - 1e-5)) / 2e-5
     made = float(np.log(tuned.hypers["quick.learning_rate"] / 0.02))
     assert abs(slope) > 1e-3

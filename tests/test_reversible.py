@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import OPTIMIZERS, RANGES, RATES, quick_jit, relative_error
+from problems import OPTIMIZERS, RANGES, RATES, relative_error
 
 import hypergrad as hg
 from hypergrad.program import Optimizer, Remember, Scale, Shift, Variable
@@ -46,7 +46,7 @@ def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
 
     def gradient(hypers: Any, adjoint: Any) -> Any:
         objective = jax.grad(lambda h, m: end(h, m, optimizer, adjoint), argnums=(0, 1))
-        return quick_jit(objective)(hypers, meta)
+        return jax.jit(objective)(hypers, meta)
 
     constants = hypers_of(name)
     expected, found = gradient(constants, hg.Stored()), gradient(constants, hg.Forward())
@@ -90,7 +90,7 @@ def test_truncated_through_another_adjoint() -> None:
     hypers = hypers_of("adam", STEPS)
 
     def gradient(adjoint: Any) -> Any:
-        return quick_jit(jax.grad(lambda m: end(hypers, m, hg.adam(), adjoint)))(jnp.asarray(1.0))
+        return jax.jit(jax.grad(lambda m: end(hypers, m, hg.adam(), adjoint)))(jnp.asarray(1.0))
 
     found, expected = (gradient(adjoint) for adjoint in (hg.Truncated(5, hg.Reversible()), hg.Truncated(5)))
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
@@ -115,7 +115,7 @@ def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
     def gradient(adjoint: Any, hypers: Any = hypers) -> Any:
         return jax.grad(lambda h: end(h, meta, hg.momentum(), adjoint))(hypers)
 
-    expected = quick_jit(lambda h: gradient(hg.Stored(), h))(hypers)
+    expected = jax.jit(lambda h: gradient(hg.Stored(), h))(hypers)
     errors = relative_error(gradient(hg.Reversible(segments=5)), expected)
     assert max(errors.values()) < 1e-9
 

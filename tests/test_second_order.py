@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
-from problems import quick_jit
 
 import hypergrad as hg
 from hypergrad import curvature, implicit
@@ -104,7 +103,7 @@ ALONG = np.array([1.0, -0.5, 0.3, 0.8, -0.2, 0.6])
 @each(*ADJOINTS)
 def test_a_gradient_of_a_gradient(x64: None, adjoint: Any) -> None:
     q = 0.7
-    twice = lambda f: quick_jit(jax.grad(jax.grad(f)))(q)  # noqa: E731
+    twice = lambda f: jax.jit(jax.grad(jax.grad(f)))(q)  # noqa: E731
     found, expected = twice(of_target(ours(adjoint))), twice(of_target(plain))
     # In closed form the end is linear in q.
     slope = plain(square, 0.0, 0.5, 1.0)[0]
@@ -114,7 +113,7 @@ def test_a_gradient_of_a_gradient(x64: None, adjoint: Any) -> None:
 
 @every
 def test_a_hessian_in_a_constant_rate(x64: None, adjoint: Any) -> None:
-    found, expected = (quick_jit(jax.hessian(of_rate(train)))(RATE) for train in (ours(adjoint), plain))
+    found, expected = (jax.jit(jax.hessian(of_rate(train)))(RATE) for train in (ours(adjoint), plain))
     assert abs(expected) > 1
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
@@ -132,7 +131,7 @@ def test_hessian_vector_products_in_everything(x64: None, adjoint: Any) -> None:
     slope, product = forwards(x)
     np.testing.assert_allclose(slope, jax.grad(of_all(plain))(x), rtol=1e-7)
     np.testing.assert_allclose(product, expected @ u, rtol=1e-6)
-    backwards = quick_jit(jax.grad(lambda x: jnp.vdot(jax.grad(of_all(ours(adjoint)))(x), u)))
+    backwards = jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(of_all(ours(adjoint)))(x), u)))
     np.testing.assert_allclose(backwards(x), expected @ u, rtol=1e-6)
 
 
@@ -144,7 +143,7 @@ def test_outside_jit(x64: None, adjoint: Any) -> None:
 
 @each(hg.Stored(), slow=ADJOINTS[:2])
 def test_third_derivatives(x64: None, adjoint: Any) -> None:
-    thrice = lambda f: quick_jit(jax.grad(jax.grad(jax.grad(f))))(0.7)  # noqa: E731
+    thrice = lambda f: jax.jit(jax.grad(jax.grad(jax.grad(f))))(0.7)  # noqa: E731
     of_meta = lambda train: lambda meta: train(wavy, 0.4, 0.2, meta)[0] ** 2  # noqa: E731
     np.testing.assert_allclose(thrice(of_meta(ours(adjoint))), thrice(of_meta(plain)), rtol=1e-6)
 
@@ -154,10 +153,10 @@ def test_under_vmap(x64: None, adjoint: Any) -> None:
     """Of the second derivative, and the second derivative of many runs at once."""
     qs = jnp.array([0.7, -0.2, 1.5])
     expected = jax.vmap(jax.grad(jax.grad(of_target(plain))))(qs)
-    found = quick_jit(jax.vmap(jax.grad(jax.grad(of_target(ours(adjoint))))))(qs)
+    found = jax.jit(jax.vmap(jax.grad(jax.grad(of_target(ours(adjoint))))))(qs)
     np.testing.assert_allclose(found, expected, rtol=1e-7)
     total = lambda qs: jnp.sum(jax.vmap(of_target(ours(adjoint)))(qs))  # noqa: E731
-    found = quick_jit(lambda qs: jax.jvp(jax.grad(total), (qs,), (jnp.ones(3),))[1])(qs)
+    found = jax.jit(lambda qs: jax.jvp(jax.grad(total), (qs,), (jnp.ones(3),))[1])(qs)
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -172,7 +171,7 @@ def test_a_run_within_the_loss_of_a_run(x64: None, adjoint: Any) -> None:
 
         return lambda rate: train(of_start, 0.2, 0.3, rate, steps=2)[0] ** 2
 
-    found, expected = (quick_jit(jax.grad(tuned(train)))(RATE) for train in (ours(adjoint), plain))
+    found, expected = (jax.jit(jax.grad(tuned(train)))(RATE) for train in (ours(adjoint), plain))
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -185,14 +184,14 @@ def test_a_rate_of_meta_steps_is_learned(x64: None, adjoint: Any) -> None:
         return lambda meta_rate: train(outer, -1.0, meta_rate, None, steps=2)[0]
 
     for derivative in (jax.grad, lambda f: jax.grad(jax.grad(f))):
-        found, expected = (quick_jit(derivative(learned(train)))(0.5) for train in (ours(adjoint), plain))
+        found, expected = (jax.jit(derivative(learned(train)))(0.5) for train in (ours(adjoint), plain))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @typical
 def test_the_curvature_of_an_outer_objective(x64: None, adjoint: Any) -> None:
     x, u = jnp.asarray(POINT), jnp.asarray(ALONG)
-    product = quick_jit(lambda x: curvature.hessian(of_all(ours(adjoint)), x)(u))(x)
+    product = jax.jit(lambda x: curvature.hessian(of_all(ours(adjoint)), x)(u))(x)
     np.testing.assert_allclose(product, jax.hessian(of_all(plain))(x) @ u, rtol=1e-6)
 
 
@@ -208,7 +207,7 @@ def test_an_implicit_minimizer_over_hypergradients(x64: None, adjoint: Any) -> N
         return lambda y: jax.lax.fori_loop(0, 100, lambda _, m: m - 0.3 * slope(m, y), jnp.asarray(0.0))
 
     fit = implicit.minimizer(objective(ours(adjoint)), tolerance=1e-6)(lambda _, y: minimum(plain)(y))
-    found = quick_jit(jax.grad(lambda y: fit(jnp.asarray(0.0), y)))(0.5)
+    found = jax.jit(jax.grad(lambda y: fit(jnp.asarray(0.0), y)))(0.5)
     m = minimum(plain)(0.5)
     A = jax.grad(jax.grad(objective(plain)))(m, 0.5)
     M = jax.grad(jax.grad(objective(plain)), argnums=1)(m, 0.5)
@@ -220,7 +219,7 @@ def test_derivatives_in_what_a_loss_closes_over(x64: None, adjoint: Any) -> None
     def objective(train: Any) -> Any:
         return lambda c: train(lambda w, _, t: wavy(w, jnp.sin(c), t), 0.4, 0.2, None)[0] ** 3
 
-    found, expected = (quick_jit(jax.hessian(objective(train)))(0.6) for train in (ours(adjoint), plain))
+    found, expected = (jax.jit(jax.hessian(objective(train)))(0.6) for train in (ours(adjoint), plain))
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -246,7 +245,7 @@ def test_other_optimizers(x64: None, optimizer: Any) -> None:
             w -= rate * m / (1 - 0.9 ** (t + 1)) / (jnp.sqrt(v / (1 - 0.999 ** (t + 1))) + 1e-8)
         return w**2
 
-    found, expected = (quick_jit(jax.hessian(f))(0.2) for f in (by_library, by_hand))
+    found, expected = (jax.jit(jax.hessian(f))(0.2) for f in (by_library, by_hand))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -269,7 +268,7 @@ def test_what_is_watched_has_second_derivatives(x64: None, adjoint: Any) -> None
         return total
 
     for derivative in (jax.grad, jax.hessian):
-        found, expected = (quick_jit(derivative(f))(0.3) for f in (watched, by_hand))
+        found, expected = (jax.jit(derivative(f))(0.3) for f in (watched, by_hand))
         np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -287,5 +286,5 @@ def test_truncated_differentiates_twice_what_it_differentiates_once(x64: None) -
     expected = jax.hessian(by_hand)(0.3)
     for inner in (hg.Reversible(), hg.Stored()):
         train = ours(hg.Truncated(STEPS - 1, inner))
-        found = quick_jit(jax.hessian(lambda meta, train=train: train(wavy, 0.4, 0.2, meta)[0] ** 3))(0.3)
+        found = jax.jit(jax.hessian(lambda meta, train=train: train(wavy, 0.4, 0.2, meta)[0] ** 3))(0.3)
         np.testing.assert_allclose(found, expected, rtol=1e-7)

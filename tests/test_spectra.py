@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from hypergrad import curvature
-from tests.problems import quick_jit
 
 D = 10
 
@@ -39,12 +38,12 @@ def start() -> Any:
 def test_dense_gives_the_matrix(x64: None) -> None:
     matrix = jnp.asarray(np.random.default_rng(0).normal(size=(D, D)))  # not symmetric
     dense = lambda v: [curvature.dense(on_trees(matrix), v, chunk=chunk) for chunk in (None, 3)]  # noqa: E731
-    np.testing.assert_allclose(quick_jit(dense)(start()), [matrix] * 2, rtol=1e-14)
+    np.testing.assert_allclose(jax.jit(dense)(start()), [matrix] * 2, rtol=1e-14)
 
 
 def test_lanczos_with_all_steps_is_the_whole_decomposition(x64: None) -> None:
     A = symmetric()
-    found = quick_jit(lambda A, v: curvature.lanczos(on_trees(A), v, steps=D))(A, start())
+    found = jax.jit(lambda A, v: curvature.lanczos(on_trees(A), v, steps=D))(A, start())
     values, vectors = np.linalg.eigh(A)
     np.testing.assert_allclose(found.values, values, atol=1e-10)
     unit = joined(start()) / np.linalg.norm(joined(start()))
@@ -56,7 +55,7 @@ def test_lanczos_with_all_steps_is_the_whole_decomposition(x64: None) -> None:
 
 def test_a_few_steps_give_a_quadrature_bounds_and_ritz_vectors(x64: None) -> None:
     A, k = symmetric(1), 4
-    found = quick_jit(lambda A, v: curvature.lanczos(on_trees(A), v, steps=k))(A, start())
+    found = jax.jit(lambda A, v: curvature.lanczos(on_trees(A), v, steps=k))(A, start())
     unit = joined(start()) / np.linalg.norm(joined(start()))
     for power in range(2 * k):  # exact for polynomials of degree 2k - 1
         expected = unit @ np.linalg.matrix_power(A, power) @ unit
@@ -81,7 +80,7 @@ SPECTRA = {
 def test_an_exhausted_space_is_left(dtype: str, x64: None) -> None:
     """The number of distinct eigenvalues is all that one start can see; the others come with no weight."""
 
-    @quick_jit
+    @jax.jit
     def find(diagonal: Any) -> Any:
         return curvature.lanczos(lambda v: diagonal * v, jnp.ones(D, dtype), steps=D)
 
@@ -97,7 +96,7 @@ def test_an_exhausted_space_is_left(dtype: str, x64: None) -> None:
 def test_vectors_stay_orthogonal_in_float32() -> None:
     """One large eigenvalue and many small ones: without orthogonalisation the large one is found again."""
     eigenvalues = jnp.concatenate([jnp.linspace(0, 1, 99), jnp.array([1000.0])])
-    find = quick_jit(lambda v: curvature.lanczos(lambda v: eigenvalues * v, v, steps=60))
+    find = jax.jit(lambda v: curvature.lanczos(lambda v: eigenvalues * v, v, steps=60))
     found = find(jnp.ones(100))
     np.testing.assert_allclose(found.vectors @ found.vectors.T, np.eye(60), atol=1e-5)
     assert np.sum(found.values > 2) == 1
@@ -113,7 +112,7 @@ def test_eigenvalues_can_be_differentiated(x64: None) -> None:
         return curvature.lanczos(lambda v: t * v, jnp.ones(2), steps=2).values[1]
 
     top = np.linalg.eigh(A)[1][:, -1]
-    found, scale = quick_jit(lambda t: (jax.grad(largest)(t), jax.grad(leaving_the_space)(t + 3)))(0.0)
+    found, scale = jax.jit(lambda t: (jax.grad(largest)(t), jax.grad(leaving_the_space)(t + 3)))(0.0)
     assert float(found) == pytest.approx(float(top @ B @ top), rel=1e-8)
     assert float(scale) == pytest.approx(1)
 
@@ -121,7 +120,7 @@ def test_eigenvalues_can_be_differentiated(x64: None) -> None:
 def test_the_spectrum_gives_traces_of_functions(x64: None) -> None:
     eigenvalues = jnp.repeat(jnp.array([1.0, 4.0]), 50)
 
-    @quick_jit
+    @jax.jit
     def find(v: Any) -> Any:
         matvec = lambda v: eigenvalues * v  # noqa: E731
         return curvature.spectrum(matvec, v, jax.random.key(0), steps=2, samples=40, chunk=7)
@@ -148,7 +147,7 @@ def test_the_trace_is_unbiased_and_knows_its_error(x64: None) -> None:
     A = symmetric(4)
     for rank in (0, 2):
         one = partial(curvature.trace, on_trees(A), start(), samples=8, rank=rank)
-        found = quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 500))
+        found = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 500))
         spread = float(jnp.std(found.value))
         assert abs(float(jnp.mean(found.value)) - float(jnp.trace(A))) < 4 * spread / 500**0.5
         assert float(jnp.sqrt(jnp.mean(found.standard_error**2))) == pytest.approx(spread, rel=0.15)
@@ -164,7 +163,7 @@ def test_the_trace_of_a_matrix_of_low_rank_is_exact_with_that_rank(x64: None) ->
     def estimate(t: Any, **settings: Any) -> curvature.Trace:
         return curvature.trace(on_trees(t * A), start(), jax.random.key(0), **settings)
 
-    @quick_jit
+    @jax.jit
     def found(t: Any) -> Any:
         slope = jax.grad(lambda t: estimate(t, samples=3, rank=2).value)(t)
         exact = [estimate(t, samples=3, rank=2, chunk=chunk) for chunk in (None, 2)]
