@@ -81,7 +81,8 @@ class _Health(NamedTuple):
       failed: ``(3,)``, the first step that failed or -1, why (an index into `Exact.troubles`), and where.
       needed: tape, by what is taped.
       recovered: whether the start was.
-      broken: ``(2,)``, the last step whose derivatives were no numbers or -1, and the leaf.
+      broken: ``(2,)``, the last step whose derivatives were no numbers, and the leaf; -1 for none, -3 where
+        only what comes out for hyperparameters, meta, batches and closures is no number.
     """
 
     failed: Array
@@ -695,6 +696,9 @@ class _Playback:
                 _, bars, sums, broken, recovered = carry
         recovered = checkpoint_name(recovered, RECOVERED)
         batch_bars, hyper_bars = steps
+        found_all = [*sums, *batch_bars, *hyper_bars]
+        numbers = jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.isfinite(x)) for x in found_all)]))
+        broken = jnp.where((broken[0] == -1) & ~numbers, jnp.array([-3, 0], jnp.int32), broken)
         return (bars, [*sums, *batch_bars, *hyper_bars]), health._replace(
             recovered=recovered, broken=broken
         )
@@ -713,7 +717,7 @@ class _Playback:
                     return self.overflowed(taped, need)
             if not recovered:
                 return self.not_recovered()
-            return None if broken < 0 else self.no_numbers(broken, broken_leaf)
+            return None if broken in (-1, -2) else self.no_numbers(broken, broken_leaf)
 
         return refuse_if(explain, result, *health.failed, health.recovered, *health.broken, *health.needed)
 
@@ -743,8 +747,13 @@ class _Playback:
             return (
                 f"{at}rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
                 "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
-                "leaf of their own, or pass adjoint=Checkpointed()"
-                + ("" if given is None else f", or a larger radix than {given}")
+                "leaf of their own, or pass adjoint=Checkpointed(), or "
+                + (
+                    f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < 2**(62 - r) "
+                    "all along"
+                    if given is None
+                    else f"a larger radix than {given}"
+                )
             )
         if given is not None:
             return (
@@ -781,12 +790,13 @@ class _Playback:
 
     def no_numbers(self, step: int, leaf: int) -> str:
         """Message for a derivative that is NaN or infinite."""
+        where = f"of step {step} in {self.run.names[leaf]}" if step >= 0 else "in a hyperparameter, meta or batch"
         return (
-            f"{self.run.call}: the run was recovered, but on the way back the derivative of step {step} in "
-            f"{self.run.names[leaf]} became NaN or infinite. Either a second derivative of the loss is "
-            "undefined there (a norm or a root at 0, |w|**1.5), which a small constant under the root "
-            "cures; or hypergradients grow from step to step until they overflow: take fewer steps or a "
-            "lower learning rate, or differentiate the last steps only with adjoint=Truncated(steps)"
+            f"{self.run.call}: the run was recovered, but on the way back the derivative {where} became NaN "
+            "or infinite. Either a second derivative of the loss is undefined there (a norm or a root at 0, "
+            "|w|**1.5), which a small constant under the root cures; or hypergradients grow from step to "
+            "step until they overflow: take fewer steps or a lower learning rate, or differentiate the last "
+            "steps only with adjoint=Truncated(steps)"
         )
 
 

@@ -357,6 +357,18 @@ def test_second_derivatives_that_are_no_numbers_are_named(compiled: bool, segmen
         jax.block_until_ready(hypergradient(0.3))
 
 
+def test_a_hypergradient_that_overflows_by_itself_is_an_error() -> None:
+    """Adam's direction next to an ε of 1e-30 is finite, and its derivative in ε is not."""
+
+    def outer(eps: Array) -> Array:
+        loss = lambda w, meta, t: 1e-25 * jnp.sum(jnp.sin(w))  # noqa: E731
+        hypers = {"learning_rate": 0.1, "eps": eps}
+        return jnp.sum(hg.train(loss, jnp.ones(2), hypers, steps=5, optimizer=hg.adam()).params)
+
+    with pytest.raises(hg.ReversalError, match="the derivative in a hyperparameter, meta or batch became NaN"):
+        jax.grad(outer)(1e-30)
+
+
 @pytest.mark.parametrize("segments", [1, 2])
 def test_one_run_of_three_that_diverges_is_named_and_left_out(segments: int) -> None:
     loss = lambda w, meta, t: jnp.sum(w**4) / 4  # noqa: E731
