@@ -361,7 +361,7 @@ def test_a_hypergradient_that_overflows_by_itself_is_an_error() -> None:
     """Adam's direction next to an ε of 1e-30 is finite, and its derivative in ε is not."""
 
     def outer(eps: Array) -> Array:
-        loss = lambda w, meta, t: 1e-25 * jnp.sum(jnp.sin(w))  # noqa: E731
+        loss = lambda w, meta, t: 1e-25 * jnp.sum(w)  # noqa: E731
         hypers = {"learning_rate": 0.1, "eps": eps}
         return jnp.sum(hg.train(loss, jnp.ones(2), hypers, steps=5, optimizer=hg.adam()).params)
 
