@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad.arguments import check_adjoint, is_whole
 from hypergrad.program import Leaf
-from hypergrad.run import Constants, Inputs, Run, Solution, in_segments
+from hypergrad.run import Constants, Inputs, Run, Solution, closures_refused, in_segments
 
 
 class Adjoint(Protocol):
@@ -206,7 +206,8 @@ class Forward:
                 return jax.jvp(end, (point,), (units,))
 
             try:
-                solution, columns = jax.vmap(column, out_axes=(None, 0))(jnp.arange(sum(sizes)))
+                with closures_refused(run.call):
+                    solution, columns = jax.vmap(column, out_axes=(None, 0))(jnp.arange(sum(sizes)))
             except TypeError as error:
                 if "forward-mode" not in str(error):
                     raise
@@ -220,7 +221,8 @@ class Forward:
 
         solve = jax.custom_jvp(plain)
         solve.defjvp(rule, symbolic_zeros=True)
-        return solve(*once.values())
+        with closures_refused(run.call):
+            return solve(*once.values())
 
 
 def _real(x: Array) -> list[Array]:

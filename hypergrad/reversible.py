@@ -44,6 +44,7 @@ from hypergrad.run import (
     Run,
     Solution,
     Static,
+    closures_refused,
     freeze,
     in_segments,
     instantiate,
@@ -749,8 +750,8 @@ class _Playback:
                 "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
                 "leaf of their own, or pass adjoint=Checkpointed(), or "
                 + (
-                    f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < 2**(62 - r) "
-                    "all along"
+                    f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < "
+                    "2**(62 - r) all along"
                     if given is None
                     else f"a larger radix than {given}"
                 )
@@ -790,13 +791,15 @@ class _Playback:
 
     def no_numbers(self, step: int, leaf: int) -> str:
         """Message for a derivative that is NaN or infinite."""
-        where = f"of step {step} in {self.run.names[leaf]}" if step >= 0 else "in a hyperparameter, meta or batch"
+        where = "in a hyperparameter, meta or batch"
+        if step >= 0:
+            where = f"of step {step} in {self.run.names[leaf]}"
         return (
-            f"{self.run.call}: the run was recovered, but on the way back the derivative {where} became NaN "
-            "or infinite. Either a second derivative of the loss is undefined there (a norm or a root at 0, "
-            "|w|**1.5), which a small constant under the root cures; or hypergradients grow from step to "
-            "step until they overflow: take fewer steps or a lower learning rate, or differentiate the last "
-            "steps only with adjoint=Truncated(steps)"
+            f"{self.run.call}: the run was recovered, but on the way back the derivative {where} became "
+            "NaN or infinite. Either a second derivative of the loss is undefined there (a norm or a root "
+            "at 0, |w|**1.5), which a small constant under the root cures; or hypergradients grow from "
+            "step to step until they overflow: take fewer steps or a lower learning rate, or differentiate "
+            "the last steps only with adjoint=Truncated(steps)"
         )
 
 
@@ -920,12 +923,14 @@ class Reversible:
             playback = _Playback(self, run, integers, taped, flags, lengths.value)
             end, outputs = cotangents
             given = _Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
-            bars, wanted = _backward(playback)(arguments, record, given)
+            with closures_refused(run.call):
+                bars, wanted = _backward(playback)(arguments, record, given)
             fixed = sum(jax.tree.leaves(flags.constants))
             return bars, scatter(flags.constants, wanted[:fixed]), scatter(flags.inputs, wanted[fixed:])
 
         solve.defvjp(forward, backward, symbolic_zeros=True)
-        return solve(start, constants, inputs)
+        with closures_refused(run.call):
+            return solve(start, constants, inputs)
 
     def length(self, steps: int) -> int:
         """Steps of a segment, of a run of so many; the last may be shorter."""

@@ -16,7 +16,8 @@ symbol    name                  meaning
 ========  ====================  ==============================================================
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -615,6 +616,19 @@ def keep_alive(live: Array, unused: PyTree, value: Array) -> Array:
         return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
 
     return jax.lax.cond(live, lambda value, _: value, never, value, unused)
+
+
+@contextlib.contextmanager
+def closures_refused(call: str) -> Iterator[None]:
+    """A readable error where a function with a derivative of its own closes over what is differentiated."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise TypeError(
+            f"{call}: the optimizer closes over a value that is being traced (differentiated, compiled or "
+            "vmapped), in which this adjoint could not differentiate; make it a hyperparameter of the "
+            "optimizer (Optimizer(hypers=...)), or pass adjoint=Checkpointed() or Stored()"
+        ) from error
 
 
 def instantiate(cotangents: PyTree) -> PyTree:

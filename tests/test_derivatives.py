@@ -365,7 +365,7 @@ def test_a_hypergradient_that_overflows_by_itself_is_an_error() -> None:
         hypers = {"learning_rate": 0.1, "eps": eps}
         return jnp.sum(hg.train(loss, jnp.ones(2), hypers, steps=5, optimizer=hg.adam()).params)
 
-    with pytest.raises(hg.ReversalError, match="the derivative in a hyperparameter, meta or batch became NaN"):
+    with pytest.raises(hg.ReversalError, match="derivative in a hyperparameter, meta or batch became NaN"):
         jax.grad(outer)(1e-30)
 
 

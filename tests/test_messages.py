@@ -13,6 +13,7 @@ import pytest
 import hypergrad as hg
 from hypergrad import schedules
 from hypergrad.arguments import DomainError
+from hypergrad.program import Optimizer, Scale, Shift, Variable
 
 START = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
 HYPERS = {"learning_rate": 0.1, "momentum": 0.5}
@@ -605,3 +606,37 @@ def test_every_class_of_schedules_counts_as_one() -> None:
     classes = [x for x in vars(schedules).values() if isinstance(x, type) and hasattr(x, "_fields")]
     assert schedules.Constant in classes
     assert all(issubclass(each, schedules.Schedule) for each in classes)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_optimizer_that_closes_over_a_traced_value(adjoint: Any, compiled: bool) -> None:
+    """It is differentiated right, or refused by name."""
+
+    def made(gain: Any) -> Optimizer:
+        def moves(h: Any, t: Any) -> list[Any]:
+            return [
+                Scale("velocity", jnp.float32(0.5)),
+                Shift("velocity", lambda s: -gain * s.gradient),
+                Shift("params", lambda s: h.learning_rate * s.velocity),
+            ]
+
+        variables = {"velocity": Variable()}
+        return Optimizer(name="own", moves=moves, variables=variables, hypers={"learning_rate": None})
+
+    def outer(gain: Any) -> Any:
+        loss = lambda w, meta, step: jnp.sum(w**2) / 2  # noqa: E731
+        hypers = {"learning_rate": 0.1}
+        given = {"steps": 2, "optimizer": made(gain), "adjoint": adjoint}
+        return jnp.sum(hg.train(loss, jnp.ones(2), hypers, **given).params)
+
+    gradient = jax.jit(jax.grad(outer)) if compiled else jax.grad(outer)
+    if isinstance(adjoint, hg.Checkpointed | hg.Stored):
+        # w = 1 - 2.5 r g + (r g)**2, of two numbers
+        np.testing.assert_allclose(gradient(2.0), 2 * (-0.25 + 2 * 0.1**2 * 2.0), rtol=1e-5)
+    elif compiled:  # JAX finds it before anything of ours runs
+        with pytest.raises(jax.errors.UnexpectedTracerError):
+            gradient(2.0)
+    else:
+        with pytest.raises(TypeError, match=r"closes over a value that is being traced.*make it a hyper"):
+            gradient(2.0)
