@@ -484,6 +484,7 @@ class Stepped(NamedTuple):
       tapes: of every leaf, one for every `Scale` and `Keep`.
       records: what was remembered, by leaf.
       coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
+      faded: what is left of the parameters, by leaf: the largest factor of each.
       wrong: what went wrong first and in which leaf, as indices into `Exact.troubles` and the leaves, or 0.
     """
 
@@ -491,6 +492,7 @@ class Stepped(NamedTuple):
     tapes: list[list[Array]]
     records: list[Record]
     coarse: list[dict[str, Array]]
+    faded: list[Array]
     wrong: Array
 
 
@@ -609,6 +611,7 @@ class Exact(NamedTuple):
         new_tapes = [list(leaf) for leaf in tapes]
         records: list[Record] = [{} for _ in leaves]
         coarse: list[dict[str, Array]] = [{} for _ in leaves]
+        faded = [jnp.float64(1) for _ in leaves]
         wrong = jnp.zeros(2, jnp.int32)
 
         def look(valid: Array, trouble: Trouble, leaf: int) -> Array:
@@ -642,6 +645,8 @@ class Exact(NamedTuple):
                         wrong = look(exact.admissible(n), ("factor", v), i)
                         # A division by zero would trap, not tell.
                         numerators.append(jnp.maximum(n, jnp.ones_like(n)))
+                        if v == PARAMS:
+                            faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
                     numbers = [now[i].numbers[v] for i in group]
                     buffers = [now[i].buffers[taped] for i in group]
                     written = [new_tapes[i][taped] for i in group]
@@ -661,7 +666,7 @@ class Exact(NamedTuple):
         # What is kept stands on the tape; only scalars are recorded.
         kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
         scalars = [{name: x for name, x in record.items() if name not in kept} for record in records]
-        return Stepped(now, new_tapes, scalars, coarse, wrong)
+        return Stepped(now, new_tapes, scalars, coarse, faded, wrong)
 
     def kept(
         self, at: PyTree, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]

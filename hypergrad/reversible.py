@@ -35,6 +35,7 @@ from hypergrad.program import (
     Optimizer,
     ReversalError,
     Seen,
+    Stepped,
 )
 from hypergrad.run import (
     Constants,
@@ -313,28 +314,27 @@ def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> S
 
 
 def _weighed(
-    guards: list[dict[str, _Guard]],
-    coarse: list[dict[str, Array]],
-    leaves: Sequence[ExactLeaf],
-    at: tuple[Array, Array],
-    steps: int,
+    guards: list[dict[str, _Guard]], now: Stepped, at: tuple[Array, Array], steps: int
 ) -> list[dict[str, _Guard]]:
     """The guards after one more step.
 
     Looked at is what was added up to now: later steps may be large only because an earlier one was lost.
+    What has decayed is no longer there: parameters that were large excuse nothing once they are small.
 
     Args:
       guards: before the step.
-      coarse: of the step.
-      leaves: after the step.
+      now: after it.
       at: the step, and whether it was guarded.
       steps: of the run.
     """
     step, guarded = at
     new = [dict(each) for each in guards]
-    for name in dict.fromkeys(name for each in coarse for name in each):
-        places = [i for i, each in enumerate(coarse) if name in each]
-        totals = [guards[i][name].total + coarse[i][name] for i in places]
+    for name in dict.fromkeys(name for each in now.coarse for name in each):
+        places = [i for i, each in enumerate(now.coarse) if name in each]
+        totals = [guards[i][name].total for i in places]
+        if name == PARAMS:
+            totals = [total * now.faded[i] for total, i in zip(totals, places)]
+        totals = [total + now.coarse[i][name] for total, i in zip(totals, places)]
         since = jnp.stack([guards[i][name].since for i in places])
         doubted = jnp.stack([jnp.any(total > 0) for total in totals])
         doubted = guarded & jnp.any(doubted & (since < 0))
@@ -342,7 +342,7 @@ def _weighed(
         def judged(_: Array, doubted: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Array:
             return bundles.matters(doubted, totals, numbers, LARGEST_LOSS, steps)
 
-        numbers = [leaves[i].numbers[name] for i in places]
+        numbers = [now.leaves[i].numbers[name] for i in places]
         none = jnp.zeros(len(places), bool)
         found = in_place(doubted, judged, none, doubted, totals, numbers)
         since = jnp.where((since < 0) & found, step, since)
@@ -471,7 +471,7 @@ class _Playback:
             failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
             snapshot = run.snapshot(integers.floats(live, leaves), loss, evaluated, x.step)
             outputs = Outputs(loss, run.watched(snapshot, constants))
-            guards = _weighed(guards, now.coarse, now.leaves, (x.step, guarded), run.steps)
+            guards = _weighed(guards, now, (x.step, guarded), run.steps)
             return (now.leaves, now.tapes, guards, failed), (outputs, now.records)
 
         carry, (outputs, records) = jax.lax.scan(step, (leaves, tapes, guards, failed), span.steps())

@@ -192,6 +192,18 @@ def test_a_range_that_is_left_is_told_truly():
     np.testing.assert_allclose(value, 2 * (1 + 0.1 * (0.2 + 0.376)), rtol=1e-6)
 
 
+def test_what_has_decayed_excuses_nothing():
+    """Weights of 1 decay to 3e-52, then grow by steps that are nothing in units of the first weights."""
+    step = 1e-20
+    early = jnp.arange(60) < 40
+    hypers = {"learning_rate": jnp.where(early, 0.5, step), "weight_decay": jnp.where(early, 1.9, 0.0)}
+    loss = lambda w, meta, t: jnp.where(t < 40, 0.0, -1.0) * jnp.sum(w)  # noqa: E731
+    with pytest.raises(hg.ReversalError, match="at step 40 rounding took more .* to a row of params"):
+        end(loss, jnp.ones(2), 60, hg.adamw(), **hypers)
+    value, _ = end(loss, jnp.ones(2), 60, hg.adamw(), hg.Checkpointed(), **hypers)
+    assert step < value < 2 * 20 * 2 * step
+
+
 def test_a_run_that_converges_is_not_refused():
     value, gradient = end(half_square, jnp.ones(3), 1000, learning_rate=0.5, momentum=0.5)
     assert abs(value) < 1e-12 and abs(gradient["learning_rate"]) < 1e-12
