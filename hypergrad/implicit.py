@@ -52,6 +52,7 @@ from hypergrad.linear import (
     solve_or_refuse,
     sub,
 )
+from hypergrad.opaque import with_rule
 from hypergrad.reversible import refuse_if
 from hypergrad.rules import has_custom_rule, linearized
 from hypergrad.run import Hoisted, hoist, split
@@ -473,19 +474,20 @@ def _used(function: Callable[..., PyTree], leaves: Sequence[Any], params: PyTree
 # ---- the implicit function theorem
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _implicit(condition: _Condition, params: PyTree, inputs: list[Array], valid: Array) -> PyTree:
     """The solution, as a function of the inputs of its condition; NaN for ``valid`` makes derivatives NaN.
 
     They may not depend on the parameters, and without this a compiler would leave out the check of those.
     """
-    return params
+    rule = partial(_implicit_jvp, condition)
+    solution = with_rule(lambda params, inputs, valid: params, rule, symbolic_zeros=True, by_hand=True)
+    return solution(params, inputs, valid)
 
 
 def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
     params, inputs, valid = primals
     params = _implicit(condition, params, inputs, valid)  # for derivatives of this derivative
-    flags = [not isinstance(dot, SymbolicZero) for dot in tangents[1]]
+    flags = [dot is not None for dot in tangents[1]]
     moving, merge = split(flags, inputs)
     dots = [dot for dot, flag in zip(tangents[1], flags) if flag]
     change = linearized(lambda moving: condition(params, merge(moving)), moving)[1](dots)
@@ -493,9 +495,6 @@ def _implicit_jvp(condition: _Condition, primals: Any, tangents: Any) -> tuple[P
     solve = partial(solve_or_refuse, condition.call, condition.linear)
     minus = jax.lax.custom_linear_solve(matvec, change, solve, solve, symmetric=condition.symmetric)
     return params, jax.tree.map(lambda x: -valid.astype(x.dtype) * x, minus)
-
-
-_implicit.defjvp(_implicit_jvp, symbolic_zeros=True)
 
 
 # ---- approximate solutions and warm starts

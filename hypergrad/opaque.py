@@ -21,13 +21,21 @@ Flat = list[Array]
 Rule = Callable[[Sequence[Array], Sequence[Array | None]], tuple[Flat, list[Array | None]]]
 
 
-def with_rule(function: Callable[..., PyTree], rule: Callable[[Any, Any], tuple[PyTree, PyTree]]) -> Any:
+def with_rule(
+    function: Callable[..., PyTree],
+    rule: Callable[[Any, Any], tuple[PyTree, PyTree]],
+    *,
+    symbolic_zeros: bool = False,
+    by_hand: bool = False,
+) -> Any:
     """The function, with a rule for its derivative in forward mode; JAX makes the others of it.
 
     Args:
       function: of trees of arrays; it may close over tracers only if they are not differentiated.
       rule: as for ``jax.custom_jvp``: from the arguments and their tangents (float0 for integers) to the
         result and its tangents.
+      symbolic_zeros: whether the rule is given None for the tangents of what is not differentiated.
+      by_hand: whether the rule may be the derivative of no function; see `hypergrad.rules`.
 
     Returns:
       A function of the same arguments.
@@ -52,8 +60,8 @@ def with_rule(function: Callable[..., PyTree], rule: Callable[[Any, Any], tuple[
         out_structure: Any = jax.tree.structure(shapes)
 
         def flat_rule(primals: Any, tangents: Any) -> Any:
-            given = [_instantiated(x, t) for x, t in zip(primals, tangents)]
-            result, change = rule(*(structure.unflatten(x[first:]) for x in (list(primals), given)))
+            given = tangents if symbolic_zeros else [*map(_instantiated, primals, tangents)]
+            result, change = rule(*(structure.unflatten(x[first:]) for x in (list(primals), list(given))))
             changes = [None if x.dtype == jax.dtypes.float0 else x for x in jax.tree.leaves(change)]
             return jax.tree.leaves(result), changes
 
@@ -61,7 +69,8 @@ def with_rule(function: Callable[..., PyTree], rule: Callable[[Any, Any], tuple[
         inputs = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
         jaxpr = closed.jaxpr.replace(constvars=[], invars=inputs, debug_info=names)
         program = jax.extend.core.ClosedJaxpr(jaxpr, [])
-        return out_structure.unflatten(_opaque.bind(*closed.consts, *flat, jaxpr=program, rule=flat_rule))
+        results = OPAQUE.bind(*closed.consts, *flat, jaxpr=program, rule=flat_rule, by_hand=by_hand)
+        return out_structure.unflatten(results)
 
     return call
 
@@ -74,12 +83,12 @@ def _instantiated(x: Array, tangent: Array | None) -> Array | np.ndarray:
     return jnp.zeros(shape, dtype) if inexact else np.zeros(shape, jax.dtypes.float0)
 
 
-def _evaluated(*flat: Array, jaxpr: Any, rule: Rule) -> Flat:
+def _evaluated(*flat: Array, jaxpr: Any, rule: Rule, by_hand: bool) -> Flat:
     with jax.enable_x64(True):
         return jax.extend.core.jaxpr_as_fun(jaxpr)(*flat)
 
 
-def _differentiated(primals: Any, tangents: Any, *, jaxpr: Any, rule: Rule) -> Any:
+def _differentiated(primals: Any, tangents: Any, *, jaxpr: Any, rule: Rule, by_hand: bool) -> Any:
     given = [None if type(t) is ad.Zero else t for t in tangents]
     results, changes = rule(primals, given)
     return results, [
@@ -88,7 +97,7 @@ def _differentiated(primals: Any, tangents: Any, *, jaxpr: Any, rule: Rule) -> A
     ]
 
 
-def _batched(flat: Sequence[Array], axes: Sequence[Any], *, jaxpr: Any, rule: Rule) -> Any:
+def _batched(flat: Sequence[Array], axes: Sequence[Any], *, jaxpr: Any, rule: Rule, by_hand: bool) -> Any:
     given = list(axes)  # None where all share one
     mapped = set()
 
@@ -107,7 +116,7 @@ def _batched(flat: Sequence[Array], axes: Sequence[Any], *, jaxpr: Any, rule: Ru
         return same(x)
 
     def one(*flat: Array) -> Flat:
-        return _evaluated(*flat, jaxpr=jaxpr, rule=rule)
+        return _evaluated(*flat, jaxpr=jaxpr, rule=rule, by_hand=by_hand)
 
     def probe(*flat: Array) -> Flat:
         return [marked(k, x) for k, x in enumerate(one(*flat))]
@@ -124,14 +133,14 @@ def _batched(flat: Sequence[Array], axes: Sequence[Any], *, jaxpr: Any, rule: Ru
             both, (ends, ends), is_leaf=lambda x: x is None,
         )  # fmt: skip
 
-    results = _opaque.bind(*closed.consts, *flat, jaxpr=closed, rule=rule_of_all)
+    results = OPAQUE.bind(*closed.consts, *flat, jaxpr=closed, rule=rule_of_all, by_hand=by_hand)
     return results, ends
 
 
-_opaque = jax.extend.core.Primitive("hypergrad_opaque")
-_opaque.multiple_results = True
-_opaque.def_impl(_evaluated)
-_opaque.def_abstract_eval(lambda *_, jaxpr, rule: jaxpr.out_avals)
-ad.primitive_jvps[_opaque] = _differentiated
-batching.primitive_batchers[_opaque] = _batched
-mlir.register_lowering(_opaque, mlir.lower_fun(_evaluated, multiple_results=True))
+OPAQUE = jax.extend.core.Primitive("hypergrad_opaque")
+OPAQUE.multiple_results = True
+OPAQUE.def_impl(_evaluated)
+OPAQUE.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+ad.primitive_jvps[OPAQUE] = _differentiated
+batching.primitive_batchers[OPAQUE] = _batched
+mlir.register_lowering(OPAQUE, mlir.lower_fun(_evaluated, multiple_results=True))

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from hypergrad.opaque import OPAQUE
+
 PyTree = Any
 ROOT = Path(jax.__file__).parent
 # What these do when differentiated is another function of the user's, that no jaxpr shows.
@@ -105,6 +107,8 @@ def _equations(value: Any) -> Iterator[Any]:
 
 def _is_custom(eqn: Any) -> bool:
     name = eqn.primitive.name
+    if eqn.primitive is OPAQUE:
+        return eqn.params["by_hand"]
     return name in UNKNOWN or (name == "custom_jvp_call" and not _is_of_jax(eqn.params))
 
 

@@ -288,3 +288,107 @@ def test_truncated_differentiates_twice_what_it_differentiates_once(x64: None) -
         train = ours(hg.Truncated(STEPS - 1, inner))
         found = jax.jit(jax.hessian(lambda meta, train=train: train(wavy, 0.4, 0.2, meta)[0] ** 3))(0.3)
         np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+# ---- rules of derivatives within an outer loop by `jax.lax.scan`, which JAX may lose at second order
+
+
+def chained(train: Any) -> Any:
+    """Every run starts where the one before ended."""
+
+    def objective(x: Array) -> Array:
+        def body(w: Array, _: None) -> Any:
+            end = train(wavy, w, 0.2, x)[0]
+            return end, end**2
+
+        w, losses = jax.lax.scan(body, 0.4 + x, None, length=2)
+        return w**3 + jnp.sum(losses)
+
+    return objective
+
+
+@pytest.mark.parametrize("derivative", ["grad of grad", "hessian", "forwards only"])
+def test_forward_in_a_loop(x64: None, derivative: str) -> None:
+    of = {
+        "grad of grad": lambda f: jax.grad(jax.grad(f)),
+        "hessian": jax.hessian,
+        "forwards only": lambda f: jax.jacfwd(jax.jacfwd(f)),
+    }[derivative]
+    found, expected = (quick_jit(of(chained(train)))(0.3) for train in (ours(hg.Forward()), plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+def coupled(w: Array, h: Array) -> Array:
+    return 0.25 * jnp.sum(w**4) + 0.5 * jnp.sum((w - jnp.sin(h)) ** 2) + 0.1 * w[0] * w[1] * h[0]
+
+
+def by_newton(w: Array, h: Array) -> Array:
+    step = lambda w, _: (w - jnp.linalg.solve(jax.hessian(coupled)(w, h), jax.grad(coupled)(w, h)), None)  # noqa: E731
+    return jax.lax.scan(step, w, length=8)[0]
+
+
+STRICT: Any = {"tolerance": 1e-6, "linear": implicit.GMRES(tolerance=1e-13)}
+
+
+@pytest.mark.parametrize(
+    "decorate",
+    [implicit.minimizer(coupled, **STRICT), implicit.root(jax.grad(coupled), **STRICT)],
+    ids=["minimizer", "root"],
+)
+def test_implicit_solutions_in_a_loop(x64: None, decorate: Any) -> None:
+    """Solutions of solutions, and meta-steps along their gradients, against plain JAX through Newton."""
+
+    def repeated(solve: Any) -> Any:
+        def objective(x: Array) -> Array:
+            def body(h: Array, _: None) -> Any:
+                w = solve(jnp.zeros(2), h)
+                return jnp.cos(w) + 0.3 * h, jnp.sum(w**2)
+
+            h, losses = jax.lax.scan(body, jnp.stack([x, x**2]), None, length=2)
+            return jnp.sum(h**3) + jnp.sum(losses)
+
+        return objective
+
+    def learned(solve: Any) -> Any:
+        def objective(x: Array) -> Array:
+            def body(m: Array, _: None) -> Any:
+                fit = lambda m: jnp.sum((solve(jnp.zeros(2), jnp.stack([m, x])) - 0.7) ** 2)  # noqa: E731
+                g = jax.grad(fit)(m)
+                return m - 0.3 * g, g
+
+            m, slopes = jax.lax.scan(body, x, None, length=2)
+            return m**2 + jnp.sum(slopes**2)
+
+        return objective
+
+    fit = decorate(by_newton)
+    for problem in (repeated, learned):
+        for derivative in (lambda f: jax.grad(jax.grad(f)), jax.hessian):
+            found, expected = (quick_jit(derivative(problem(solve)))(0.3) for solve in (fit, by_newton))
+            assert abs(expected) > 0.1
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [hg.optimizers.probability_of_improvement, hg.optimizers.expected_improvement]
+)
+def test_steps_that_are_roots(x64: None, rule: Any) -> None:
+    """Against finite differences of the first derivative, which is tested elsewhere."""
+    batches = jnp.asarray(np.random.default_rng(0).normal(0.5, 1.0, (4, 6, 3)))
+
+    def loss(w: Array, meta: Any, batch: Array) -> Array:
+        return jnp.mean(jax.nn.softplus(-batch @ w) + 0.01 * jnp.sum(batch**2, 1) * jnp.sum(w**4))
+
+    def objective(inflation: Array) -> Array:
+        hypers = {"max_step": 3.0, "curvature_inflation": inflation, "step_decay": 0.8}
+        optimizer = hg.filtered(rule)
+        start = jnp.array([-0.5, 0.2, 1.0])
+        run = hg.train(
+            loss, start, hypers, None, batches, steps=4, optimizer=optimizer, adjoint=hg.Stored()
+        )
+        return jnp.sum(run.params**2)
+
+    slope, h = quick_jit(jax.grad(objective)), 1e-5
+    expected = (slope(0.8 + h) - slope(0.8 - h)) / (2 * h)
+    assert abs(expected) > 1e-4
+    np.testing.assert_allclose(quick_jit(jax.grad(jax.grad(objective)))(0.8), expected, rtol=1e-5)

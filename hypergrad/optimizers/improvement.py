@@ -24,12 +24,14 @@ gradient filtering", 2020, equation 11.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.stats import norm
+
+from hypergrad.opaque import PyTree, with_rule
 
 NEWTON_STEPS = 12  # from at most 3 times the root; 9 give all digits of float64
 GRID, BISECTIONS = 64, 50  # of the search for the largest expected improvement
@@ -128,14 +130,15 @@ def probability_of_improvement(improvement: Improvement, max_step: Array) -> Arr
     largest = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(p, q), c) * jnp.maximum(abs(b), 1))
     p, q, c = p / largest, q / largest, c / largest
 
-    def quartic(x: Array) -> Array:
+    def quartic(x: Array, b: Array, p: Array, q: Array, c: Array) -> Array:
         return 0.25 * q * x**4 + b * (0.5 * p * x**3 + c * x) - c
 
     def newton(_: int, x: Array) -> Array:
-        return x - quartic(x) / (q * x**3 + b * (1.5 * p * x**2 + c))
+        return x - quartic(x, b, p, q, c) / (q * x**3 + b * (1.5 * p * x**2 + c))
 
     # Right of the root the quartic rises and is convex, so that Newton's method comes down to it.
-    root = unit * _implicit(quartic, jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.ones_like(unit)))
+    root = jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.ones_like(unit))
+    root = unit * _implicit(quartic, root, (b, p, q, c))
     return jnp.where(solvable, jnp.minimum(root, max_step), otherwise)
 
 
@@ -181,17 +184,18 @@ def expected_improvement(improvement: Improvement, max_step: Array) -> Array:
     a, b, p, q, _ = improvement
     certain = (p == 0) & (q == 0)
     inside = (a > 0) & (a < b * max_step) & ~certain
-    a, b, p, q, _ = safe = Improvement(*(jnp.where(inside, x, 1) for x in improvement))
+    safe = Improvement(*(jnp.where(inside, x, 1) for x in improvement))
 
-    def rises(step: Array) -> Array:
+    def rises(step: Array, along: Improvement = safe) -> Array:
         """``(σ' φ(z) - μ' Φ(z)) / Φ(z)``: of the sign of the derivative."""
-        mean, variance = law(safe, step)
+        a, b, p, q, _ = along
+        mean, variance = law(along, step)
         deviation = jnp.sqrt(variance)
         z = -mean / deviation
         odds = jnp.exp(norm.logpdf(z) - norm.logcdf(z))
         return (p * step + 0.5 * q * step**3) / deviation * odds - (b * step - a)
 
-    first = jnp.where(inside, jax.lax.stop_gradient(a / b), 1)
+    first = jnp.where(inside, jax.lax.stop_gradient(safe.slope / safe.curvature), 1)
     last = jnp.where(inside, jax.lax.stop_gradient(max_step), 2)
     grid = first * (last / first) ** jnp.linspace(0, 1, GRID, dtype=first.dtype)
     falling = jax.lax.stop_gradient(jax.vmap(rises)(grid)) < 0
@@ -205,18 +209,20 @@ def expected_improvement(improvement: Improvement, max_step: Array) -> Array:
 
     found = inside & falling[k]
     low, high = jax.lax.fori_loop(0, BISECTIONS, bisect, (grid[jnp.maximum(k - 1, 0)], grid[k]))
-    root = _implicit(rises, jnp.where(found, 0.5 * (low + high), first))
+    root = _implicit(rises, jnp.where(found, 0.5 * (low + high), first), (safe,))
     straight = quadratic(improvement, max_step)
     return jnp.where(
         found, root, jnp.where(certain, straight, jnp.where(improvement.slope > 0, max_step, 0))
     )
 
 
-def _implicit(function: Callable[[Array], Array], root: Array) -> Array:
-    """A root of a function, with the derivative of an implicit function: ``-∂F / (∂F/∂x)``."""
-    return jax.lax.custom_root(
-        function,
-        jax.lax.stop_gradient(root),
-        solve=lambda _, x: x,
-        tangent_solve=lambda linear, y: y / linear(jnp.ones_like(y)),
-    )
+def _implicit(function: Callable[..., Array], root: Array, given: PyTree) -> Array:
+    """A root of ``F(x, *given)``, with the derivative of an implicit function: ``-∂F / (∂F/∂x)``."""
+
+    def rule(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        x, given = solution(*primals), primals[1]  # for derivatives of this derivative
+        _, change = jax.jvp(lambda given: function(x, *given), (given,), (tangents[1],))
+        return x, -change / jax.grad(function)(x, *given)
+
+    solution = with_rule(lambda root, given: root, rule)
+    return solution(jax.lax.stop_gradient(root), given)
