@@ -198,7 +198,7 @@ def test_what_has_decayed_excuses_nothing():
     early = jnp.arange(60) < 40
     hypers = {"learning_rate": jnp.where(early, 0.5, step), "weight_decay": jnp.where(early, 1.9, 0.0)}
     loss = lambda w, meta, t: jnp.where(t < 40, 0.0, -1.0) * jnp.sum(w)  # noqa: E731
-    with pytest.raises(hg.ReversalError, match="at step 40 rounding took more .* to a row of params"):
+    with pytest.raises(hg.ReversalError, match=r"at step 40 rounding took more .* to a row of params"):
         end(loss, jnp.ones(2), 60, hg.adamw(), **hypers)
     value, _ = end(loss, jnp.ones(2), 60, hg.adamw(), hg.Checkpointed(), **hypers)
     assert step < value < 2 * 20 * 2 * step

@@ -314,7 +314,7 @@ def test_forward_in_a_loop(x64: None, derivative: str) -> None:
         "hessian": jax.hessian,
         "forwards only": lambda f: jax.jacfwd(jax.jacfwd(f)),
     }[derivative]
-    found, expected = (quick_jit(of(chained(train)))(0.3) for train in (ours(hg.Forward()), plain))
+    found, expected = (jax.jit(of(chained(train)))(0.3) for train in (ours(hg.Forward()), plain))
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
@@ -364,7 +364,7 @@ def test_implicit_solutions_in_a_loop(x64: None, decorate: Any) -> None:
     fit = decorate(by_newton)
     for problem in (repeated, learned):
         for derivative in (lambda f: jax.grad(jax.grad(f)), jax.hessian):
-            found, expected = (quick_jit(derivative(problem(solve)))(0.3) for solve in (fit, by_newton))
+            found, expected = (jax.jit(derivative(problem(solve)))(0.3) for solve in (fit, by_newton))
             assert abs(expected) > 0.1
             np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -388,7 +388,7 @@ def test_steps_that_are_roots(x64: None, rule: Any) -> None:
         )
         return jnp.sum(run.params**2)
 
-    slope, h = quick_jit(jax.grad(objective)), 1e-5
+    slope, h = jax.jit(jax.grad(objective)), 1e-5
     expected = (slope(0.8 + h) - slope(0.8 - h)) / (2 * h)
     assert abs(expected) > 1e-4
-    np.testing.assert_allclose(quick_jit(jax.grad(jax.grad(objective)))(0.8), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(objective)))(0.8), expected, rtol=1e-5)
