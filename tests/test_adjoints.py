@@ -462,6 +462,6 @@ def test_first_numbers_that_say_nothing_of_later_ones_are_refused_until_a_radix_
     hypers = {"learning_rate": jnp.full(50, 0.2).at[0].set(1e-12), "momentum": 0.5}
     message = messages(lambda h: end(h, loss=far), hypers)
     assert "params became NaN or grew to 2**32 times the largest number that was first in it" in message
-    assert "pass Reversible(radix={'params': r}) with |params| < 2**(62 - r)" in message
+    assert "radix={'params': r}) with the largest r for which |params| < 2**(62 - r)" in message
     moved = hg.Reversible(radix={"params": 40})  # below 2**22
     assert float(end(hypers, moved, far)) == pytest.approx(2e5, rel=1e-3)
