@@ -26,6 +26,7 @@ def square(w: Any, meta: Any, step: Any) -> Any:
     return jnp.sum((w - 1.0) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adam", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_stored_in_float64(optimizer: str) -> None:
@@ -49,6 +50,7 @@ def test_agrees_with_stored_without_jit(optimizer: str) -> None:
     assert max(relative_error(found, expected).values()) < 1e-9
 
 
+@pytest.mark.quick("momentum")
 @pytest.mark.parametrize("optimizer", TYPICAL)
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_finite_differences(optimizer: str) -> None:
@@ -59,6 +61,7 @@ def test_agrees_with_finite_differences(optimizer: str) -> None:
     assert_agrees_with_finite_differences(value, everything, gradient)
 
 
+@pytest.mark.quick("momentum")
 @pytest.mark.parametrize("optimizer", TYPICAL)
 def test_agrees_with_stored_in_float32(optimizer: str) -> None:
     objective, everything = classification(optimizer, jnp.float32, steps=100)

@@ -203,6 +203,7 @@ CLIPPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", CLIPPED)
 @pytest.mark.usefixtures("x64")
 def test_clipping_with_dropout_in_every_adjoint(wrap: Any) -> None:

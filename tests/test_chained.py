@@ -94,6 +94,7 @@ def adjoints_of(optimizer: Any) -> list[Any]:
     return [hg.Reversible(), hg.Stored()] if optimizer.reversible else [hg.Stored(), hg.Checkpointed()]
 
 
+@pytest.mark.quick("momentum", "adam")
 @pytest.mark.optimised
 @every("momentum", "adam", "sgd", "ademamix")
 def test_two_runs_are_one_bit_for_bit(name: str) -> None:
@@ -192,6 +193,7 @@ def test_integers_count_only_where_the_floats_are_still_the_same() -> None:
     assert_same_bits(floats(mixed), floats(pure))
 
 
+@pytest.mark.quick("3")
 @pytest.mark.optimised
 @pytest.mark.parametrize("segments", [2, 3, 40])
 def test_segments_do_not_change_the_bits(segments: int) -> None:

@@ -332,6 +332,7 @@ def test_what_is_watched_is_differentiated(x64: None, adjoint: Any) -> None:
 # ---- NaN, and lanes
 
 
+@pytest.mark.quick("True-1", "False-2")
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_second_derivatives_that_are_no_numbers_are_named(compiled: bool, segments: int) -> None:

@@ -89,6 +89,7 @@ def objective(recipe, adjoint):
     return value
 
 
+@pytest.mark.quick("shuffled and augmented")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -229,6 +230,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path):
         np.testing.assert_array_equal(numbers, resumed.history[name])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_call_is_refused_by_what_differs(tmp_path):
     given = {"checkpoint": tmp_path / "run", "meta_steps": 1}
     made(**given)

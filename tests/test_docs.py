@@ -6,11 +6,9 @@ import pkgutil
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,15 +21,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/**/*.md"))]
 
 
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Compile with little effort."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
+@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -51,6 +41,7 @@ def test_readme(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks((ROOT / page).read_text())])
 def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other; a later one may use the names of those before it."""

@@ -279,6 +279,7 @@ def test_adaptive_is_newtons_method_for_least_squares() -> None:
         hg.train(loss, start, {}, **{**options, "adjoint": hg.Reversible()})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_adaptive_hypergradients() -> None:
     """Against finite differences, through the quadratic model, the damping rule and the periods."""

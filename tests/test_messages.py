@@ -456,6 +456,7 @@ def test_what_is_known_costs_no_callback() -> None:
 # A strict session.
 
 
+@pytest.mark.quick("momentum, float32", "optax.adam")
 @pytest.mark.parametrize(
     ("optimizer", "adjoint", "precision"),
     [

@@ -462,7 +462,7 @@ def stopping(arm, stop):
 
 def control_c():
     signal.raise_signal(signal.SIGINT)
-    time.sleep(0.01)  # until it is noticed
+    time.sleep(0.2)  # until it is noticed
 
 
 def raises():

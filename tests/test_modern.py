@@ -423,6 +423,7 @@ def test_is_its_oracle_with_its_derivatives(name: str) -> None:
     assert_slopes(lambda e: float(oracle(e)[0][0]), e, gradient)
 
 
+@pytest.mark.quick("lion")
 @pytest.mark.parametrize("name", some(set(CASES), {"lion", "muon"}))
 @pytest.mark.usefixtures("x64")
 def test_reversed_is_its_oracle_with_its_derivatives(name: str) -> None:

@@ -152,6 +152,7 @@ def test_sharing_is_learned_and_recorded(run: Any) -> None:
     assert (folder / "omniglot.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_numbers(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ COSTLY = {
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in COSTLY else []) for name in OPTIMIZERS]
 
 
+@pytest.mark.quick("momentum", "sm3", "rmsprop")
 @pytest.mark.parametrize("optimizer", EACH)
 @pytest.mark.usefixtures("x64")
 def test_derivatives_in_everything(optimizer: str) -> None:
@@ -93,6 +94,7 @@ def test_derivatives_in_everything(optimizer: str) -> None:
     assert found == pytest.approx((along(1e-6) - along(-1e-6)) / 2e-6, rel=1e-3)
 
 
+@pytest.mark.quick("lamb", "adam")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_types_in_float32(optimizer: str) -> None:
     objective, everything = classification(optimizer, jnp.float32, sizes=(6, 3))

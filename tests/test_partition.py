@@ -211,6 +211,7 @@ QUICK = {"muon for matrices", "frozen"}  # the others take seconds to compile
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
 
 
+@pytest.mark.quick("muon for matrices")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("x64")
 def test_is_optax_with_its_derivatives(name: str) -> None:
@@ -299,6 +300,7 @@ def bits(state: Any) -> Any:
     return state | {"exact": [(numbers, buffers) for numbers, buffers, _ in state["exact"]]}
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_goes_on_from_a_state_bit_for_bit() -> None:
     optimizer = CASES["muon for matrices"].optimizer

@@ -38,6 +38,7 @@ DIFFERENT = {"momentum", "adam", "lamb", "shampoo", "sm3"}
 EACH = [pytest.param(name, marks=[] if name in DIFFERENT else pytest.mark.slow) for name in OPTIMIZERS]
 
 
+@pytest.mark.quick("momentum", "sm3")
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.usefixtures("x64")
 def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
@@ -85,6 +86,7 @@ def test_forward_refuses_more_than_a_handful() -> None:
         jax.grad(lambda h: end(h, jnp.float32(1.0), hg.adam(), hg.Forward()))(hypers_of("adam", STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_truncated_through_another_adjoint() -> None:
     hypers = hypers_of("adam", STEPS)

@@ -330,45 +330,56 @@ def by_newton(w: Array, h: Array) -> Array:
 STRICT: Any = {"tolerance": 1e-6, "linear": implicit.GMRES(tolerance=1e-13)}
 
 
+def repeated(solve: Any) -> Any:
+    """Solutions of solutions."""
+
+    def objective(x: Array) -> Array:
+        def body(h: Array, _: None) -> Any:
+            w = solve(jnp.zeros(2), h)
+            return jnp.cos(w) + 0.3 * h, jnp.sum(w**2)
+
+        h, losses = jax.lax.scan(body, jnp.stack([x, x**2]), None, length=2)
+        return jnp.sum(h**3) + jnp.sum(losses)
+
+    return objective
+
+
+def learned(solve: Any) -> Any:
+    """Meta-steps along the gradients of solutions."""
+
+    def objective(x: Array) -> Array:
+        def body(m: Array, _: None) -> Any:
+            fit = lambda m: jnp.sum((solve(jnp.zeros(2), jnp.stack([m, x])) - 0.7) ** 2)  # noqa: E731
+            g = jax.grad(fit)(m)
+            return m - 0.3 * g, g
+
+        m, slopes = jax.lax.scan(body, x, None, length=2)
+        return m**2 + jnp.sum(slopes**2)
+
+    return objective
+
+
+SECOND = {"grad of grad": lambda f: jax.grad(jax.grad(f)), "hessian": jax.hessian}
+
+
+@pytest.mark.quick("root-repeated-hessian")
+@pytest.mark.parametrize("derivative", SECOND)
+@pytest.mark.parametrize("problem", [repeated, learned], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "decorate",
     [implicit.minimizer(coupled, **STRICT), implicit.root(jax.grad(coupled), **STRICT)],
     ids=["minimizer", "root"],
 )
-def test_implicit_solutions_in_a_loop(x64: None, decorate: Any) -> None:
-    """Solutions of solutions, and meta-steps along their gradients, against plain JAX through Newton."""
-
-    def repeated(solve: Any) -> Any:
-        def objective(x: Array) -> Array:
-            def body(h: Array, _: None) -> Any:
-                w = solve(jnp.zeros(2), h)
-                return jnp.cos(w) + 0.3 * h, jnp.sum(w**2)
-
-            h, losses = jax.lax.scan(body, jnp.stack([x, x**2]), None, length=2)
-            return jnp.sum(h**3) + jnp.sum(losses)
-
-        return objective
-
-    def learned(solve: Any) -> Any:
-        def objective(x: Array) -> Array:
-            def body(m: Array, _: None) -> Any:
-                fit = lambda m: jnp.sum((solve(jnp.zeros(2), jnp.stack([m, x])) - 0.7) ** 2)  # noqa: E731
-                g = jax.grad(fit)(m)
-                return m - 0.3 * g, g
-
-            m, slopes = jax.lax.scan(body, x, None, length=2)
-            return m**2 + jnp.sum(slopes**2)
-
-        return objective
-
-    fit = decorate(by_newton)
-    for problem in (repeated, learned):
-        for derivative in (lambda f: jax.grad(jax.grad(f)), jax.hessian):
-            found, expected = (jax.jit(derivative(problem(solve)))(0.3) for solve in (fit, by_newton))
-            assert abs(expected) > 0.1
-            np.testing.assert_allclose(found, expected, rtol=1e-6)
+def test_implicit_solutions_in_a_loop(x64: None, decorate: Any, problem: Any, derivative: str) -> None:
+    """Against plain JAX through Newton's steps."""
+    found, expected = (
+        jax.jit(SECOND[derivative](problem(solve)))(0.3) for solve in (decorate(by_newton), by_newton)
+    )
+    assert abs(expected) > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.quick("probability_of_improvement")
 @pytest.mark.parametrize(
     "rule", [hg.optimizers.probability_of_improvement, hg.optimizers.expected_improvement]
 )

@@ -124,6 +124,7 @@ def bowl(w: Any, meta: Any, step: Any) -> Any:
     return sum(jnp.sum((x - 0.5) ** 2) for x in jax.tree.leaves(w))
 
 
+@pytest.mark.quick("lamb()", "shampoo()")
 @pytest.mark.parametrize(
     "optimizer",
     [hg.sm3(), hg.shampoo(), hg.shampoo(limit=1), hg.lars(), hg.lamb(), hg.clip_by_global_norm(hg.sgd())],
