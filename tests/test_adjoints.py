@@ -163,6 +163,7 @@ def test_memory_of_reversible_grows_by_the_bits_that_momentum_destroys() -> None
     assert 0.9 * np.log2(1 / 0.9) < bits < 1.1 * np.log2(1 / 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_memory_of_checkpointed_grows_with_the_square_root() -> None:
     short, long = (temporary_memory(hg.Checkpointed(), steps) for steps in (1000, 4000))

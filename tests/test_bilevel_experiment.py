@@ -38,6 +38,7 @@ def test_the_inner_problem_is_solved_for_every_point() -> None:
     assert jnp.linalg.norm(slope) < 1e-5
 
 
+@pytest.mark.slow
 def test_figure_and_record(tmp_path: Path) -> None:
     small: Any = {"points": 2, "budget": 20_000, "examples": (400, 200)}
     configs = [

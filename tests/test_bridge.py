@@ -75,6 +75,7 @@ def test_trains_as_optax_does(name: str) -> None:
         np.testing.assert_allclose(found, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick("adamw")
 @pytest.mark.parametrize("name", OPTAX)
 @pytest.mark.usefixtures("x64")
 def test_hypergradients_through_optax(name: str) -> None:

@@ -122,6 +122,7 @@ def test_bilevel_solvers_end_where_the_hypergradient_of_plain_jax_vanishes(x64: 
 # ---- solutions
 
 
+@pytest.mark.quick("reversed_gradient")
 @pytest.mark.parametrize("rule", RULES, ids=ids)
 def test_hypergradients_at_a_solution_are_those_of_plain_jax(x64: None, rule: Any) -> None:
     loss, theta = through(rule), jnp.asarray(THETA, jnp.float64)
@@ -144,6 +145,7 @@ def test_hypergradients_at_a_solution_are_those_of_plain_jax(x64: None, rule: An
     np.testing.assert_allclose(expected, unrolled, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_not_symmetric_is_solved_by_gmres_unless_told_otherwise(x64: None) -> None:
     loss, theta = through(one_sided), jnp.asarray(THETA, jnp.float64)
     fit = implicit.minimizer(loss, tolerance=1e-6)(lambda init, theta: descended(loss, theta))
@@ -285,6 +287,7 @@ def test_a_network_that_forgets_a_probe_is_refused(kind: str, make: Any) -> None
         trained()
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_not_used_or_frozen_needs_no_probe() -> None:
     params = {"frozen": jnp.ones((3, 2)), "unused": jnp.ones((3, 2)), "used": jnp.ones((3, 2))}
     x, y = jnp.ones((4, 3)), jnp.array([0, 1, 0, 1])

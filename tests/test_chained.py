@@ -132,6 +132,7 @@ def test_the_hypergradient_of_two_runs_is_that_of_one(name: str) -> None:
 MOMENTUM = {"learning_rate": 0.2, "momentum": 0.8}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_schedule_split_in_two() -> None:
     """Rates that are learned at every step, against plain JAX."""
@@ -172,6 +173,7 @@ def test_parameters_changed_between_the_runs_are_honoured() -> None:
     np.testing.assert_allclose(second.params, 7 + 0.2 * 0.5 * (0.8**2 + 0.8**3), rtol=1e-6)
 
 
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_a_state_goes_from_one_adjoint_to_another(name: str) -> None:
     optimizer, hypers = CASES[name]
@@ -182,6 +184,7 @@ def test_a_state_goes_from_one_adjoint_to_another(name: str) -> None:
             np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_integers_count_only_where_the_floats_are_still_the_same() -> None:
     """A state whose parameters were changed to those of a third run continues that run."""
     first, third = (one(hg.momentum(), hg.Reversible(), MOMENTUM, m) for m in (1.0, 0.5))

@@ -252,6 +252,7 @@ def test_recovery_is_not_checked_where_nothing_is_played_backwards() -> None:
     assert report.recovery.numbers == {"runs": 0}
 
 
+@pytest.mark.slow
 def test_every_run_is_counted_also_under_jit() -> None:
     report = check(jax.jit(lambda e: quadratic(e) + quadratic(e, 10)), EVERYTHING)
     assert report.recovery.verdict == "ok" and report.recovery.numbers == {"runs": 2}
@@ -291,6 +292,7 @@ def test_an_optimizer_that_cannot_be_reversed_fails() -> None:
     assert report.precision.verdict == "not checked"
 
 
+@pytest.mark.slow
 def test_buffers_that_are_too_small_under_jit_are_no_failure() -> None:
     """Momenta of 0.3 need more bits than are reserved for unknown ones; without jit they are known."""
     everything = {"rate": jnp.full(200, 0.05), "momentum": jnp.full(200, 0.3)}

@@ -22,6 +22,7 @@ def rows():
         return bench.measure("mlp", bench.FAST["mlp"], 4, list(bench.CONTESTANTS), 1, math.inf)
 
 
+@pytest.mark.slow
 def test_contestants_agree(rows):
     assert [r["contestant"] for r in rows] == list(bench.CONTESTANTS)
     for row in rows:

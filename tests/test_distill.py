@@ -131,6 +131,7 @@ def test_a_window_trains_on_for_a_random_number_of_steps():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_a_window_it_learns_too():
     windowed = made(hg.Recipe(steps=8, learning_rate=0.3), window=3, meta_steps=60)
     assert windowed.history["loss"][-10:].mean() < 0.8 * windowed.history["loss"][:5].mean()
@@ -204,6 +205,7 @@ def test_plain_optax_trains_the_same_network(learned):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_of_equinox_works_the_same_way():
     def build(key):
         return eqx.nn.MLP(16, CLASSES, 8, 1, key=key)
@@ -220,6 +222,7 @@ def test_a_network_of_equinox_works_the_same_way():
     assert other.history["loss"][-1] < other.history["loss"][0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path):
     settings = {"validation": 9}
     whole = made(meta_steps=23, **settings)

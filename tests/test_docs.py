@@ -17,11 +17,11 @@ import hypergrad
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["hypergrad", *(m.name for m in pkgutil.walk_packages(hypergrad.__path__, "hypergrad."))]
+pytestmark = pytest.mark.docs
 README = (ROOT / "README.md").read_text()
 PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/**/*.md"))]
 
 
-@pytest.mark.docs
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -41,7 +41,6 @@ def test_readme(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names
 
 
-@pytest.mark.docs
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks((ROOT / page).read_text())])
 def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other; a later one may use the names of those before it."""

@@ -81,6 +81,7 @@ def test_rank_one_vectors_are_singular_and_keep_the_norm() -> None:
     assert jnp.all(jnp.isfinite(derivative))  # though all singular values are the same
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_three_inverses_are_a_dense_solve() -> None:
     factors = [x.T @ x for x in (normal(9, 2), normal(8, 3, seed=1), normal(7, 4, seed=2))]
@@ -235,6 +236,7 @@ def test_without_delays_the_bits_are_those_without_asynchrony() -> None:
     jax.tree.map(np.testing.assert_array_equal, run(hg.Asynchrony()), run(None))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "refresh, statistics, inverses",

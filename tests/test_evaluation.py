@@ -44,6 +44,7 @@ def table():
     )
 
 
+@pytest.mark.slow
 def test_every_set_is_trained_on_by_every_recipe(table):
     rows = [(s.examples, s.recipe.split()[0], s.inits, len(s.accuracies)) for s in table.scores]
     sets = ["distilled", "random real", "class means"]

@@ -164,6 +164,7 @@ def on_grid(numbers: Array, grid: Array) -> tuple[Array, Array]:
     return z, deviation * (z * jax.scipy.stats.norm.cdf(z) + jax.scipy.stats.norm.pdf(z))
 
 
+@pytest.mark.slow
 def test_most_probable_improvement_is_the_maximum(x64: None) -> None:
     numbers = draws(200)
     found = jax.jit(jax.vmap(lambda x: probability_of_improvement(Improvement(*x), 1e12)))(numbers)
@@ -221,6 +222,7 @@ def test_rules_are_differentiated_as_implicit_functions(rule: str, x64: None) ->
         np.testing.assert_allclose(error[inside], 0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_derivative_of_a_search_is_another_number(x64: None) -> None:
     """What bisection returns depends on its bracket only, and so does its derivative."""
     along = Improvement(*(jnp.float64(x) for x in (2.0, 3.0, 1.0, 1.0, 0.1)))
@@ -257,6 +259,7 @@ LIMITS = {  # a, b, p, q, c; PI, EI, quadratic; the largest step is 5
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LIMITS)
 def test_limits_of_the_rules(case: str, x64: None) -> None:
     numbers, expected = LIMITS[case]
@@ -274,6 +277,7 @@ FAST = [("none", False), ("PI", True)]
 REST = [(rule, p) for rule in RULES for p in (False, True) if (rule, p) not in FAST]
 
 
+@pytest.mark.quick("none-False")
 @pytest.mark.parametrize(
     ("rule", "preconditioned"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in REST)]
 )

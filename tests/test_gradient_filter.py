@@ -40,6 +40,7 @@ def test_filter_on_the_noisy_quadratic(x64: None) -> None:
     assert found.gain[-1] * t[-1] == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_table_of_the_noisy_quadratic(x64: None) -> None:
     for name in METHODS:
         found = check_quadratic(name)

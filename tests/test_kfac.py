@@ -182,6 +182,7 @@ def gained(params: Any, x: Any, probes: Any = None) -> Any:
     return z if probes is None else (z, {"gain": x, "linear": hidden})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_hypergradients() -> None:
     """In everything, of a run that is reversed; against `Stored`, and that against finite differences."""
@@ -212,6 +213,7 @@ def test_hypergradients() -> None:
     assert_reversed_hypergradients_agree(objective, everything)
 
 
+@pytest.mark.slow
 def test_layers_may_be_as_wide_as_their_inputs() -> None:
     """Where all arrays of a block have one shape, its hyperparameters are still numbers."""
     start = [nets.Dense(normal(2, 3), jnp.zeros(3))]
@@ -312,6 +314,7 @@ def test_adaptive_hypergradients() -> None:
 # ---- in optax
 
 
+@pytest.mark.slow
 def test_is_an_optax_transformation() -> None:
     """Under the user's own `jit`, the same as `train`."""
     init, apply = nets.mlp((3, 2))

@@ -160,6 +160,7 @@ def test_systems_of_any_size_in_float32(of_matrix: float, of_b: float) -> None:
         )
 
 
+@pytest.mark.slow
 def test_trees_with_leaves_of_no_elements() -> None:
     b = {"none": jnp.zeros((3, 0)), "some": jnp.ones(2)}
     for linear in (

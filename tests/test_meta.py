@@ -470,7 +470,10 @@ def raises():
 
 
 @pytest.mark.parametrize(("stop", "optimizer"), [(control_c, "adam"), (raises, "adam"), (raises, "lbfgsb")])
-def test_an_interrupt_in_compiled_code_stops_and_says_how_to_go_on(tmp_path, stop, optimizer):
+def test_an_interrupt_in_compiled_code_stops_and_says_how_to_go_on(tmp_path, stop, optimizer, request):
+    # A process that was started in the background ignores them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     arm, path = tmp_path / "arm", tmp_path / "run.npz"
     arm.touch()
     optimizer = {"adam": optax.adam(0.1), "lbfgsb": LBFGSB()}[optimizer]
@@ -492,6 +495,7 @@ def test_an_interrupt_in_compiled_code_stops_and_says_how_to_go_on(tmp_path, sto
 KILLED = {"noise": 100, "lbfgsb": 60}
 
 
+@pytest.mark.quick("noise")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
 @pytest.mark.parametrize("name", KILLED)
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name):

@@ -565,6 +565,7 @@ def test_coordinates_whose_gradient_is_zero(name: str) -> None:
 # The average of the parameters.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_average_of_the_parameters() -> None:
     optimizer = hg.with_average(hg.clip(hg.heavy_ball()))
@@ -611,6 +612,7 @@ def test_average_is_refused_beside_what_is_no_program_or_has_one() -> None:
 # Weight decay for matrices only.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_weight_decay_for_matrices_only() -> None:
     w = start(SHAPES)

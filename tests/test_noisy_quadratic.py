@@ -57,6 +57,7 @@ def test_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
     check(found["rows"])
 
 
+@pytest.mark.slow
 def test_writes_figure_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config((16, 64), (0.5,), 50, tolerance=0.05, pieces=3, sampled_steps=10, sampled_runs=400)
     found: dict[str, Any] = experiment.main(config, str(tmp_path))

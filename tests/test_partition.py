@@ -241,6 +241,7 @@ def test_by_other_adjoints(adjoint: Any) -> None:
     assert_close(found, gradient, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64")
 def test_average_around_and_inside(inside: bool) -> None:

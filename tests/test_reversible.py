@@ -38,7 +38,7 @@ DIFFERENT = {"momentum", "adam", "lamb", "shampoo", "sm3"}
 EACH = [pytest.param(name, marks=[] if name in DIFFERENT else pytest.mark.slow) for name in OPTIMIZERS]
 
 
-@pytest.mark.quick("momentum", "sm3")
+@pytest.mark.quick("momentum")
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.usefixtures("x64")
 def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
@@ -62,6 +62,7 @@ def test_forward_and_truncated_for_every_optimizer(name: str) -> None:
         np.testing.assert_allclose(short[key][-kept:], full[key][-kept:], rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_composes_with_jvp_and_jacfwd() -> None:
     hypers, meta = hypers_of("adam"), jnp.asarray(1.0)
@@ -107,6 +108,7 @@ def test_truncated_refuses_no_steps() -> None:
         hg.Truncated(0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
     """With factors for all weights and by weight, outside of jit, where tapes are cut to measure."""
@@ -122,6 +124,7 @@ def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
     assert max(errors.values()) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_segments_take_less_memory_than_either_pure_strategy() -> None:
     steps, width = 20_000, 100

@@ -220,6 +220,7 @@ def chained(rate: Any, steps: tuple[int, ...], optimizer: Any, whole: bool = Tru
     return jnp.sum(params * jnp.array([1.0, 2.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "rate"), [(hg.momentum(), 1.0), pytest.param(hg.adam(), 0.05, marks=pytest.mark.slow)]
 )

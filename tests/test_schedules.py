@@ -250,6 +250,7 @@ def test_hypergradient_of_a_warmup_cosine_agrees_with_finite_differences() -> No
         assert abs(derivative) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_hypergradient_of_a_schedule_for_each_layer_agrees_with_finite_differences() -> None:
     params, _ = problem(jnp.float64)

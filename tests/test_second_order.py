@@ -118,6 +118,7 @@ def test_a_hessian_in_a_constant_rate(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
+@pytest.mark.quick("Reversible(bits=(), radix=(), segments=1)")
 @each(ADJOINTS[1], slow=[a for a in ADJOINTS if a != ADJOINTS[1]])
 def test_hessian_vector_products_in_everything(x64: None, adjoint: Any) -> None:
     """Forward over reverse, reverse over reverse, and a third derivative."""
@@ -175,6 +176,7 @@ def test_a_run_within_the_loss_of_a_run(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 @typical
 def test_a_rate_of_meta_steps_is_learned(x64: None, adjoint: Any) -> None:
     """The outer run learns the rate of the inner one; its own rate is differentiated."""
@@ -195,6 +197,7 @@ def test_the_curvature_of_an_outer_objective(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(product, jax.hessian(of_all(plain))(x) @ u, rtol=1e-6)
 
 
+@pytest.mark.slow
 @typical
 def test_an_implicit_minimizer_over_hypergradients(x64: None, adjoint: Any) -> None:
     """``argmin_meta (w_T(meta) - y)**2 + meta**2``, differentiated in ``y``."""
@@ -249,6 +252,7 @@ def test_other_optimizers(x64: None, optimizer: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.quick("Reversible(bits=(), radix=(), segments=1)")
 @every
 def test_what_is_watched_has_second_derivatives(x64: None, adjoint: Any) -> None:
     def watched(meta: Array) -> Array:
@@ -272,6 +276,7 @@ def test_what_is_watched_has_second_derivatives(x64: None, adjoint: Any) -> None
         np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_truncated_differentiates_twice_what_it_differentiates_once(x64: None) -> None:
     """The last two steps from a start that counts as constant."""
 
@@ -379,6 +384,7 @@ def test_implicit_solutions_in_a_loop(x64: None, decorate: Any, problem: Any, de
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.quick("probability_of_improvement")
 @pytest.mark.parametrize(
     "rule", [hg.optimizers.probability_of_improvement, hg.optimizers.expected_improvement]
