@@ -94,7 +94,7 @@ def adjoints_of(optimizer: Any) -> list[Any]:
     return [hg.Reversible(), hg.Stored()] if optimizer.reversible else [hg.Stored(), hg.Checkpointed()]
 
 
-@pytest.mark.quick("momentum", "adam")
+@pytest.mark.quick("adam")
 @pytest.mark.optimised
 @every("momentum", "adam", "sgd", "ademamix")
 def test_two_runs_are_one_bit_for_bit(name: str) -> None:
@@ -113,6 +113,7 @@ def end(trained: Any) -> Any:
     return sum(jnp.sum(x**2) for x in jax.tree.leaves(trained.params)) + jnp.mean(trained.losses[-HALF:])
 
 
+@pytest.mark.quick("sgd")
 @every("momentum", "sgd")
 @pytest.mark.usefixtures("x64")
 def test_the_hypergradient_of_two_runs_is_that_of_one(name: str) -> None:

@@ -89,7 +89,7 @@ def objective(recipe, adjoint):
     return value
 
 
-@pytest.mark.quick("shuffled and augmented")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -46,6 +46,7 @@ def test_search_stops_at_the_target_and_keeps_the_limit(x64: None) -> None:
     assert excess <= 0 and np.exp(log_rates).max() <= 1.5 * (1 + 1e-12)
 
 
+@pytest.mark.slow
 def test_one_row_of_the_table(x64: None) -> None:
     check([experiment.row(Config(tolerance=0.005), 1024, 0.75, [])])
 

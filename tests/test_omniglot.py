@@ -140,6 +140,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Found], Path]:
     return experiment.main(SHALLOW, output=str(folder)), folder
 
 
+@pytest.mark.slow
 def test_sharing_is_learned_and_recorded(run: Any) -> None:
     (found,), folder = run
     assert found.sharing.shape == (1, 4, 4)

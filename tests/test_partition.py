@@ -211,7 +211,7 @@ QUICK = {"muon for matrices", "frozen"}  # the others take seconds to compile
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
 
 
-@pytest.mark.quick("muon for matrices")
+@pytest.mark.quick("frozen")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("x64")
 def test_is_optax_with_its_derivatives(name: str) -> None:
@@ -376,6 +376,7 @@ def test_as_an_optax_transformation(name: str) -> None:
     assert_close(jax.jit(lambda: end(ours))(), jax.jit(lambda: end(theirs))(), 1e-4)
 
 
+@pytest.mark.slow
 def test_tuned_by_the_names_of_its_parts() -> None:
     """One step of gradient descent in the logarithm of a rate goes by the slope of finite differences."""
     w, optimizer = start(jnp.float32), PARTS[0]

@@ -118,7 +118,7 @@ def test_a_hessian_in_a_constant_rate(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
-@pytest.mark.quick("Reversible(bits=(), radix=(), segments=1)")
+@pytest.mark.quick("Reversible(bits=(), radix=(), segments=3)")
 @each(ADJOINTS[1], slow=[a for a in ADJOINTS if a != ADJOINTS[1]])
 def test_hessian_vector_products_in_everything(x64: None, adjoint: Any) -> None:
     """Forward over reverse, reverse over reverse, and a third derivative."""
