@@ -449,7 +449,7 @@ def judge(name: str, steps: int, run: Callable[[Any, Any], Found], reversible: b
     each = [{key: float(e[k]) for key, e in of_all.items()} for k in range(count)]
     refused = [k in found.messages or not np.isfinite(found.value[k]) for k in range(count)]
     plain, lost = None, [False] * count
-    if any(classify(e, None, no) == WRONG for e, no in zip(each, refused)):
+    if any(classify(e, None, no) != RIGHT for e, no in zip(each, refused)):
         of_plain = errors(run(hg.Stored(), np.float32), true)
         plain = {key: float(np.max(e, where=np.isfinite(e), initial=0)) for key, e in of_plain.items()}
         lost = [not all(np.isfinite(e[k]) for e in of_plain.values()) for k in range(count)]

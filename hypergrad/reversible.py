@@ -246,10 +246,27 @@ def _all_equal(a: PyTree, b: PyTree) -> Array:
     return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(same)]))
 
 
-def _live(start: Sequence[Leaf]) -> Array:
-    """True, which the compiler does not know; see `hypergrad.compiler`."""
-    numbers = [x for leaf in start for x in leaf.values() if x.size]
-    return jnp.ravel(numbers[0])[0] * 0 != 1 if numbers else jnp.asarray(True)
+class _Arrays(NamedTuple):
+    """What a run is given.
+
+    Attributes:
+      constants: the same at every step.
+      inputs: by step.
+      live: true, which the compiler does not know; see `hypergrad.compiler`.
+    """
+
+    constants: Constants
+    inputs: Inputs
+    live: Array
+
+
+def _arrays(start: list[Leaf], constants: Constants, inputs: Inputs) -> _Arrays:
+    """What a run is given; where all of that is known to the compiler, so is what comes of it."""
+    given = jax.tree.leaves((start, constants, inputs))
+    numbers = [x for x in given if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
+    firsts = [jax.lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(()) for x in numbers]
+    live = [x * 0 != 1 for x in firsts]
+    return _Arrays(constants, inputs, jnp.all(jnp.stack([jnp.asarray(True), *live])))
 
 
 def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
@@ -437,12 +454,12 @@ class _Playback:
         leaves: list[ExactLeaf],
         guards: list[dict[str, _Guard]],
         failed: Array,
-        arrays: tuple[Constants, Inputs],
+        arrays: _Arrays,
         span: _Span,
         lengths: list[list[int]] | None,
     ) -> _Played:
         """A segment forwards on integers, on new tapes of these lengths, or without a way back."""
-        run, integers, (constants, inputs) = self.run, self.integers, arrays
+        run, integers, (constants, inputs, always) = self.run, self.integers, arrays
         tapes = [
             [
                 exact.blank_tape(s.shape, s.factor_shape, 0 if lengths is None else lengths[i][k])
@@ -455,7 +472,7 @@ class _Playback:
         def step(carry: Any, t: Array) -> Any:
             leaves, tapes, guards, failed = carry
             x = _at(inputs, t)
-            live = x.step >= 0
+            live = always & (x.step >= 0)
             params = [leaf[PARAMS] for leaf in integers.floats(live, leaves, PARAMS)]
             if self.lengths is None:
                 loss, evaluated = run.gradient(params, constants.loss, x.batch)
@@ -484,7 +501,7 @@ class _Playback:
         cotangents: _Cotangents,
         sums: list[Array],
         broken: Array,
-        arrays: tuple[Constants, Inputs],
+        arrays: _Arrays,
         span: _Span,
     ) -> Any:
         """A segment backwards.
@@ -501,7 +518,8 @@ class _Playback:
           Exact start of the segment, its cotangents, the sums, and what is broken; and the cotangents of
           the inputs.
         """
-        run, integers, flags, (constants, inputs) = self.run, self.integers, self.flags, arrays
+        run, integers, flags = self.run, self.integers, self.flags
+        constants, inputs, always = arrays
         wanted = sum(jax.tree.leaves(flags.constants.loss))
         hypers_wanted = sum(jax.tree.leaves(flags.constants.hypers))
         slices = jax.eval_shape(lambda tree: jax.tree.map(lambda h: h[0], tree), inputs.hypers)
@@ -513,7 +531,7 @@ class _Playback:
             t, records = at
             x, loss_bars, watched_bars = _at((inputs, cotangents.loss, cotangents.watched), t)
             at_step = (constants.hypers, x.hypers, x.step)
-            live = x.step >= 0
+            live = always & (x.step >= 0)
             leaves, kept = integers.kept(at_step, leaves, played.tapes)
             records = [a | b for a, b in zip(records, kept)]
             leaves = integers.unstep(at_step, leaves, played.tapes, None, records, live)
@@ -549,7 +567,9 @@ class _Playback:
             same = [*products.wanted[:wanted], *each[:hypers_wanted], *of_watch]
             sums = [a + b for a, b in zip(sums, same)]
             for i, leaf in enumerate(bars):
-                largest = [jnp.max(jnp.abs(bar), initial=0) for bar in leaf.values()]
+                # Behind the first step are only the derivatives in the start of variables.
+                used = [jnp.where((t > 0) | (name == PARAMS), bar, 0) for name, bar in leaf.items()]
+                largest = [jnp.max(jnp.abs(bar), initial=0) for bar in used]
                 numbers = jnp.all(jnp.isfinite(jnp.stack(largest)))
                 here = jnp.stack([x.step, jnp.int32(i)])
                 broken = jnp.where((broken[0] == -1) & ~numbers, here, broken)
@@ -568,10 +588,10 @@ class _Playback:
 
     def played(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> tuple[Solution, _Record]:
         """`forward`, whatever goes wrong."""
-        arrays = (constants, inputs)
+        arrays = _arrays(start, constants, inputs)
         whole, rest = divmod(self.run.steps, self.length)
         with jax.enable_x64(True):
-            live = _live(start)
+            live = arrays.live
             leaves, guards = self.begin(start, constants, live)
             failed = jnp.array([-1, 0, 0], jnp.int32)
             for i, leaf in enumerate(leaves):
@@ -652,7 +672,7 @@ class _Playback:
     ) -> tuple[tuple[list[Leaf], list[Array]], _Health]:
         """`backward`, whatever goes wrong."""
         played, checkpoints, health = record
-        arrays, flags = (constants, inputs), self.flags
+        arrays, flags = _arrays(start, constants, inputs), self.flags
         fixed, _ = split(
             (flags.constants.loss, flags.constants.hypers, flags.constants.watch),
             (constants.loss, constants.hypers, constants.watch),
@@ -660,7 +680,7 @@ class _Playback:
         whole, rest = divmod(self.run.steps, self.length)
         ends = [x for leaf in cotangents.end for x in leaf.values()]
         given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in ends]))
-        live = _live(start)
+        live = arrays.live
         with jax.enable_x64(True):
             sums = [jnp.zeros_like(x) for x in fixed]
             # Where what came in was no number, nothing on the way is to blame.

@@ -192,6 +192,12 @@ def test_a_range_that_is_left_is_told_truly():
     np.testing.assert_allclose(value, 2 * (1 + 0.1 * (0.2 + 0.376)), rtol=1e-6)
 
 
+def test_a_run_of_one_step_comes_back():
+    """Its loops are no loops to the compiler, which may know the step: it must not round otherwise for that."""
+    rows = bench.measure("novograd", 1, [(1e-4, 1.0), (1e-2, 1e3)])
+    assert [row["result"] for row in rows] == [bench.RIGHT] * 2
+
+
 def test_what_has_decayed_excuses_nothing():
     """Weights of 1 decay to 3e-52, then grow by steps that are nothing in units of the first weights."""
     step = 1e-20
