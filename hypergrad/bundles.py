@@ -52,19 +52,14 @@ def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int
 
 def shift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """`exact.shift`."""
-    if not numbers:
-        return []
-    words = len(numbers[0].low)
 
-    def fitting(_: Array, radices: Array) -> Array:
+    def fitting(radices: Array, amounts: list[Array]) -> Array:
         largest = jnp.stack([exact.largest(x) for x in amounts])
-        return exact.fitted(radices, largest, words)
+        return exact.fitted(radices, largest, len(numbers[0].low))
 
-    with jax.enable_x64(True):
-        # A loop that is run once or not at all: what is not needed costs nothing.
-        radices = jnp.stack([number.radix for number in numbers])
-        needed = jnp.any(radices == exact.UNSET)
-        radices = jax.lax.fori_loop(0, needed.astype(jnp.int32), fitting, radices)
+    # Where all have their radices nothing is run, and costs nothing.
+    radices = jnp.stack([number.radix for number in numbers])
+    radices = in_place(jnp.any(radices == exact.UNSET), fitting, radices, [*amounts])
     settled = [number._replace(radix=radices[i]) for i, number in enumerate(numbers)]
     return _added(live, exact.shift_settled, settled, amounts)
 

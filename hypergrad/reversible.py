@@ -413,9 +413,13 @@ class _Playback:
                     coarse = jnp.where(known, totals[i][name], coarse)
                 numbers[i][name] = number
                 guards[i][name] = _Guard(coarse, jnp.int32(-1))
-        empty = [[exact.empty(s.shape, s.factor_shape) for s in taped] for taped in self.taped]
-        buffers = empty if earlier is None else [leaf.buffers for leaf in earlier]
-        return [ExactLeaf(*each) for each in zip(numbers, buffers)], guards
+        return [ExactLeaf(*each) for each in zip(numbers, self.buffers(earlier))], guards
+
+    def buffers(self, earlier: list[ExactLeaf] | None) -> list[list[exact.Buffer]]:
+        """Those with which the run begins: empty, or as an earlier run left them."""
+        if earlier is not None:
+            return [leaf.buffers for leaf in earlier]
+        return [[exact.empty(s.shape, s.factor_shape) for s in taped] for taped in self.taped]
 
     def started(self, name: str, given: list[Array], live: Array) -> list[exact.Fixed]:
         """The start of a variable."""
@@ -445,9 +449,8 @@ class _Playback:
                 return jnp.all(jnp.stack(equal))
 
             same.append(in_place(live, alike, jnp.asarray(False), numbers, given))
-        empty = [[exact.empty(s.shape, s.factor_shape) for s in taped] for taped in self.taped]
-        buffers = empty if earlier is None else [leaf.buffers for leaf in earlier]
-        return jnp.all(jnp.stack([*same, _all_equal([leaf.buffers for leaf in found], buffers)]))
+        same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(earlier)))
+        return jnp.all(jnp.stack(same))
 
     def play(
         self,
@@ -568,9 +571,9 @@ class _Playback:
             sums = [a + b for a, b in zip(sums, same)]
             for i, leaf in enumerate(bars):
                 # Behind the first step are only the derivatives in the start of variables.
-                used = [jnp.where((t > 0) | (name == PARAMS), bar, 0) for name, bar in leaf.items()]
-                largest = [jnp.max(jnp.abs(bar), initial=0) for bar in used]
-                numbers = jnp.all(jnp.isfinite(jnp.stack(largest)))
+                unused = {name: (t == 0) & (name != PARAMS) for name in leaf}
+                largest = {name: jnp.max(jnp.abs(bar), initial=0) for name, bar in leaf.items()}
+                numbers = jnp.all(jnp.stack([jnp.isfinite(largest[k]) | unused[k] for k in leaf]))
                 here = jnp.stack([x.step, jnp.int32(i)])
                 broken = jnp.where((broken[0] == -1) & ~numbers, here, broken)
             return (leaves, bars, sums, broken), (products.wanted[wanted:], each[hypers_wanted:])
@@ -646,16 +649,12 @@ class _Playback:
                 failed = jnp.where((failed[0] < 0) & (guard.since >= 0), found, failed)
         return failed
 
-    def backward(
-        self,
-        start: list[Leaf],
-        constants: Constants,
-        inputs: Inputs,
-        record: _Record,
-        cotangents: _Cotangents,
-    ) -> tuple[list[Leaf], list[Array]]:
-        """The run backwards: cotangents of the start, and of what is wanted of constants and inputs."""
-        given = (start, constants, inputs, record, cotangents)
+    def backward(self, *given: Any) -> tuple[list[Leaf], list[Array]]:
+        """The run backwards, from what `replayed` is given.
+
+        Returns:
+          Cotangents of the start, and of what is wanted of constants and inputs.
+        """
         with jax.enable_x64(True):
             result, health = jax.jit(self.replayed, inline=True)(*given)
         # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
@@ -720,9 +719,7 @@ class _Playback:
         found_all = [*sums, *batch_bars, *hyper_bars]
         numbers = jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.isfinite(x)) for x in found_all)]))
         broken = jnp.where((broken[0] == -1) & ~numbers, jnp.array([-3, 0], jnp.int32), broken)
-        return (bars, [*sums, *batch_bars, *hyper_bars]), health._replace(
-            recovered=recovered, broken=broken
-        )
+        return (bars, found_all), health._replace(recovered=recovered, broken=broken)
 
     def refuse(self, result: PyTree, health: _Health) -> PyTree:
         """Pass the result on, or raise what was wrong with the run."""

@@ -591,17 +591,23 @@ def _first_apart(live: Array, function: Callable[..., Any], *arguments: PyTree) 
 
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
-    of_first = jax.extend.core.jaxpr_as_fun(part(jaxpr, inputs, reversed(first), handed))
-    results = isolated(live, of_first, *given)
+    results = isolated(live, part(jaxpr, inputs, reversed(first), handed), *given)
     # An array of no elements, such as the gradient of one, would keep nothing alive.
     sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
     smallest = sizes.index(min(sizes))
     results[smallest] = keep_alive(live, results, results[smallest])
-    rest = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)
-    return jax.tree.unflatten(structure, jax.extend.core.jaxpr_as_fun(rest)(*given, *results))
+    outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
+    return jax.tree.unflatten(structure, outputs)
 
 
-def part(jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]) -> Any:
+def part(
+    jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
+) -> Callable[..., list[Array]]:
+    """Some of the equations of a jaxpr as a function."""
+    return jax.extend.core.jaxpr_as_fun(closed_part(jaxpr, inputs, eqns, outputs))
+
+
+def closed_part(jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]) -> Any:
     """Some of the equations of a jaxpr as another, closed one."""
     names = jaxpr.debug_info.with_unknown_names()
     part = jaxpr.replace(constvars=[], invars=inputs, eqns=list(eqns), outvars=outputs, debug_info=names)

@@ -1,10 +1,9 @@
 """How long the tapes of an exact reversal must be, which is known before the run from its factors alone."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jax.extend.core import Var
 
 from hypergrad import exact
 from hypergrad.program import PARAMS, Assign, Keep, Leaf, ReversalError, Scale, Whole
-from hypergrad.run import Constants, Inputs, Run, part
+from hypergrad.run import Constants, Inputs, Run, closed_part
 
 
 class Taped(NamedTuple):
@@ -130,13 +129,16 @@ def _known_results(closed: Any, arguments: list[Array]) -> list[int | None]:
     outputs = [v for v in jaxpr.outvars if isinstance(v, Var) and v in known]
     inputs = [v for v in variables if v in known]
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        found = _compiled(_Program(part(jaxpr, inputs, made, outputs)))(*(given[v] for v in inputs))
+        found = _compiled(_Program(closed_part(jaxpr, inputs, made, outputs)))(*(given[v] for v in inputs))
     values = {v: int(x) for v, x in zip(outputs, found)}
     return [values.get(v) if isinstance(v, Var) else int(v.val) for v in jaxpr.outvars]
 
 
 class _Program:
-    """A closed jaxpr; the same as another if both are written alike."""
+    """A closed jaxpr; the same as another if both are written alike.
+
+    Were two taken for one that differ, a tape would be too short, which is an error, or too long.
+    """
 
     def __init__(self, closed: Any):
         self.closed, self.text = closed, str(closed.jaxpr)
@@ -148,7 +150,7 @@ class _Program:
         return hash(self.text)
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _compiled(program: _Program) -> Callable[..., list[Array]]:
     return jax.jit(jax.extend.core.jaxpr_as_fun(program.closed))
 

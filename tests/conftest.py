@@ -14,7 +14,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `quick` in some cases, the others are slow; documentation is run by itself."""
+    """Of a test that is `quick` in some cases, the others are slow."""
     for item in items:
         quick = item.get_closest_marker("quick")
         if quick is not None and item.name[len(item.originalname) + 1 : -1] not in quick.args:

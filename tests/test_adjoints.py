@@ -27,7 +27,7 @@ def square(w: Any, meta: Any, step: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("adam", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_stored_in_float64(optimizer: str) -> None:
     """By every adjoint, under jit."""

@@ -226,9 +226,7 @@ def chained(rate: Any, steps: tuple[int, ...], optimizer: Any, whole: bool = Tru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "rate"), [(hg.momentum(), 1.0), pytest.param(hg.adam(), 0.05, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("optimizer", "rate"), [(hg.momentum(), 1.0), (hg.adam(), 0.05)])
 def test_a_converged_run_that_goes_on_is_one_run(optimizer, rate):
     one, slope = jax.value_and_grad(lambda r: chained(r, (900,), optimizer))(rate)
     two, again = jax.value_and_grad(lambda r: chained(r, (700, 200), optimizer))(rate)

@@ -74,8 +74,7 @@ def _evaluate(call: str, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[
                 outputs = [_tamed(eqn)(*inputs)]
             else:
                 given = list(dict.fromkeys(x for x in eqn.invars if isinstance(x, Var)))
-                alone = jax.extend.core.jaxpr_as_fun(part(jaxpr, given, [eqn], eqn.outvars))
-                outputs = alone(*(values[x] for x in given))
+                outputs = part(jaxpr, given, [eqn], eqn.outvars)(*(values[x] for x in given))
         values |= dict(zip(eqn.outvars, outputs))
     return [read(x) for x in jaxpr.outvars]
 
