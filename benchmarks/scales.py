@@ -227,6 +227,12 @@ OPTIMIZERS: dict[str, Scaled] = {
         {"eps": EPS} | DECAY,
         _prodigy,
     ),
+    "dadapt_adamw": Scaled(
+        hg.dadapt_adamw(estim_lr0=1e-2),
+        {"learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-2, "weight_decay": 0.1},
+        {"eps": EPS} | DECAY,
+        _prodigy,
+    ),
     "novograd": Scaled(
         hg.novograd(),
         {"learning_rate": 0.01, "b1": 0.9, "b2": 0.5, "eps": 1e-3, "weight_decay": 0.1},

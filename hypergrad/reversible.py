@@ -815,8 +815,9 @@ class _Playback:
             f"{self.run.call}: the run was recovered, but on the way back the derivative {where} became "
             "NaN or infinite. Either a second derivative of the loss is undefined there (a norm or a root "
             "at 0, |w|**1.5), which a small constant under the root cures; or hypergradients grow from "
-            "step to step until they overflow: take fewer steps or a lower learning rate, or differentiate "
-            "the last steps only with adjoint=Truncated(steps)"
+            "step to step until they overflow: take fewer steps or a lower learning rate, where gradients "
+            "have died away to rounding a larger eps, or differentiate the last steps only with "
+            "adjoint=Truncated(steps)"
         )
 
 

@@ -24,6 +24,7 @@ OPTIMIZERS_OF_TODAY: dict[str, tuple[Any, dict[str, float]]] = {
     "lion": (hg.lion(), {"learning_rate": 0.01}),
     "madgrad": (hg.madgrad(), {"learning_rate": 0.05}),
     "novograd": (hg.novograd(), {"learning_rate": 0.05}),
+    "dadapt_adamw": (hg.dadapt_adamw(), {"learning_rate": 1.0}),
     "prodigy": (hg.prodigy(), {"learning_rate": 1.0}),
     "signum": (hg.signum(), {"learning_rate": 0.01}),
     "yogi": (hg.yogi(), {"learning_rate": 0.05}),

@@ -261,6 +261,16 @@ CASES = {
         of_optax(lambda h: optax.contrib.madgrad(h.learning_rate, h.momentum, h.weight_decay, h.eps)),
         tolerance=1e-6,  # optax counts steps in float32
     ),
+    "dadapt_adamw": Case(
+        hg.dadapt_adamw(estim_lr0=1e-2),
+        of_optax(
+            lambda h: optax.contrib.dadapt_adamw(
+                h.learning_rate, (h.b1, h.b2), h.eps, estim_lr0=1e-2, weight_decay=h.weight_decay
+            )
+        ),
+        rate=1.0,
+        shapes=SHAPES,
+    ),
     "prodigy": Case(
         hg.prodigy(estim_lr0=1e-2),
         of_optax(
@@ -472,6 +482,7 @@ BITS = {
     "adamuon": 0.148,
     "madgrad": 0.152,
     "prodigy": 0.154,
+    "dadapt_adamw": 0.154,
     "novograd": 0.152,
     "adafactor": 0.152,
 }
@@ -697,6 +708,7 @@ REFUSED = [
     (hg.novograd(), "b2"),
     (hg.adafactor(), "decay_rate"),
     (hg.prodigy(), "b1"),
+    (hg.dadapt_adamw(), "b2"),
 ]
 
 

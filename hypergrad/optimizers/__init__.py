@@ -13,7 +13,7 @@ from hypergrad.optimizers.asynchrony import Asynchrony
 from hypergrad.optimizers.average import with_average
 from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
-from hypergrad.optimizers.distances import madgrad, prodigy
+from hypergrad.optimizers.distances import dadapt_adamw, madgrad, prodigy
 from hypergrad.optimizers.factored import adafactor, novograd
 from hypergrad.optimizers.filtered import filtered
 from hypergrad.optimizers.improvement import expected_improvement, probability_of_improvement, quadratic
@@ -46,6 +46,7 @@ __all__ = [
     "cautious_adamw",
     "clip",
     "clip_by_global_norm",
+    "dadapt_adamw",
     "expected_improvement",
     "filtered",
     "from_optax",

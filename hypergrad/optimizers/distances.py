@@ -1,4 +1,4 @@
-"""Steps from where the run started: MADGRAD and Prodigy.
+"""Steps measured by the distance from the start: MADGRAD, D-Adaptation and Prodigy.
 
 ======  ===================  ==============================================================================
 symbol  name                 meaning
@@ -8,9 +8,9 @@ symbol  name                 meaning
 ``g``   gradient             gradient at ``w`` before the step
 ``s``   grad_sum             weighted sum of gradients, from 0
 ``G``   grad_sum_sq          weighted sum of ``g²``, from 0
-``m``   mu                   running average of ``d g``, from 0
-``v``   nu                   running average of ``(d g)²``, from 0
-``d``   estim_lr             estimate of the distance from the start to the solution, one for all leaves
+``m``   mu                   running average of scaled gradients, from 0
+``v``   nu                   running average of their squares, from 0
+``d``   estim_lr             estimate of the distance to the solution, or of a rate, one for all leaves
 ``q``   numerator            of that estimate
 ``n``                        number of the step, from 1
 ``α``   learning_rate        ``>= 0``
@@ -84,6 +84,82 @@ def madgrad() -> Optimizer:
     return Optimizer("madgrad()", moves, variables, hypers, DOMAINS)
 
 
+def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
+    """AdamW by D-Adaptation, which finds its own rate from how gradients add up.
+
+    With ``δ = d α √(1 - β2^n) / (1 - β1^n)``, ``β3 = √β2``, and ``d`` from ``d₀``::
+
+        q <- β3 q + (1-β3) δ ⟨g, s / (√v + ε)⟩
+        m <- β1 m + (1-β1) δ g;  v <- β2 v + (1-β2) g²;  s <- β3 s + (1-β3) δ g
+        d <- max(d, q / ((1-β3) ‖s‖₁));  w <- (1 - δ λ) w - m / (√v + ε)
+
+    where ``δ`` is found before ``d`` changes.  The rates of all leaves must be one.
+
+    Hyperparameters, numbers for every leaf: ``learning_rate`` (α, default 1), ``b1`` (β1, default 0.9),
+    ``b2`` (β2, default 0.999) and ``weight_decay`` (λ, default 0); and ``eps`` (ε, default 1e-8); as in
+    ``optax.contrib.dadapt_adamw``.  Variables: ``mu`` (m), ``nu`` (v), ``grad_sum`` (s), and for every leaf
+    the same two numbers, ``estim_lr`` (d) and ``numerator`` (q).  Reversible for ``δ λ <= 1 - 2**-7``, at
+    the cost of `prodigy`.
+
+    Args:
+      estim_lr0: ``d₀ > 0``.
+
+    Raises:
+      ValueError: where a number for every leaf differs within one.
+
+    Source: Defazio and Mishchenko, "Learning-rate-free learning by D-Adaptation", ICML 2023, Algorithm 5.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp
+    >>> square = lambda w, meta, step: jnp.sum(w**2)
+    >>> run = {"steps": 100, "optimizer": hg.dadapt_adamw(1e-2), "adjoint": hg.Checkpointed()}
+    >>> trained = hg.train(square, jnp.full(2, 3.0), {}, **run)
+    >>> bool(trained.losses[-1] < trained.losses[0]), bool(trained.state["estim_lr"] > 0.1)
+    (True, True)
+    """
+    name = "dadapt_adamw()" if estim_lr0 == 1e-6 else f"dadapt_adamw(estim_lr0={estim_lr0})"
+
+    def moves(h: Any, t: Array) -> Sequence[Move]:
+        numbers = ("learning_rate", "b1", "b2", "weight_decay")
+        rate, b1, b2, decay = (number(name, key, getattr(h, key)) for key in numbers)
+        b3 = roots.sqrt(b2)
+        correction = jnp.sqrt(weight(b2, t + 1)) / weight(b1, t + 1)
+
+        def denominator(s: Any) -> Array:
+            return roots.sqrt(s.nu) + h.eps
+
+        def direction(s: Any) -> Array:
+            some = denominator(s) > 0
+            return jnp.where(some, s.grad_sum / jnp.where(some, denominator(s), 1), 0)
+
+        return [
+            Remember("delta", lambda s: s.estim_lr * rate * correction),
+            Total("overlap", lambda s: jnp.sum(s.gradient * direction(s))),
+            Scale("mu", b1),
+            Shift("mu", lambda s: (1 - b1) * s.delta * s.gradient),
+            Scale("nu", b2),
+            Shift("nu", lambda s: (1 - b2) * s.gradient**2),
+            Scale("grad_sum", b3),
+            Shift("grad_sum", lambda s: (1 - b3) * s.delta * s.gradient),
+            Scale("numerator", b3),
+            Shift("numerator", lambda s: (1 - b3) * s.delta * s.overlap),
+            Total("size", lambda s: (1 - b3) * jnp.sum(jnp.abs(s.grad_sum))),
+            Remember("growth", lambda s: _growth(s, s.numerator)),
+            Shift("estim_lr", lambda s: s.growth),
+            Scale("params", lambda s: 1 - s.delta * decay),
+            Shift("params", lambda s: -s.mu / denominator(s)),
+        ]
+
+    variables = {
+        "mu": Variable(),
+        "nu": SQUARES,
+        "grad_sum": Variable(words=2),  # grows with d
+        **_estimate(estim_lr0),
+    }
+    hypers = {"learning_rate": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    return Optimizer(name, moves, variables, hypers, DOMAINS)
+
+
 def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimizer:
     """Prodigy, AdamW that estimates its own rate, from how far the run has come.
 
@@ -138,11 +214,6 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
         def gathered(s: Any) -> Array:
             return s.estim_lr / estim_lr0 * (s.estim_lr if safeguard_warmup else s.delta) * s.gradient
 
-        def growth(s: Any) -> Array:
-            some = s.size > 0
-            estimate = jnp.where(some, coefficient * s.numerator / jnp.where(some, s.size, 1), 0)
-            return jnp.maximum(estimate - s.estim_lr, 0)
-
         return [
             Remember("delta", lambda s: s.estim_lr * rate * correction),
             Total("overlap", lambda s: jnp.sum(s.gradient * (s.start - s.params))),
@@ -155,7 +226,7 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
             Scale("numerator", b3),
             Shift("numerator", lambda s: s.estim_lr / estim_lr0 * s.delta * s.overlap),
             Total("size", lambda s: jnp.sum(jnp.abs(s.grad_sum))),
-            Remember("growth", growth),
+            Remember("growth", lambda s: _growth(s, coefficient * s.numerator)),
             Shift("estim_lr", lambda s: s.growth),
             Scale("params", lambda s: 1 - s.delta * decay),
             Shift("params", lambda s: -s.delta * s.mu / (roots.sqrt(s.nu) + s.estim_lr * h.eps)),
@@ -166,8 +237,7 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
         "nu": SQUARES,
         "grad_sum": Variable(words=2),  # grows with d²
         "start": Variable(_itself),
-        "estim_lr": Variable(lambda leaf: jnp.full((), estim_lr0, leaf.dtype)),
-        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=2),  # and this with d³
+        **_estimate(estim_lr0),
     }
     hypers = {
         "learning_rate": 1.0,
@@ -178,6 +248,21 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
         "weight_decay": 0.0,
     }
     return Optimizer(name, moves, variables, hypers, DOMAINS)
+
+
+def _estimate(start: float) -> dict[str, Variable]:
+    """The two numbers from which the rate is found, the same for all leaves."""
+    return {
+        "estim_lr": Variable(lambda leaf: jnp.full((), start, leaf.dtype)),
+        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=2),  # grows with powers of d
+    }
+
+
+def _growth(s: Any, numerator: Array) -> Array:
+    """``max(d, numerator / size) - d``."""
+    some = s.size > 0
+    estimate = jnp.where(some, numerator / jnp.where(some, s.size, 1), 0)
+    return jnp.maximum(estimate - s.estim_lr, 0)
 
 
 def _itself(leaf: Array) -> Array:
