@@ -42,7 +42,8 @@ from benchmarks.machine import (
     versions,
 )
 from hypergrad import data, nets, plots
-from hypergrad.distill import Network, standardised
+from hypergrad.distillation.distilled import standardised
+from hypergrad.distillation.recipe import Network
 
 RESULTS = Path(__file__).parent / "results"
 ADJOINTS = {

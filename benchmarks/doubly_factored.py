@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.optimizers.kfac import damped, inverse, precondition
+from hypergrad.optimizers.kfac.damping import damped, inverse, precondition
 
 
 @dataclass(frozen=True)

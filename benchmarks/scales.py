@@ -45,9 +45,9 @@ import numpy as np
 
 import hypergrad as hg
 from benchmarks.machine import Row, describe_machine, progress, say, slug, versions
+from hypergrad._base.errors import LaneWarning
 from hypergrad.files import replace_file
 from hypergrad.program import Optimizer
-from hypergrad.reversible import LaneWarning
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-3  # relative error of what is right

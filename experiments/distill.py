@@ -21,7 +21,9 @@ import optax
 
 import hypergrad as hg
 from hypergrad import data, nets, plots
-from hypergrad.distill import Network, centred, class_means
+from hypergrad.distillation.baselines import class_means
+from hypergrad.distillation.distilled import centred
+from hypergrad.distillation.recipe import Network
 
 
 @dataclass(frozen=True)

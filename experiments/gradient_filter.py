@@ -29,9 +29,9 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import constraints, data, meta, nets, plots
-from hypergrad.optimizers import probability_of_improvement
 from hypergrad.optimizers.filtered import Diagnosis
-from hypergrad.program import Whole
+from hypergrad.optimizers.step_rules import probability_of_improvement
+from hypergrad.program import GenericOptimizer
 
 PyTree = Any
 SIZES = (64, 32, 10)
@@ -93,7 +93,7 @@ def quadratic(steps: int, dimensions: int = 20, examples: int = 8) -> Quadratic:
     return Quadratic(jnp.asarray((basis * spectrum) @ basis.T), jnp.asarray(start), points)
 
 
-def unfiltered(optimizer: Whole) -> Whole:
+def unfiltered(optimizer: GenericOptimizer) -> GenericOptimizer:
     """A filter that forgets everything before each step: it believes the minibatch."""
 
     def update(h: Any, examples: Any, state: Any, params: Any, here: Any) -> Any:
@@ -134,7 +134,7 @@ def quadratic_run(problem: Quadratic, optimizer: Any, hypers: Mapping[str, float
 
     def watch(s: hg.Snapshot) -> Any:
         exact = 0.5 * s.params @ H @ s.params
-        if not isinstance(optimizer, Whole):
+        if not isinstance(optimizer, GenericOptimizer):
             return exact, jnp.nan, jnp.nan, jnp.nan
         state = s.state["state"]
         mine = jnp.linalg.norm(state.gradient.mean - H @ (s.params - state.displacement))
@@ -369,7 +369,11 @@ def learning(config: Config, problem: Noisy) -> Learning:
     def judge(optimizer: Any) -> Callable[[Mapping[str, Any]], Judged]:
         def outcome(hypers: Any, key: Array) -> tuple[Array, Array]:
             def size(s: hg.Snapshot) -> Array:
-                return s.state["state"].diagnosis.step if isinstance(optimizer, Whole) else jnp.ones(())
+                return (
+                    s.state["state"].diagnosis.step
+                    if isinstance(optimizer, GenericOptimizer)
+                    else jnp.ones(())
+                )
 
             trained = go(optimizer, hypers, key, config.steps, size)
             return problem.log_loss(trained.params), hypers["learning_rate"] * jnp.mean(trained.watched[1:])

@@ -55,7 +55,7 @@ from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Params
 from experiments.reproduce_2015.panels import CIRCLES
 from hypergrad import data, meta, nets, plots
-from hypergrad.implicit import ZeroHypergradientWarning
+from hypergrad._base.errors import ZeroHypergradientWarning
 
 ALPHABETS = (
     "Aurek-Besh",

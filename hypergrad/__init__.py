@@ -1,25 +1,36 @@
 """Exact, memory-light hypergradients through whole training runs, in JAX."""
 
+from importlib.metadata import version
+
 from hypergrad import (
     bilevel,
     constraints,
     curvature,
     data,
-    errors,
     files,
     implicit,
-    layers,
     meta,
     nets,
     problems,
     schedules,
 )
-from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Stored, Truncated
-from hypergrad.augment import Augmentation
+from hypergrad._base import errors
+from hypergrad._base.errors import LaneWarning, ReversalError, readable_errors
+from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Reversible, Snapshot, Stored, Truncated
 from hypergrad.check import Finding, Report, check_hypergradient
-from hypergrad.distill import ChaosWarning, Distilled, Recipe, distill, load_distilled
-from hypergrad.errors import readable_errors
-from hypergrad.evaluation import Evaluation, evaluate
+from hypergrad.curvature import spectra
+from hypergrad.distillation import (
+    Augmentation,
+    ChaosWarning,
+    Distilled,
+    Evaluation,
+    Recipe,
+    distill,
+    evaluate,
+    load_distilled,
+)
+from hypergrad.implicit import linear
+from hypergrad.meta import Tuned, tune
 from hypergrad.optimizers import (
     Asynchrony,
     adabelief,
@@ -71,13 +82,10 @@ from hypergrad.optimizers import (
     with_average,
     yogi,
 )
-from hypergrad.planner import Estimate, Plan, plan
-from hypergrad.reversible import LaneWarning, ReversalError, Reversible
-from hypergrad.run import Snapshot
-from hypergrad.train import Trained, train
-from hypergrad.tuning import Tuned, tune
+from hypergrad.optimizers.kfac import layers
+from hypergrad.training import Estimate, Plan, Trained, plan, train
 
-__version__ = "0.1.0"
+__version__ = version("hypergrad-jax")
 
 __all__ = [
     "Adjoint",
@@ -140,6 +148,7 @@ __all__ = [
     "lamb",
     "lars",
     "layers",
+    "linear",
     "lion",
     "load_distilled",
     "madgrad",
@@ -165,6 +174,7 @@ __all__ = [
     "signum",
     "sm3",
     "sophia",
+    "spectra",
     "train",
     "tune",
     "with_average",

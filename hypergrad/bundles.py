@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import exact
-from hypergrad.compiler import computed, in_place
+from hypergrad._base.compiler import computed, in_place
 from hypergrad.exact import Buffer, Fixed, Growth, Ratio
 
 SMALL = 1 << 14  # elements of an array that is not worth a computation of its own
@@ -50,7 +50,7 @@ def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int
     return result
 
 
-def shift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """`exact.shift`."""
 
     def fitting(radices: Array, amounts: list[Array]) -> Array:
@@ -61,16 +61,16 @@ def shift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> li
     radices = jnp.stack([number.radix for number in numbers])
     radices = in_place(jnp.any(radices == exact.UNSET), fitting, radices, [*amounts])
     settled = [number._replace(radix=radices[i]) for i, number in enumerate(numbers)]
-    return _added(live, exact.shift_settled, settled, amounts)
+    return _added(always_true, exact.shift_settled, settled, amounts)
 
 
-def unshift(live: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+def unshift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """`exact.unshift`."""
-    return _added(live, exact.unshift, numbers, amounts)
+    return _added(always_true, exact.unshift, numbers, amounts)
 
 
 def _added(
-    live: Array,
+    always_true: Array,
     move: Callable[[Fixed, Array], Fixed],
     numbers: Sequence[Fixed],
     amounts: Sequence[Array],
@@ -78,14 +78,14 @@ def _added(
     result = [*numbers]
     for bundle in bundles([x.shape for x in amounts], [x.dtype for x in amounts]):
         of_bundle = [numbers[i] for i in bundle]
-        moved = in_place(live, move, _together(of_bundle), _joined([amounts[i] for i in bundle]))
+        moved = in_place(always_true, move, _together(of_bundle), _joined([amounts[i] for i in bundle]))
         for i, number in zip(bundle, _apart(moved, of_bundle)):
             result[i] = number
     return result
 
 
 def scale(
-    live: Array,
+    always_true: Array,
     numbers: Sequence[Fixed],
     buffers: Sequence[Buffer],
     tapes: Sequence[Array],
@@ -96,14 +96,14 @@ def scale(
     def scaled(state: tuple[Fixed, Array, Array], ratio: Ratio) -> tuple[Fixed, Array, Array]:
         return exact.scaled(*state[:2], ratio)
 
-    grown = _growths(live, buffers, ns, undo=False)
+    grown = _growths(always_true, buffers, ns, undo=False)
     result = [*zip(numbers, buffers, tapes)]
     for bundle in _scaled_alike(buffers):
         before, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = _joined([buffers[i].register for i in bundle])
         state = (_together(before), register, jnp.zeros(register.shape, jnp.uint8))
-        number, register, byte = in_place(live, scaled, state, ratio)
+        number, register, byte = in_place(always_true, scaled, state, ratio)
         parts = zip(_apart(number, before), _parted(register, shapes), _parted(byte, shapes))
         for i, state in zip(bundle, parts):
             tape = exact.written(tapes[i], state[2], grown[i].ratio.full, grown[i].before)
@@ -112,7 +112,7 @@ def scale(
 
 
 def unscale(
-    live: Array,
+    always_true: Array,
     numbers: Sequence[Fixed],
     buffers: Sequence[Buffer],
     tapes: Sequence[Array],
@@ -123,7 +123,7 @@ def unscale(
     def unscaled(state: tuple[Fixed, Array], byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
         return exact.unscaled(*state, byte, ratio)
 
-    grown = _growths(live, buffers, ns, undo=True)
+    grown = _growths(always_true, buffers, ns, undo=True)
     result = [*zip(numbers, buffers)]
     for bundle in _scaled_alike(buffers):
         after, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
@@ -131,13 +131,15 @@ def unscale(
         register = _joined([buffers[i].register for i in bundle])
         rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
         byte = _joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
-        number, register = in_place(live, unscaled, (_together(after), register), byte, ratio)
+        number, register = in_place(always_true, unscaled, (_together(after), register), byte, ratio)
         for i, x, held in zip(bundle, _apart(number, after), _parted(register, shapes)):
             result[i] = (x, Buffer(held, grown[i].before))
     return result
 
 
-def _growths(live: Array, buffers: Sequence[Buffer], ns: Sequence[Array], undo: bool) -> list[Growth]:
+def _growths(
+    always_true: Array, buffers: Sequence[Buffer], ns: Sequence[Array], undo: bool
+) -> list[Growth]:
     """`exact.growth`: of arrays with one factor each as one, of others by themselves."""
     result = [exact.growth(b.bits, n, undo) if b.bits.ndim else None for b, n in zip(buffers, ns)]
     whole = [i for i, each in enumerate(result) if each is None]
@@ -145,7 +147,7 @@ def _growths(live: Array, buffers: Sequence[Buffer], ns: Sequence[Array], undo: 
         with jax.enable_x64(True):
             bits = jnp.stack([buffers[i].bits for i in whole])
             n = jnp.stack([ns[i] for i in whole])
-            of_all = computed(live, lambda bits, n: exact.growth(bits, n, undo), bits, n)
+            of_all = computed(always_true, lambda bits, n: exact.growth(bits, n, undo), bits, n)
             for k, i in enumerate(whole):
                 result[i] = jax.tree.map(lambda x, k=k: x[k], of_all)
     return [each for each in result if each is not None]
@@ -157,7 +159,7 @@ def _scaled_alike(buffers: Sequence[Buffer]) -> list[list[int]]:
     return bundles([buffer.register.shape for buffer in buffers], kinds)
 
 
-def floats(live: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list[Array]:
+def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list[Array]:
     """`exact.to_float`."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
@@ -167,7 +169,7 @@ def floats(live: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list
             return exact.to_float(number, dtype)
 
         together = _together([numbers[i] for i in bundle])
-        joined = converted(together) if len(bundle) == 1 else computed(live, converted, together)
+        joined = converted(together) if len(bundle) == 1 else computed(always_true, converted, together)
         result |= zip(bundle, _parted(joined, [shapes[i] for i in bundle]))
     return [result[i] for i in range(len(numbers))]
 
@@ -199,14 +201,14 @@ def coarseness(
 
 
 def matters(
-    live: Array, coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
+    always_true: Array, coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
 ) -> Array:
     """Which arrays' shifts were too coarse by their sum, next to which the number itself is not large.
 
     Where ``2**-30`` of the number at every step would be as much, it is: what is lost is nothing to it.
     """
     with jax.enable_x64(True):
-        sizes = [_by_row(jnp.abs(x)) for x in floats(live, numbers, [jnp.float64] * len(numbers))]
+        sizes = [_by_row(jnp.abs(x)) for x in floats(always_true, numbers, [jnp.float64] * len(numbers))]
         found = [jnp.any(c > part * NEGLIGIBLE * steps * size) for c, size in zip(coarse, sizes)]
         return jnp.stack(found)
 

@@ -32,18 +32,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad import bundles, exact
-from hypergrad.compiler import same_bits
-from hypergrad.devices import Evaluate, in_turn
+from hypergrad import exact
+from hypergrad._base.devices import Evaluate, in_turn
+from hypergrad._base.trees import PyTree
 
-PyTree = Any
 PARAMS = "params"
-# A run is refused where rounding takes a larger part of what is added to a row of a variable.
-LARGEST_LOSS = 2.0**-10
-
-
-class ReversalError(ArithmeticError):
-    """The run cannot be, or was not, reversed exactly; no hypergradient is returned."""
 
 
 class View:
@@ -121,7 +114,7 @@ class Keep(NamedTuple):
 class Assign(NamedTuple):
     """``variable <- value(view)``, of anything at all; such a program cannot be reversed.
 
-    Evaluate is what evaluates the values of all leaves, on what devices (see `hypergrad.devices`).
+    Evaluate is what evaluates the values of all leaves, on what devices (see `hypergrad._base.devices`).
     """
 
     variable: str
@@ -248,7 +241,7 @@ class Examples(NamedTuple):
     batch: PyTree
 
 
-class Here(NamedTuple):
+class StepContext(NamedTuple):
     """What an optimizer of all parameters at once may evaluate anew in a step.
 
     Attributes:
@@ -265,14 +258,14 @@ class Here(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whole:
+class GenericOptimizer:
     """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
 
     Attributes:
       name: as the user would call it.
       init: from the parameters to the optimizer's state, any pytree.
       update: ``(h, gradient, state, params, here) -> (params, state)``, with ``h`` a dictionary of scalars
-        and a `Here`.
+        and a `StepContext`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
       per_example: whether `update` is given `Examples` in the gradient's place.
@@ -281,7 +274,7 @@ class Whole:
 
     name: str
     init: Callable[..., PyTree]
-    update: Callable[[Mapping[str, Array], Any, PyTree, PyTree, Here], tuple[PyTree, PyTree]]
+    update: Callable[[Mapping[str, Array], Any, PyTree, PyTree, StepContext], tuple[PyTree, PyTree]]
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     per_example: bool = False
@@ -294,7 +287,7 @@ class Whole:
 
 
 def with_defaults(
-    call: str, optimizer: Optimizer | Whole, hypers: Mapping[str, PyTree]
+    call: str, optimizer: Optimizer | GenericOptimizer, hypers: Mapping[str, PyTree]
 ) -> dict[str, PyTree]:
     """The hyperparameters of an optimizer, those that are not given at their defaults.
 
@@ -316,27 +309,25 @@ def with_defaults(
     return {**optimizer.hypers, **hypers}
 
 
-class ExactLeaf(NamedTuple):
-    """Exact state of one leaf: its variables, and a buffer for every `Scale` and `Keep` of its program."""
-
-    numbers: dict[str, exact.Fixed]
-    buffers: list[exact.Buffer]
-
-
 Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
-Seen = dict[str, Array]  # of one leaf: the gradient and what is observed, at the parameters before the step
+Observed = dict[
+    str, Array
+]  # of one leaf: the gradient and what is observed, at the parameters before the step
 Record = dict[str, Array]  # of one leaf: what was remembered or kept in one step
 
 
-def _first_params_move(moves: Sequence[Move]) -> int:
-    return next((k for k, move in enumerate(moves) if _moved(move) == PARAMS), len(moves))
+def first_params_move(moves: Sequence[Move]) -> int:
+    """Index of the first move of the parameters."""
+    return next((k for k, move in enumerate(moves) if moved_variable(move) == PARAMS), len(moves))
 
 
-def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> View:
+def view_of(
+    move: Move, k: int, moves: Sequence[Move], leaf: Leaf, observations: Observed, record: Record
+) -> View:
     """What move ``k`` may read of a leaf."""
     if isinstance(move, Assign | Remember | Total | Keep):
-        return View({**leaf, **record, **seen}, {})
-    evaluated = ["gradient", *seen]
+        return View({**leaf, **record, **observations}, {})
+    evaluated = ["gradient", *observations]
     if isinstance(move, Scale):
         reason = f"the factor of Scale({move.variable!r}, ...) can read only what Remember(...) has kept"
         return View(record, dict.fromkeys([*leaf, *evaluated], reason))
@@ -345,8 +336,8 @@ def _view(move: Move, k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, rec
         move.variable: f"Shift({move.variable!r}, ...) reads {move.variable!r} itself and so could not "
         "be undone; use Scale for a multiple of it, or Assign (not reversible)"
     }
-    if k < _first_params_move(moves):
-        readable |= seen
+    if k < first_params_move(moves):
+        readable |= observations
     else:
         refused |= {
             name: f"Shift({move.variable!r}, ...) reads the {name} after or while the parameters move; "
@@ -373,14 +364,15 @@ def alike(program: Sequence[Sequence[Move]]) -> list[list[int]]:
 T = TypeVar("T")
 
 
-def _of(group: Sequence[int], each: Sequence[T]) -> list[T]:
+def members(group: Sequence[int], each: Sequence[T]) -> list[T]:
+    """Those of a list that belong to a group."""
     return [each[i] for i in group]
 
 
 def step(
     program: Sequence[Sequence[Move]],
     leaves: Sequence[Leaf],
-    seen: Sequence[Seen],
+    observations: Sequence[Observed],
     kept: Sequence[Record] | None = None,
 ) -> list[Leaf]:
     """One step in floats, with the same quantised factors as the exact one: what JAX differentiates.
@@ -388,13 +380,15 @@ def step(
     Args:
       program: the moves of every leaf.
       leaves: float state.
-      seen: gradient and what is observed, of every leaf.
+      observations: gradient and what is observed, of every leaf.
       kept: what `Keep` has kept of the step, where that is known.
     """
     new = [dict(leaf) for leaf in leaves]
     for group in alike(program):
-        known = [{} for _ in group] if kept is None else _of(group, kept)
-        moved = _step_alike(_of(group, program), _of(group, leaves), _of(group, seen), known)
+        known = [{} for _ in group] if kept is None else members(group, kept)
+        moved = _step_alike(
+            members(group, program), members(group, leaves), members(group, observations), known
+        )
         for i, leaf in zip(group, moved):
             new[i] = leaf
     return new
@@ -403,7 +397,7 @@ def step(
 def _step_alike(
     program: Sequence[Sequence[Move]],
     leaves: Sequence[Leaf],
-    seen: Sequence[Seen],
+    observations: Sequence[Observed],
     kept: Sequence[Record],
 ) -> list[Leaf]:
     """`step` of leaves whose programs are alike."""
@@ -412,14 +406,14 @@ def _step_alike(
     dtypes = [leaf[PARAMS].dtype for leaf in leaves]
     for k, move in enumerate(program[0]):
         if isinstance(move, Remember | Total | Keep):
-            records = _remembered(k, program, new, seen, records, dtypes)
+            records = remember(k, program, new, observations, records, dtypes)
             if isinstance(move, Keep):
                 records = [_as_kept(move.name, *each) for each in zip(records, kept)]
             continue
-        jobs = [partial(_moved_to, k, *each) for each in zip(program, new, seen, records)]
+        jobs = [partial(_moved_to, k, *each) for each in zip(program, new, observations, records)]
         evaluate = move.evaluate if isinstance(move, Assign) else in_turn
         for leaf, start, value in zip(new, leaves, evaluate(jobs)):
-            leaf[_moved(move)] = value.astype(start[_moved(move)].dtype)
+            leaf[moved_variable(move)] = value.astype(start[moved_variable(move)].dtype)
     return new
 
 
@@ -428,9 +422,9 @@ def _as_kept(name: str, record: Record, kept: Record) -> Record:
     return record | ({name: straight_through(kept[name], record[name])} if name in kept else {})
 
 
-def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Record) -> Array:
+def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, observations: Observed, record: Record) -> Array:
     """What move ``k`` makes of its variable, in floats."""
-    move, view = moves[k], _view(moves[k], k, moves, leaf, seen, record)
+    move, view = moves[k], view_of(moves[k], k, moves, leaf, observations, record)
     if isinstance(move, Scale):
         x, exactly = leaf[move.variable], factor_of(move, view)
         factor = jax.lax.stop_gradient(jnp.asarray(exactly, x.dtype))
@@ -442,20 +436,20 @@ def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, seen: Seen, record: Rec
     return jnp.asarray(move.value(view))
 
 
-def _remembered(
+def remember(
     k: int,
     program: Sequence[Sequence[Move]],
     leaves: Sequence[Leaf],
-    seen: Sequence[Seen],
+    observations: Sequence[Observed],
     records: Sequence[Record],
     dtypes: Sequence[Any],
 ) -> list[Record]:
     """The records with what move ``k`` remembers added."""
     values, names = [], []
-    for moves, *parts in zip(program, leaves, seen, records):
+    for moves, *parts in zip(program, leaves, observations, records):
         move = moves[k]
         assert isinstance(move, Remember | Total | Keep)
-        value = jnp.asarray(move.value(_view(move, k, moves, *parts)))
+        value = jnp.asarray(move.value(view_of(move, k, moves, *parts)))
         values.append(jnp.broadcast_to(value, parts[0][PARAMS].shape) if isinstance(move, Keep) else value)
         names.append(move.name)
     if isinstance(program[0][k], Total):
@@ -471,270 +465,22 @@ def factor_of(move: Scale, view: View) -> Any:
     return move.factor(view) if callable(move.factor) else move.factor
 
 
-Trouble = tuple[str, str]  # a kind and a variable
-NO_TROUBLE = ("", "")
-BAD_LOSS = ("loss", "")
-
-
-class Stepped(NamedTuple):
-    """What a step on integers gives.
-
-    Attributes:
-      leaves: the new state.
-      tapes: of every leaf, one for every `Scale` and `Keep`.
-      records: what was remembered, by leaf.
-      coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
-      faded: what is left of the parameters, by leaf: the largest factor of each.
-      wrong: what went wrong first and in which leaf, as indices into `Exact.troubles` and the leaves, or 0.
-    """
-
-    leaves: list[ExactLeaf]
-    tapes: list[list[Array]]
-    records: list[Record]
-    coarse: list[dict[str, Array]]
-    faded: list[Array]
-    wrong: Array
-
-
-class Exact(NamedTuple):
-    """The exact arithmetic of an optimizer, on all leaves at once.
-
-    Attributes:
-      program: the moves of every leaf at one step, from the hyperparameters and the step.
-      variables: their names, the parameters' first.
-      dtypes: of the floats that the moves see, by leaf.
-      x64: whether the user's code runs in JAX's 64-bit mode, which this code must not change for it.
-    """
-
-    program: Callable[..., Sequence[Sequence[Move]]]
-    variables: Sequence[str]
-    dtypes: Sequence[Any]
-    x64: bool
-
-    def troubles(self) -> list[Trouble]:
-        """What can go wrong in a step."""
-        kinds = ("range", "factor", "rounding")
-        return [NO_TROUBLE, BAD_LOSS, ("level", ""), *((kind, v) for kind in kinds for v in self.variables)]
-
-    def floats(
-        self, live: Array, leaves: Sequence[ExactLeaf], *names: str, dtypes: Sequence[Any] | None = None
-    ) -> list[Leaf]:
-        """The float state that the integers stand for: all variables, or those named."""
-        result: list[Leaf] = [{} for _ in leaves]
-        for v in names or leaves[0].numbers:
-            numbers = [leaf.numbers[v] for leaf in leaves]
-            for leaf, x in zip(result, bundles.floats(live, numbers, dtypes or self.dtypes)):
-                leaf[v] = x
-        return result
-
-    def factors(
-        self,
-        k: int,
-        group: Sequence[int],
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        records: Sequence[Record],
-        live: Array,
-    ) -> list[Array]:
-        """The numerators by which scale ``k`` of the programs multiplies the leaves of a group.
-
-        Args:
-          k: index of the move.
-          group: indices of the leaves, whose programs are alike.
-          at: arguments of `program`.
-          leaves: exact state of all leaves.
-          records: what has been remembered or kept in this step, by leaf.
-          live: see `hypergrad.compiler`.
-        """
-        programs = self.program(*at)
-
-        def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
-            result, programs = [], self.program(*at)
-            for i, record in zip(group, records):
-                move = programs[i][k]
-                assert isinstance(move, Scale)
-                names: Leaf = dict.fromkeys(leaves[i].numbers, jnp.zeros(()))  # may not be read
-                view = _view(move, k, programs[i], names, {}, record)
-                with jax.enable_x64(self.x64):
-                    result.append(jnp.asarray(factor_of(move, view)))
-            return result
-
-        numerators = []
-        scalars = [{k: x for k, x in records[i].items() if x.ndim == 0} for i in group]
-        for i, factor in zip(group, same_bits(live, evaluate, at, scalars)):
-            move = programs[i][k]
-            assert isinstance(move, Scale)
-            shape = leaves[i].numbers[move.variable].high.shape
-            numerators.append(exact.spread(move.numerator(factor), shape))
-        return numerators
-
-    def amounts(
-        self,
-        k: int,
-        group: Sequence[int],
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        seen: Sequence[Seen],
-        records: Sequence[Record],
-        live: Array,
-    ) -> list[Array]:
-        """By how much shift ``k`` of the programs moves the leaves of a group; arguments: see `factors`."""
-        variable = _moved(self.program(*at)[group[0]][k])
-        others = [
-            ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group
-        ]
-        dtypes = _of(group, self.dtypes)
-
-        def evaluate(at: PyTree, others: list[ExactLeaf], seen: Any, records: Any) -> list[Array]:
-            floats, result, programs = self.floats(live, others, dtypes=dtypes), [], self.program(*at)
-            for i, leaf, see, record in zip(group, floats, seen, records):
-                move = programs[i][k]
-                assert isinstance(move, Shift)
-                with jax.enable_x64(self.x64):
-                    amount = jnp.asarray(move.amount(_view(move, k, programs[i], leaf, see, record)))
-                result.append(jnp.broadcast_to(amount, leaves[i].numbers[variable].high.shape))
-            return result
-
-        return same_bits(live, evaluate, at, others, _of(group, seen), _of(group, records))
-
-    def step(
-        self,
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        tapes: Sequence[Sequence[Array]],
-        seen: Sequence[Seen],
-        live: Array,
-        guarded: Array,
-    ) -> Stepped:
-        """One step on integers, and if it is guarded how coarse it was."""
-        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
-        new_tapes = [list(leaf) for leaf in tapes]
-        records: list[Record] = [{} for _ in leaves]
-        coarse: list[dict[str, Array]] = [{} for _ in leaves]
-        faded = [jnp.float64(1) for _ in leaves]
-        wrong = jnp.zeros(2, jnp.int32)
-
-        def look(valid: Array, trouble: Trouble, leaf: int) -> Array:
-            code = jnp.array([self.troubles().index(trouble), leaf], jnp.int32)
-            return jnp.where((wrong[0] == 0) & ~valid, code, wrong)
-
-        programs = self.program(*at)
-        for group in alike(programs):
-            taped = 0
-            for k, move in enumerate(programs[group[0]]):
-                if isinstance(move, Remember | Total | Keep):
-                    dtypes, given = _of(group, self.dtypes), (_of(group, seen), _of(group, records))
-                    with jax.enable_x64(self.x64):
-                        floats = self.floats(live, _of(group, now), dtypes=dtypes)
-                        remembered = _remembered(k, _of(group, programs), floats, *given, dtypes)
-                    for i, record in zip(group, remembered):
-                        records[i] = record
-                        wrong = look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
-                if isinstance(move, Keep):
-                    for i in group:
-                        digit, known = _level(move.levels, records[i][move.name])
-                        wrong = look(known, ("level", ""), i)
-                        now[i].buffers[taped], new_tapes[i][taped] = exact.push(
-                            digit, len(move.levels), now[i].buffers[taped], new_tapes[i][taped]
-                        )
-                    taped += 1
-                elif isinstance(move, Scale):
-                    v = move.variable
-                    numerators = []
-                    for i, n in zip(group, self.factors(k, group, at, now, records, live)):
-                        wrong = look(exact.admissible(n), ("factor", v), i)
-                        # A division by zero would trap, not tell.
-                        numerators.append(jnp.maximum(n, jnp.ones_like(n)))
-                        if v == PARAMS:
-                            faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
-                    numbers = [now[i].numbers[v] for i in group]
-                    buffers = [now[i].buffers[taped] for i in group]
-                    written = [new_tapes[i][taped] for i in group]
-                    scaled = bundles.scale(live, numbers, buffers, written, numerators)
-                    for i, (number, buffer, tape) in zip(group, scaled):
-                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = number, buffer, tape
-                    taped += 1
-                elif isinstance(move, Shift):
-                    v = move.variable
-                    amounts = self.amounts(k, group, at, now, seen, records, live)
-                    moved = bundles.shift(live, [now[i].numbers[v] for i in group], amounts)
-                    for i, more in zip(group, bundles.coarseness(guarded, moved, amounts, LARGEST_LOSS)):
-                        coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
-                    for i, number in zip(group, moved):
-                        now[i].numbers[v] = number
-                        wrong = look(exact.fits(number), ("range", v), i)
-        # What is kept stands on the tape; only scalars are recorded.
-        kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
-        scalars = [{name: x for name, x in record.items() if name not in kept} for record in records]
-        return Stepped(now, new_tapes, scalars, coarse, faded, wrong)
-
-    def kept(
-        self, at: PyTree, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
-    ) -> tuple[list[ExactLeaf], list[Record]]:
-        """What `Keep` has kept in the step that is to be undone, and the state without it on the tapes."""
-        new, records = [], []
-        for moves, leaf, tape, dtype in zip(self.program(*at), leaves, tapes, self.dtypes):
-            buffers, record = list(leaf.buffers), {}
-            taped = [move for move in moves if isinstance(move, Scale | Keep)]
-            for k, move in enumerate(taped):
-                if isinstance(move, Keep):
-                    digit, buffers[k] = exact.pop(len(move.levels), buffers[k], tape[k])
-                    record[move.name] = jnp.asarray(move.levels, dtype)[digit]
-            new.append(ExactLeaf(leaf.numbers, buffers))
-            records.append(record)
-        return new, records
-
-    def unstep(
-        self,
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        tapes: Sequence[Sequence[Array]],
-        seen: Sequence[Seen] | None,
-        records: Sequence[Record],
-        live: Array,
-    ) -> list[ExactLeaf]:
-        """Undo a step, in two parts: the parameters are needed to find again what the moves have seen.
-
-        Without that, undoes the moves from the first one of the parameters on; with it, the moves
-        before that.
-        """
-        programs = self.program(*at)
-        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
-        given: Sequence[Seen] = [{} for _ in leaves] if seen is None else seen
-        for group in alike(programs):
-            moves = programs[group[0]]
-            cut = _first_params_move(moves)
-            start, end = (cut, len(moves)) if seen is None else (0, cut)
-            taped = sum(isinstance(move, Scale | Keep) for move in moves[:end])
-            for k in reversed(range(start, end)):
-                move = moves[k]
-                if isinstance(move, Keep):
-                    taped -= 1
-                elif isinstance(move, Scale):
-                    v = move.variable
-                    taped -= 1
-                    numerators = self.factors(k, group, at, now, records, live)
-                    numerators = [jnp.maximum(n, jnp.ones_like(n)) for n in numerators]
-                    numbers = [now[i].numbers[v] for i in group]
-                    buffers = [now[i].buffers[taped] for i in group]
-                    read = [tapes[i][taped] for i in group]
-                    for i, state in zip(group, bundles.unscale(live, numbers, buffers, read, numerators)):
-                        now[i].numbers[v], now[i].buffers[taped] = state
-                elif isinstance(move, Shift):
-                    v = move.variable
-                    amounts = self.amounts(k, group, at, now, given, records, live)
-                    numbers = [now[i].numbers[v] for i in group]
-                    for i, number in zip(group, bundles.unshift(live, numbers, amounts)):
-                        now[i].numbers[v] = number
-        return now
-
-
-def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
-    """Which of the levels every element is, and whether all are one of them."""
-    same = jnp.stack([value == level for level in levels])
-    return jax.lax.argmax(same, 0, jnp.int32), jnp.all(jnp.any(same, axis=0))
-
-
-def _moved(move: Move) -> str:
+def moved_variable(move: Move) -> str:
     """The variable that a move changes; what is remembered or kept is none."""
     return "" if isinstance(move, Remember | Total | Keep) else move.variable
+
+
+def labels_of(
+    call: str, optimizer: Optimizer | GenericOptimizer, params: PyTree, leaves: Sequence[Array]
+) -> tuple[str, ...] | None:
+    """The labels of the leaves, where the optimizer has a program for each label."""
+    if isinstance(optimizer, GenericOptimizer) or optimizer.labels is None:
+        return None
+    labels = tuple(optimizer.labels.of(params))
+    unknown = sorted({str(label) for label in labels} - set(optimizer.labels.variables))
+    if unknown or len(labels) != len(leaves):
+        raise ValueError(
+            f"{call}: {optimizer.name} has optimizers for the labels {sorted(optimizer.labels.variables)}, "
+            f"and the {len(leaves)} leaves of params are labelled {list(labels)}"
+        )
+    return labels

@@ -36,8 +36,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from hypergrad.arguments import is_function, is_whole
-from hypergrad.dtypes import lenient, promoted
+from hypergrad._base.checks import is_function, is_whole
+from hypergrad._base.dtypes import lenient, promoted
 
 PyTree = Any
 

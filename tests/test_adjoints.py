@@ -18,8 +18,9 @@ from problems import (
 )
 
 import hypergrad as hg
+from hypergrad._base.tracing import closure_convert
+from hypergrad.adjoints.run import Run, linearise
 from hypergrad.program import Assign, Optimizer, Scale, Shift, Variable
-from hypergrad.run import Run, hoist, linearise
 
 
 def square(w: Any, meta: Any, step: Any) -> Any:
@@ -191,7 +192,7 @@ def test_second_derivatives_against_the_dense_hessian() -> None:
 
 
 def make_run(loss: Any, *example: Any) -> Run:
-    hoisted, captured, _ = hoist(loss, *example)
+    hoisted, captured, _ = closure_convert(loss, *example)
     structure = jax.tree.structure(example[0])
     return Run("train()", hg.momentum(), hoisted, None, structure, None, 1, len(captured), True)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad import Augmentation
-from hypergrad import augment as augmenting
+from hypergrad.distillation import augment as augmenting
+from hypergrad.distillation.augment import Augmentation
 
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 8, 8)), jnp.float32)
 KEY = jax.random.key(0)

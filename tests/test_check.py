@@ -12,7 +12,7 @@ import pytest
 from problems import classification
 
 import hypergrad as hg
-from hypergrad.check import Finding
+from hypergrad.check.report import Finding
 
 START = np.array([1.0, -2.0, 0.5])  # of NumPy: float32 or, in 64-bit mode, float64
 

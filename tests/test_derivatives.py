@@ -14,8 +14,7 @@ from jax import Array
 
 import hypergrad as hg
 from hypergrad import bilevel
-from hypergrad.errors import readable_errors
-from hypergrad.reversible import LaneWarning
+from hypergrad._base.errors import LaneWarning, readable_errors
 
 STEPS = 4
 W = jnp.array([0.3, -0.5])

@@ -12,7 +12,9 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.distill import _look_for_chaos, _trained, centred, standardised
+from hypergrad.distillation.distilled import centred, standardised
+from hypergrad.distillation.outer_loop import _look_for_chaos
+from hypergrad.distillation.recipe import train_with
 
 CLASSES = 3
 RNG = np.random.default_rng(0)
@@ -122,7 +124,7 @@ def test_a_window_trains_on_for_a_random_number_of_steps():
 
     @jax.jit
     def after(length):
-        return _trained(recipe, LOGISTIC, x, jnp.asarray(LABELS[:5]), key, hg.Stored(), length)
+        return train_with(recipe, LOGISTIC, x, jnp.asarray(LABELS[:5]), key, hg.Stored(), length)
 
     for length in (1, 4, 6):
         first = hg.Recipe(length, recipe.learning_rate[:length], 0.7, batch_size=2)

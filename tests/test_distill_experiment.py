@@ -7,7 +7,7 @@ import pytest
 
 import hypergrad as hg
 from experiments import distill as experiment
-from hypergrad.distill import class_means
+from hypergrad.distillation.baselines import class_means
 
 
 @pytest.fixture(scope="module")

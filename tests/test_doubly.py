@@ -20,8 +20,9 @@ from problems import (
 
 import hypergrad as hg
 from benchmarks import doubly_factored as benchmark
-from hypergrad import curvature, devices, layers, nets
-from hypergrad.optimizers.kfac import damped, inverse, precondition
+from hypergrad import curvature, layers, nets
+from hypergrad._base import devices
+from hypergrad.optimizers.kfac.damping import damped, inverse, precondition
 
 STEPS = 5
 INIT, APPLY = nets.mlp((6, 4, 2))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.errors import out_of_memory, raised_inside, readable_errors
-from hypergrad.linear import ConvergenceError
+from hypergrad._base.errors import ConvergenceError, out_of_memory, raised_inside, readable_errors
 
 
 def compiled(error):

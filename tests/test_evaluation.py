@@ -9,8 +9,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.distill import rows_like
-from hypergrad.evaluation import Score, condensation_recipe, full_recipe, plain_recipe
+from hypergrad.distillation.baselines import rows_like
+from hypergrad.distillation.evaluation import Score, condensation_recipe, full_recipe, plain_recipe
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(size=(3, 4, 4))

@@ -11,9 +11,14 @@ import pytest
 from jax import Array
 
 import hypergrad as hg
-from hypergrad.optimizers import expected_improvement, probability_of_improvement, quadratic
 from hypergrad.optimizers.filtered import Average, Belief, averaged, correct, filter_loss, predict, value
-from hypergrad.optimizers.improvement import Improvement, law
+from hypergrad.optimizers.step_rules import (
+    Improvement,
+    expected_improvement,
+    law,
+    probability_of_improvement,
+    quadratic,
+)
 from tests.problems import relative_error
 
 STEPS, EXAMPLES, SIZE = 30, 6, 4

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypergrad.fingerprint import digest
-from hypergrad.run import hoist
+from hypergrad._base.fingerprint import digest
+from hypergrad._base.tracing import closure_convert
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def test_the_digest_is_the_same_in_another_process_and_file(tmp_path):
 
 
 def traced(function):
-    hoisted, consts, _ = hoist(function, jnp.ones(3))
+    hoisted, consts, _ = closure_convert(function, jnp.ones(3))
     return digest(hoisted.jaxpr, consts)
 
 

@@ -11,7 +11,7 @@ import pytest
 from optax import contrib
 
 import hypergrad as hg
-from hypergrad.optimizers.finite import finite
+from hypergrad.optimizers.safe_roots import finite
 
 STEPS = 5
 START = {"a": np.array([1.0, -2.0, 0.5])}

@@ -15,7 +15,7 @@ from problems import (
 
 import hypergrad as hg
 from hypergrad import curvature, layers, nets
-from hypergrad.optimizers.kfac import damped, inverse, precondition
+from hypergrad.optimizers.kfac.damping import damped, inverse, precondition
 
 
 def normal(*shape: int, seed: int = 0) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import schedules
-from hypergrad.arguments import DomainError
+from hypergrad._base.errors import DomainError
 from hypergrad.program import Optimizer, Scale, Shift, Variable
 
 START = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}

@@ -15,7 +15,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import constraints, files, meta
-from hypergrad.meta import LBFGSB, HypergradientExplosion, SeedFailure
+from hypergrad.meta.lbfgsb import LBFGSB
+from hypergrad.meta.runs import HypergradientExplosion, SeedFailure
 
 TARGET = {"momentum": np.float32(0.75), "rate": np.array([0.5, 2.0, 1.0], np.float32)}
 START = {"momentum": np.float32(0.5), "rate": np.ones(3, np.float32)}
@@ -500,7 +501,7 @@ KILLED = {"noise": 100, "lbfgsb": 60}
 @pytest.mark.parametrize("name", KILLED)
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name):
     path = tmp_path / "run.npz"
-    root = Path(meta.__file__).resolve().parent.parent
+    root = Path(hg.__file__).resolve().parent.parent
     victim = subprocess.Popen(
         [sys.executable, __file__, name, os.fspath(path)],
         env=os.environ | {"PYTHONPATH": os.fspath(root)},

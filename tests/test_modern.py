@@ -13,7 +13,8 @@ import pytest
 from problems import unrounded
 
 import hypergrad as hg
-from hypergrad import curvature, exact, tuning
+from hypergrad import curvature, exact
+from hypergrad.meta import tuning
 from hypergrad.optimizers.muon import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
 

@@ -25,6 +25,7 @@ from problems import (
 
 import hypergrad as hg
 from hypergrad import exact, nets
+from hypergrad._base import trees
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import weight
 from hypergrad.program import Optimizer, Scale
@@ -409,11 +410,11 @@ def test_inverse_root_of_a_matrix_singular_up_to_rounding() -> None:
 
 
 def test_root_and_norm_at_zero() -> None:
-    for function in (roots.sqrt, lambda x: roots.norm(x[None])):
+    for function in (roots.sqrt, lambda x: trees.norm(x[None])):
         value, slope = jax.value_and_grad(function)(jnp.float32(0.0))
         assert float(value) == 0.0 and float(slope) == 0.0
     assert float(jax.grad(roots.sqrt)(jnp.float32(4.0))) == 0.25
-    np.testing.assert_allclose(jax.grad(roots.norm)(jnp.array([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(trees.norm)(jnp.array([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
 
 
 # Long runs.

@@ -9,7 +9,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.planner import fastest
+from hypergrad.training.planner import fastest
 
 SIZES = (60, 40, 10)
 STEPS = 2000

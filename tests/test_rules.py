@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.experimental.ode import odeint
 
-from hypergrad.rules import has_custom_rule
+from hypergrad._base.rules import has_custom_rule
 
 X = jnp.array([0.3, -0.5, 2.0])
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import tuning
-from hypergrad.zeros import announce_zeros, zeros
+from hypergrad.meta import tuning
+from hypergrad.meta.zeros import announce_zeros, zeros
 
 STEPS = 40
 CURVATURE = jnp.array([0.1, 1.0, 10.0])

@@ -9,23 +9,24 @@ from hypergrad.optimizers.adaptive import (
     rmsprop_momentum,
     sm3,
 )
-from hypergrad.optimizers.asynchrony import Asynchrony
 from hypergrad.optimizers.average import with_average
-from hypergrad.optimizers.bridge import as_optax, from_optax
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
 from hypergrad.optimizers.distances import dadapt_adamw, madgrad, prodigy
 from hypergrad.optimizers.factored import adafactor, novograd
 from hypergrad.optimizers.filtered import filtered
-from hypergrad.optimizers.improvement import expected_improvement, probability_of_improvement, quadratic
-from hypergrad.optimizers.kfac import adaptive_kfac, kfac
+from hypergrad.optimizers.kfac.adaptive import adaptive_kfac
+from hypergrad.optimizers.kfac.asynchrony import Asynchrony
+from hypergrad.optimizers.kfac.reversible import kfac
 from hypergrad.optimizers.layerwise import lamb, lars
 from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
 from hypergrad.optimizers.muon import adamuon, muon, normuon
+from hypergrad.optimizers.optax_interop import as_optax, from_optax
 from hypergrad.optimizers.partition import frozen, partition
 from hypergrad.optimizers.relatives import adabelief, ademamix, adopt, yogi
 from hypergrad.optimizers.shampoo import shampoo
 from hypergrad.optimizers.signs import cautious_adamw, grams, lion, signum
 from hypergrad.optimizers.sophia import gauss_newton_bartlett, hutchinson, sophia
+from hypergrad.optimizers.step_rules import expected_improvement, probability_of_improvement, quadratic
 
 __all__ = [
     "Asynchrony",

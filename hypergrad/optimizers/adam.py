@@ -247,10 +247,10 @@ def radam() -> Optimizer:
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
         def step(s: Any) -> Array:
-            seen = weight(h.b2, t + 1)
-            n = jnp.asarray(t + 1, seen.dtype)
+            summed = weight(h.b2, t + 1)
+            n = jnp.asarray(t + 1, summed.dtype)
             longest = 2 / (1 - h.b2) - 1
-            length = longest - 2 * n * (1 - seen) / seen
+            length = longest - 2 * n * (1 - summed) / summed
             rectified = length > 4
             # Where not rectified, any numbers that have roots: derivatives pass through both branches.
             P, p = jnp.where(rectified, longest, 6.0), jnp.where(rectified, length, 5.0)

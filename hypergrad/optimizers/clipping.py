@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.norms import norm
+from hypergrad._base.trees import norm
 from hypergrad.program import Optimizer
 
 Transform = Callable[[Sequence[Any], Sequence[Array]], list[Array]]

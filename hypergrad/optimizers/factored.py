@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._base import trees
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
 from hypergrad.optimizers.scalars import number
@@ -216,7 +217,7 @@ def _nothing(leaf: Array) -> Array:
 
 def _rms(x: Array) -> Array:
     """Root of the mean square of all elements, whose derivative at 0 is 0."""
-    return roots.norm(x) / math.sqrt(max(1, x.size))
+    return trees.norm(x) / math.sqrt(max(1, x.size))
 
 
 def _inverse_root(x: Array) -> Array:

@@ -12,7 +12,7 @@ symbol     name               meaning
 ``u, s``   loss               belief about the loss: mean and variance
 ``K``      gain               weight of what is observed against what was predicted
 ``d``      d                  direction of the step: ``-m``, or preconditioned
-``α``      step               found by a rule (`hypergrad.optimizers.improvement`), averaged over time
+``α``      step               found by a rule (`hypergrad.optimizers.step_rules`), averaged over time
 ``η``      learning_rate      scales the step
 =========  =================  ==========================================================================
 
@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad import curvature
+from hypergrad.curvature import per_example
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.improvement import Improvement, Rule
-from hypergrad.program import Examples, Here, Whole
+from hypergrad.optimizers.step_rules import Improvement, Rule
+from hypergrad.program import Examples, GenericOptimizer, StepContext
 
 PyTree = Any
 POSITIVE = (0.0, float("inf"))
@@ -103,7 +103,9 @@ class Filter(NamedTuple):
     diagnosis: Diagnosis
 
 
-def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: int | None = None) -> Whole:
+def filtered(
+    rule: Rule | None = None, *, preconditioned: bool = False, chunk: int | None = None
+) -> GenericOptimizer:
     """Descent along a Kalman filter's estimate of the gradient, carried along by Hessian-vector products.
 
     ``m⁻ = m + B δ;  P⁻ = P + Q;  K = P⁻ / (P⁻ + Σ);  m <- m⁻ + K (g - m⁻);  P <- (1 - K)² P⁻ + K² Σ``, then
@@ -172,11 +174,11 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
         return Filter(jnp.int32(0), Belief(none, zero), empty, none, search, Diagnosis(*[zero] * 4))
 
     def update(
-        h: Mapping[str, Array], examples: Examples, state: Filter, params: PyTree, here: Here
+        h: Mapping[str, Array], examples: Examples, state: Filter, params: PyTree, context: StepContext
     ) -> tuple[PyTree, Filter]:
-        def moments(direction: PyTree) -> tuple[curvature.Moments, PyTree, Array]:
+        def moments(direction: PyTree) -> tuple[per_example.Moments, PyTree, Array]:
             """Over the minibatch; then ``B v`` and the inflated ``Q``, for the direction ``v``."""
-            found = curvature.moments(
+            found = per_example.moments(
                 examples.loss, params, examples.batch, direction=direction, chunk=chunk
             )
             assert found.hvp is not None
@@ -221,7 +223,7 @@ def filtered(rule: Rule | None = None, *, preconditioned: bool = False, chunk: i
         return jax.tree.map(jnp.add, params, δ), new
 
     name = "filtered()" if rule is None else f"filtered({getattr(rule, '__name__', 'rule')})"
-    return Whole(name, init, update, hypers, domains, per_example=True)
+    return GenericOptimizer(name, init, update, hypers, domains, per_example=True)
 
 
 def predict(belief: Belief, change: PyTree, process: Array) -> Belief:

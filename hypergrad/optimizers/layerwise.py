@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.optimizers import roots
+from hypergrad._base import trees
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
 from hypergrad.optimizers.adam import HYPERS, MOMENTS, direction, moments
 from hypergrad.program import Move, Optimizer, Remember, Scale, Shift, Variable
@@ -58,8 +58,8 @@ def lars() -> Optimizer:
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
         def change(s: Any) -> Array:
-            size = roots.norm(s.params)
-            trust = ratio(h.trust_coefficient * size, roots.norm(s.gradient) + h.weight_decay * size)
+            size = trees.norm(s.params)
+            trust = ratio(h.trust_coefficient * size, trees.norm(s.gradient) + h.weight_decay * size)
             return trust * (s.gradient + h.weight_decay * s.params)
 
         return [
@@ -97,7 +97,7 @@ def lamb() -> Optimizer:
     def moves(h: Any, t: Array) -> Sequence[Move]:
         def trust(s: Any) -> Array:
             r = direction(h, t, s.mu, s.nu) + h.weight_decay * s.params
-            return ratio(roots.norm(s.params), roots.norm(r))
+            return ratio(trees.norm(s.params), trees.norm(r))
 
         return [
             *moments(h),

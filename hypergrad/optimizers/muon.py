@@ -27,6 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad._base import trees
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.adam import decayed, unbiased
 from hypergrad.optimizers.scalars import number
@@ -67,7 +68,7 @@ def newton_schulz(
     [0.7, 0.76]
     """
     a, b, c = coefficients
-    X = matrix / (roots.norm(matrix) + eps)
+    X = matrix / (trees.norm(matrix) + eps)
     tall = X.shape[0] > X.shape[1]
     X = X.T if tall else X
     for _ in range(steps):
@@ -192,15 +193,15 @@ def adamuon(ns_steps: int = 5, sign: bool = True) -> Optimizer:
     Array([[0.9]], dtype=float32)
     """
     name = f"adamuon({_arguments(ns_steps, sign=None if sign else False)})"
-    seen: Callable[[Array], Array] = jnp.sign if sign else lambda m: m
-    return _adaptive(name, SQUARES, lambda X: X * X, seen, ns_steps)
+    view: Callable[[Array], Array] = jnp.sign if sign else lambda m: m
+    return _adaptive(name, SQUARES, lambda X: X * X, view, ns_steps)
 
 
 def _adaptive(
     name: str,
     nu: Variable,
     squares: Callable[[Array], Array],
-    seen: Callable[[Array], Array],
+    view: Callable[[Array], Array],
     ns_steps: int,
 ) -> Optimizer:
     """NorMuon or AdaMuon.
@@ -209,7 +210,7 @@ def _adaptive(
       name: of the call.
       nu: the average of squares.
       squares: from ``O`` to what it averages.
-      seen: from ``m̂`` to what is made orthogonal.
+      view: from ``m̂`` to what is made orthogonal.
       ns_steps: iterations.
     """
 
@@ -217,11 +218,11 @@ def _adaptive(
         b2 = h.b2 if nu.init is jnp.zeros_like else number(name, "b2", h.b2)
 
         def orthogonal(s: Any) -> Array:
-            return newton_schulz(seen(unbiased(s.mu, h.beta, t)), ns_steps, h.eps)
+            return newton_schulz(view(unbiased(s.mu, h.beta, t)), ns_steps, h.eps)
 
         def step(s: Any) -> Array:
             D = orthogonal(s) / (roots.sqrt(s.nu) + h.eps)
-            norm = roots.norm(D)
+            norm = trees.norm(D)
             still = norm == 0
             size = 0.2 * math.sqrt(D.size) / jnp.where(still, 1, norm)
             return -h.learning_rate * size * D

@@ -10,6 +10,7 @@ from jax import Array
 from hypergrad.program import (
     PARAMS,
     Assign,
+    GenericOptimizer,
     Keep,
     Labels,
     Move,
@@ -19,7 +20,6 @@ from hypergrad.program import (
     Shift,
     Total,
     Variable,
-    Whole,
 )
 
 PyTree = Any
@@ -178,7 +178,7 @@ def _check(optimizers: Any) -> None:
                 f"{call}: a label must be a name of letters, digits and underscores, as hyperparameters "
                 f"are called label.name; {label!r} is none"
             )
-        if isinstance(each, Whole):
+        if isinstance(each, GenericOptimizer):
             raise TypeError(
                 f"{call}: {shown} is no program of moves. For optimizers of optax, pass from_optax a "
                 "function that builds optax.partition({...}, labels) from all hyperparameters"

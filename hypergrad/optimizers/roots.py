@@ -17,10 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.norms import norm
-
-__all__ = ["dot", "inverse", "inverse_root", "norm", "sqrt"]
-
 dot = partial(jnp.matmul, precision="highest")  # an accelerator's default keeps too few digits for roots
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.curvature import Likelihood
+from hypergrad.curvature.likelihoods import Likelihood
 from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
 from hypergrad.optimizers.adam import decayed, unbiased
 from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable

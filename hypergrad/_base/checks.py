@@ -1,0 +1,136 @@
+"""Checks of what a user passed, and words for what it was."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hypergrad._base.trees import PyTree
+
+
+def is_function(x: Any) -> bool:
+    """Whether something is a function, such as a schedule, and no tree that happens to be callable.
+
+    A module, such as Equinox's, is a tree of arrays that can be called; a function is a leaf of any tree.
+    `jax.tree_util.Partial`, a function with its arguments as leaves, is one too.
+
+    >>> is_function(lambda count: 0.1), is_function({"rate": 0.1})
+    (True, False)
+    """
+    leaf = jax.tree_util.all_leaves([x]) or isinstance(x, jax.tree_util.Partial)
+    return callable(x) and leaf
+
+
+def is_whole(x: Any, least: int = 1) -> bool:
+    """Whether something is a whole number, not below another.
+
+    >>> is_whole(3), is_whole(2.5), is_whole(True), is_whole(0)
+    (True, False, False, False)
+    """
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and bool(x >= least)
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of an array, as JAX would see it, also a NumPy array or a number."""
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def describe(tree: PyTree) -> str:
+    """What something is, in words for a message."""
+    if isinstance(tree, jax.ShapeDtypeStruct):
+        return f"{tree.dtype}{list(tree.shape)}"
+    if isinstance(tree, str):
+        return f"the string {tree!r}"
+    if isinstance(tree, type):
+        return f"the class {tree.__name__}"
+    if isinstance(tree, optax.GradientTransformation):  # also those with extra arguments
+        return "an optax transformation"
+    if tree is None:
+        return "None"
+    if inspect.isroutine(tree):
+        return f"the function {tree.__name__}"
+    name = type(tree).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
+def quoted(x: Any) -> str:
+    """An argument of the wrong type, in a quoted call."""
+    if isinstance(x, str):
+        return repr(x)
+    return x.__name__ if isinstance(x, type) or inspect.isroutine(x) else f"<{type(x).__name__}>"
+
+
+def is_no_adjoint(adjoint: Any) -> bool:
+    return isinstance(adjoint, type) or not callable(adjoint)
+
+
+def check_adjoint(call: str, adjoint: Any) -> None:
+    """Refuse what is no adjoint."""
+    if isinstance(adjoint, type):
+        raise TypeError(
+            f"{call}: adjoint is {describe(adjoint)}, not one of its instances: add brackets, "
+            f"adjoint={adjoint.__name__}()"
+        )
+    if is_no_adjoint(adjoint):
+        raise TypeError(
+            f"{call}: adjoint is {describe(adjoint)}; pass hypergrad.Reversible(), Checkpointed(), "
+            "Stored(), Truncated(steps) or Forward()"
+        )
+
+
+def check_callable(call: str, name: str, function: Any, *arguments: str) -> None:
+    """Refuse what cannot be called with so many arguments, before it is.
+
+    Args:
+      call: the user's call.
+      name: of the argument that the function is.
+      function: the user's.
+      arguments: names of those that it will be called with.
+
+    Raises:
+      TypeError: where it cannot be.
+    """
+    called = f"{name}({', '.join(arguments)})"
+    if not callable(function):
+        raise TypeError(f"{call}: {name} is {describe(function)}; it must be a function, {called}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # functions that are not written in Python need not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{call}: {name} is called as {called}, and takes {signature} ({error}). Give it these "
+            f"arguments, or pass a function that has them, lambda {', '.join(arguments)}: ..."
+        ) from None
+
+
+def checked_steps(call: str, steps: Any) -> int:
+    """The number of steps, a whole one."""
+    if not is_whole(steps):
+        raise ValueError(f"{call}: steps must be a whole number of at least 1")
+    return int(steps)
+
+
+def check_chunk(call: str, chunk: int | None) -> None:
+    """Refuse a chunk that is not None or a number of rows."""
+    if chunk is not None:
+        check_whole(call, "chunk", chunk, 1, None)
+
+
+def check_whole(call: str, name: str, value: Any, least: int, most: int | None) -> None:
+    """Refuse what is not a whole number in a range."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limit = "" if most is None else f" and at most {most}, the number of parameters"
+        raise ValueError(f"{call}: {name} must be a whole number of at least {least}{limit}")
+
+
+def called(start: str, chunk: int | None) -> str:
+    """The user's call, for messages, with the chunk if there is one."""
+    return f"{start})" if chunk is None else f"{start}, chunk={chunk!r})"

@@ -1,0 +1,67 @@
+"""Work that is independent, such as that of different layers, on different devices.
+
+Inside a compiled program all devices of a mesh run the same code.  What only one of them is to compute is a
+branch that the others do not take; the result, zero elsewhere, is then summed over all, which gives every
+device the same bits that the one has found.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from hypergrad._base.trees import PyTree
+
+Job = Callable[[], PyTree]
+Evaluate = Callable[[Sequence[Job]], Sequence[PyTree]]
+
+
+def in_turn(jobs: Sequence[Job]) -> list[PyTree]:
+    """One job after the other, where everything else is computed.
+
+    >>> in_turn([lambda: 1, lambda: 2])
+    [1, 2]
+    """
+    return [job() for job in jobs]
+
+
+def spread(mesh: Mesh, owners: Sequence[int]) -> Evaluate:
+    """Jobs on the devices of a mesh, those of the owners in turn.
+
+    Costs the communication of every result to all devices.  Can be differentiated, inside or outside of
+    ``jax.jit``.
+
+    Args:
+      mesh: of one or more axes.
+      owners: indices of devices in the flattened mesh.
+
+    Returns:
+      From jobs, pure functions without arguments that return trees of arrays, to their results.
+
+    >>> import jax, jax.numpy as jnp
+    >>> mesh = jax.make_mesh((1,), ("workers",))
+    >>> spread(mesh, [0])([lambda: jnp.float32(1), lambda: jnp.float32(2)])
+    [Array(1., dtype=float32), Array(2., dtype=float32)]
+    """
+
+    # Jobs may close over what was on the mesh before; the explicit axes of `jax.make_mesh` forbid it.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
+
+    def evaluate(jobs: Sequence[Job]) -> list[PyTree]:
+        def of_one_device() -> list[PyTree]:
+            me = jax.lax.axis_index(mesh.axis_names)
+            results = []
+            for k, job in enumerate(jobs):
+                shapes = jax.eval_shape(job)
+
+                def nothing(shapes: PyTree = shapes) -> PyTree:
+                    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+                results.append(jax.lax.cond(me == owners[k % len(owners)], job, nothing))
+            return jax.lax.psum(results, mesh.axis_names)
+
+        whole = PartitionSpec()
+        return jax.shard_map(of_one_device, mesh=mesh, in_specs=(), out_specs=whole, check_vma=False)()
+
+    return evaluate

@@ -1,0 +1,32 @@
+"""Types of numbers, also in a strict session of JAX, which promotes none by itself."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def lenient() -> AbstractContextManager[None]:
+    """A context in which types are promoted, for code of others: optax multiplies floats and counts."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def promoted(*numbers: Any) -> np.dtype:
+    """The type to which JAX promotes numbers, arrays and types when it is not told to be strict.
+
+    >>> import jax, jax.numpy as jnp
+    >>> with jax.numpy_dtype_promotion("strict"):
+    ...     promoted(float, jnp.arange(2), jnp.bfloat16)
+    dtype(bfloat16)
+    """
+    with lenient():
+        return jnp.result_type(*numbers)
+
+
+def widened(x: Array) -> Array:
+    """Floats of 16 bits or fewer as such of 32, in which derivatives are added over the steps."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x

@@ -1,0 +1,187 @@
+"""Errors and warnings, and how they leave compiled code with the words that they began with."""
+
+import builtins
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad._base.trees import PyTree
+
+
+class ReversalError(ArithmeticError):
+    """The run cannot be, or was not, reversed exactly; no hypergradient is returned."""
+
+
+class DomainError(ValueError):
+    """A hyperparameter is outside its domain, which only the running program could tell."""
+
+
+class ConvergenceError(ArithmeticError):
+    """A point is no solution, or a linear system was not solved; no hypergradient is returned."""
+
+
+class ZeroHypergradientWarning(UserWarning):
+    """A hypergradient is 0 because the solution does not depend on what it is taken in."""
+
+
+class LaneWarning(RuntimeWarning):
+    """Some of the runs under ``jax.vmap`` failed; their results are NaN."""
+
+
+def error_if(
+    explain: Callable[..., str | None],
+    result: PyTree,
+    *numbers: Array,
+    error: type[Exception] = ReversalError,
+) -> PyTree:
+    """Pass the result on, unless the numbers are a reason not to: then raise an error.
+
+    Raises at once where the numbers are known, else from the running program, by a callback on which the
+    result depends.  Of several runs under ``vmap`` those that failed end in NaN, derivatives too, with a
+    `LaneWarning` that names them; only where all did is the error raised.
+
+    Args:
+      explain: from the numbers, as Python scalars, to a message, or None if all is well.
+      result: a pytree of arrays.
+      numbers: scalars.
+      error: its class.
+    """
+
+    def check(*numbers: Any) -> np.ndarray:
+        columns = np.broadcast_arrays(*numbers)
+        shape = columns[0].shape
+        messages = [explain(*row) for row in zip(*(column.ravel().tolist() for column in columns))]
+        failed = {k: message for k, message in enumerate(messages) if message is not None}
+        if failed and len(failed) == len(messages):
+            raise error(failed[0])
+        for k, message in failed.items():
+            lane = [int(i) for i in np.unravel_index(k, shape)]
+            warnings.warn(LaneWarning(f"run {lane} of {list(shape)} under vmap: {message}"), stacklevel=2)
+        return np.reshape([message is not None for message in messages], shape)
+
+    if not numbers:
+        return result
+    if not any(isinstance(x, jax.core.Tracer) for x in numbers):
+        check(*numbers)
+        return result
+    shape = jax.ShapeDtypeStruct((), bool)
+    refused = jax.pure_callback(check, shape, *numbers, vmap_method="broadcast_all")
+    # A product, so that derivatives are NaN too.
+    return jax.tree.map(
+        lambda x: (
+            x * jnp.where(refused, jnp.nan, 1.0).astype(x.dtype)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+            else x
+        ),
+        result,
+    )
+
+
+_OWN: dict[str, type[BaseException]] = {
+    "DomainError": DomainError,
+    "ReversalError": ReversalError,
+    "ConvergenceError": ConvergenceError,
+    "KeyboardInterrupt": KeyboardInterrupt,
+}
+# The lines of a traceback are indented; the error stands below them.
+_RAISED = re.compile(
+    r"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n|\n)*([A-Za-z_][\w.]*)(?::[ ]?(.*))?\Z",
+    re.DOTALL,
+)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Let errors that callbacks raise inside compiled code out as what they are.
+
+    Within it a `hypergrad.ReversalError`, a `hypergrad.implicit.ConvergenceError`, a KeyboardInterrupt or
+    another of Python's own errors is raised with its type and message, from the ``JaxRuntimeError`` that
+    hid it; that JAX logs a traceback for each is suppressed.  All else passes unchanged.
+
+    JAX computes asynchronously: wait for the result inside, by ``jax.block_until_ready``, or the error
+    comes later, where the result is used.  May be used as a decorator too.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      ReversalError, ConvergenceError, KeyboardInterrupt, ArithmeticError, ValueError, ...: what the
+        callback raised.
+
+    >>> import jax, jax.numpy as jnp, hypergrad as hg
+    >>> from hypergrad import readable_errors
+    >>> loss = lambda w, meta, step: jnp.sum(w**4)
+    >>> outer = lambda rate: jnp.sum(hg.train(loss, jnp.ones(2), {"learning_rate": rate}, steps=30).params)
+    >>> compiled = jax.jit(jax.grad(outer))
+    >>> try:
+    ...     with readable_errors():
+    ...         jax.block_until_ready(compiled(100.0))
+    ... except hg.ReversalError as error:
+    ...     print("training failed")
+    training failed
+    """
+    quiet = _Quiet()
+    logger = logging.getLogger("jax._src.callback")
+    logger.addFilter(quiet)
+    try:
+        yield
+    except Exception as error:
+        # Where a result is used that was still being computed, NumPy passes the message on as a ValueError.
+        hidden = isinstance(error, jax.errors.JaxRuntimeError) or "CpuCallback error" in str(error)
+        found = raised_inside(error) if hidden else None
+        if found is None:
+            raise
+        raise found from error
+    finally:
+        logger.removeFilter(quiet)
+
+
+class _Quiet(logging.Filter):
+    """Drops every record.  One for each context, so that contexts of several threads do not mix."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        return False
+
+
+def raised_inside(error: BaseException) -> BaseException | None:
+    """The error that a callback raised inside compiled code, or None if there was none or it is unknown.
+
+    Args:
+      error: a ``JaxRuntimeError``, or what passes its message on.
+    """
+    match = _RAISED.search(str(error).rstrip())
+    if match is None:
+        return None
+    name, message = match.group(1).rpartition(".")[2], match.group(2) or ""
+    if name in ("JaxRuntimeError", "XlaRuntimeError"):  # of a compiled program inside the callback
+        return raised_inside(jax.errors.JaxRuntimeError(message))
+    kind = _OWN.get(name, getattr(builtins, name, None))
+    if not isinstance(kind, type) or not issubclass(kind, Exception | KeyboardInterrupt):
+        return None
+    if issubclass(kind, StopIteration | StopAsyncIteration):
+        return None  # would mean something else to who catches it
+    try:
+        return kind(message)
+    except TypeError:  # it wants more than a message
+        return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a device, was not enough.
+
+    >>> out_of_memory(MemoryError())
+    True
+
+    Args:
+      error: any.
+    """
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,0 +1,120 @@
+"""Functions traced once, with what they closed over as arguments; parts of jaxprs; symbolic zeros."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import Partial
+
+from hypergrad._base.dtypes import widened
+from hypergrad._base.trees import PyTree
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A function traced once, with what it closed over as an explicit list of arguments.
+
+    Closed-over data thus enters a compiled program as an argument, and closed-over traced values can be
+    differentiated.
+    """
+
+    jaxpr: Any
+    out_tree: Any
+
+    def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
+        """Evaluate on flat arguments; those that were `widened` are made narrow again."""
+        narrow = [
+            [x.astype(v.aval.dtype) if x.dtype != v.aval.dtype else x for x, v in zip(given, variables)]
+            for given, variables in ((consts, self.jaxpr.constvars), (flat, self.jaxpr.invars))
+        ]
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrow[0])
+        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*narrow[1]))
+
+
+def closure_convert(
+    function: Callable[..., PyTree], *arguments: PyTree
+) -> tuple[Converted, list[Array], Any]:
+    """Trace a function once; return it hoisted, what it closed over, and the shapes it returns."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    consts = [widened(jnp.asarray(c) if not isinstance(c, jax.Array) else c) for c in closed.consts]
+    return Converted(closed.jaxpr, jax.tree.structure(shapes)), consts, shapes
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Static:
+    """A static value that travels through a pytree of arrays."""
+
+    value: Any
+
+
+def freeze(flags: PyTree) -> Static:
+    """A tree of bools as a static value."""
+    leaves, structure = jax.tree.flatten(flags)
+    return Static((tuple(leaves), structure))
+
+
+def thaw(static: Static) -> PyTree:
+    """Undo `freeze`."""
+    leaves, structure = static.value
+    return structure.unflatten(leaves)
+
+
+def perturbed(tree: PyTree) -> PyTree:
+    """What a forward rule is told of its arguments: which are differentiated.  Integers never are."""
+    return jax.tree.map(lambda x: x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact), tree)
+
+
+def part(
+    jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
+) -> Callable[..., list[Array]]:
+    """Some of the equations of a jaxpr as a function."""
+    return jax.extend.core.jaxpr_as_fun(closed_part(jaxpr, inputs, eqns, outputs))
+
+
+def closed_part(jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]) -> Any:
+    """Some of the equations of a jaxpr as another, closed one."""
+    names = jaxpr.debug_info.with_unknown_names()
+    part = jaxpr.replace(constvars=[], invars=inputs, eqns=list(eqns), outvars=outputs, debug_info=names)
+    return jax.extend.core.ClosedJaxpr(part, [])
+
+
+def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
+    """The value, made to depend on arrays nobody may use, lest the compiler leave out computing them."""
+
+    def never(value: Array, unused: PyTree) -> Array:
+        numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+        return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
+
+    return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
+
+
+def instantiate(cotangents: PyTree) -> PyTree:
+    """Symbolic zeros made into arrays."""
+    symbolic = jax.custom_derivatives.SymbolicZero
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, symbolic) else x,
+        cotangents,
+        is_leaf=lambda x: isinstance(x, symbolic),
+    )
+
+
+def mapped(chunk: int | None, function: Callable[..., PyTree], xs: PyTree) -> PyTree:
+    """The function of every row, so many at a time, or all at once."""
+    return jax.vmap(function)(xs) if chunk is None else jax.lax.map(function, xs, batch_size=chunk)
+
+
+def trace_once(function: Callable[..., PyTree], *arguments: PyTree) -> tuple[Any, PyTree]:
+    """The function, traced on shapes, as a pytree of what it closes over; and the shapes of its result."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    converted, constants, result = closure_convert(function, *shapes)
+    return Partial(partial(_evaluate, converted), constants), result
+
+
+def _evaluate(converted: Any, constants: Sequence[Array], *arguments: PyTree) -> PyTree:
+    return converted(constants, jax.tree.leaves(arguments))

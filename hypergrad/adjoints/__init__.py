@@ -1,0 +1,7 @@
+"""Ways to differentiate a training run: what ``adjoint=`` takes."""
+
+from hypergrad.adjoints.reversible import Reversible
+from hypergrad.adjoints.run import Snapshot
+from hypergrad.adjoints.strategies import Adjoint, Checkpointed, Forward, Stored, Truncated
+
+__all__ = ["Adjoint", "Checkpointed", "Forward", "Reversible", "Snapshot", "Stored", "Truncated"]

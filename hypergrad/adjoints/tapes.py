@@ -1,0 +1,212 @@
+"""How long the tapes of an exact reversal must be, which is known before the run from its factors alone."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax.extend.core
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Var
+
+from hypergrad import exact
+from hypergrad._base.errors import ReversalError
+from hypergrad._base.tracing import closed_part
+from hypergrad.adjoints.run import Constants, Inputs, Run
+from hypergrad.program import PARAMS, Assign, GenericOptimizer, Keep, Leaf, Scale
+
+
+class Taped(NamedTuple):
+    """One `Scale` or `Keep` of one leaf, which writes to a tape.
+
+    Attributes:
+      variable: that is scaled, or the name of what is kept.
+      shape: of the variable, or of the leaf.
+      factor_shape: of the factor: () or the same; () for what is kept.
+      levels: of what is kept, how many; 0 for a scale.
+    """
+
+    variable: str
+    shape: tuple[int, ...]
+    factor_shape: tuple[int, ...]
+    levels: int = 0
+
+
+def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
+    """What all that is taped of one leaf costs in one step; None where only the run itself tells."""
+    costs: list[Array | None] = []
+    for move in run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t):
+        if isinstance(move, Keep):
+            costs.append(jnp.asarray(exact.cost_of_levels(len(move.levels)), jnp.int64))
+        elif isinstance(move, Scale):
+            known = not callable(move.factor)
+            shape = start[move.variable].shape
+            costs.append(exact.cost(exact.spread(move.numerator(move.factor), shape)) if known else None)
+    return costs
+
+
+def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
+    """What is taped of every leaf; refuses a program that cannot be reversed."""
+    if isinstance(run.optimizer, GenericOptimizer):
+        raise ReversalError(
+            f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
+            "reversal; pass adjoint=Checkpointed() or Stored()"
+        )
+    result = []
+    for i, leaf in enumerate(start):
+        h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
+        moves = run.leaf_moves(i, h, inputs.step[0])
+        for move in moves:
+            if isinstance(move, Assign):
+                raise ReversalError(
+                    f"{run.call}: {run.optimizer.name} overwrites {move.variable!r} in a way that cannot "
+                    "be undone, so it has no exact reversal; pass adjoint=Checkpointed() or Stored()"
+                )
+        taped = []
+        for move in moves:
+            if isinstance(move, Keep):
+                taped.append(Taped(move.name, leaf[PARAMS].shape, (), len(move.levels)))
+            elif isinstance(move, Scale):
+                shape = leaf[move.variable].shape
+                # What a factor may remember are scalars.
+                factor = move.factor(_Ones()) if callable(move.factor) else move.factor
+                n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
+                taped.append(Taped(move.variable, shape, n.shape))
+        result.append(taped)
+    return result
+
+
+def known_lengths(
+    run: Run,
+    taped: list[list[Taped]],
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    length: int,
+) -> list[list[int | None]]:
+    """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
+    # A factor may come out one unit away from that of the run: one bit more is enough for all.
+    # Registers that are not empty at the start hold up to a byte more.
+    more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
+
+    def needed(hypers: list[Any], steps: Array) -> list[list[Array | None]]:
+        result = []
+        for i, (leaf, each, (fixed, scheduled)) in enumerate(zip(start, taped, hypers)):
+            empty = [exact.empty_bits(s.factor_shape) + more * exact.BIT for s in each]
+            costs = partial(_costs, run, i, leaf)
+            if all(s.factor_shape == () for s in each):
+                over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, steps)
+                result.append(
+                    [
+                        None if n is None else exact.tape_length(bits + _longest(n, length))
+                        for n, bits in zip(over, empty)
+                    ]
+                )
+            else:
+                result.append(_needed(partial(costs, fixed), empty, length, scheduled, steps))
+        return result
+
+    arguments = ([*zip(constants.hypers, inputs.hypers)], inputs.step)
+    with jax.enable_x64(True):
+        closed, shapes = jax.make_jaxpr(needed, return_shape=True)(*jax.tree.map(jax.typeof, arguments))
+        told = iter(_known_results(closed, jax.tree.leaves(arguments)))
+    return [[None if each is None else next(told) for each in leaf] for leaf in shapes]
+
+
+def _known_results(closed: Any, arguments: list[Array]) -> list[int | None]:
+    """The results of a program as far as they do not depend on what is being traced."""
+    jaxpr = closed.jaxpr
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    given = dict(zip(variables, [*closed.consts, *arguments]))
+    known = {v for v, x in given.items() if not isinstance(x, jax.core.Tracer)}
+    made = []
+    for eqn in jaxpr.eqns:
+        if all(v in known for v in eqn.invars if isinstance(v, Var)):
+            made.append(eqn)
+            known.update(eqn.outvars)
+    outputs = [v for v in jaxpr.outvars if isinstance(v, Var) and v in known]
+    inputs = [v for v in variables if v in known]
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        found = _compiled(_Program(closed_part(jaxpr, inputs, made, outputs)))(*(given[v] for v in inputs))
+    values = {v: int(x) for v, x in zip(outputs, found)}
+    return [values.get(v) if isinstance(v, Var) else int(v.val) for v in jaxpr.outvars]
+
+
+class _Program:
+    """A closed jaxpr; the same as another if both are written alike.
+
+    Were two taken for one that differ, a tape would be too short, which is an error, or too long.
+    """
+
+    def __init__(self, closed: Any):
+        self.closed, self.text = closed, str(closed.jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Program) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@lru_cache(maxsize=256)
+def _compiled(program: _Program) -> Callable[..., list[Array]]:
+    return jax.jit(jax.extend.core.jaxpr_as_fun(program.closed))
+
+
+def _needed(
+    costs: Callable[..., list[Array | None]],
+    empty: list[Array],
+    length: int,
+    scheduled: Mapping[str, Array],
+    steps: Array,
+) -> list[Array | None]:
+    """Tape that any segment needs, for factors that differ from element to element."""
+
+    def add(carry: Any, x: Any) -> Any:
+        (bits, needed), (hypers, t) = carry, x
+        first = (t - steps[0]) % length == 0
+        grown = [
+            jnp.where(first, e, b) + (0 if c is None else c)
+            for e, b, c in zip(empty, bits, costs(hypers, t))
+        ]
+        return (grown, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, grown)]), None
+
+    nothing = [jnp.int64(0) for _ in empty]
+    (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
+    told = costs({name: x[0] for name, x in scheduled.items()}, steps[0])
+    return [None if cost is None else need for cost, need in zip(told, needed)]
+
+
+def _longest(costs: Array, length: int) -> Array:
+    """The most that a segment of so many steps costs, from the costs ``(T,)`` of all."""
+    padded = jnp.pad(costs, (0, -costs.size % length))
+    return jnp.max(jnp.sum(padded.reshape(-1, length), axis=1))
+
+
+class _Ones:
+    """Stands for what a step remembers where only shapes matter."""
+
+    def __getattr__(self, name: str) -> float:
+        return 1.0
+
+
+def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
+    """Bits per element and step that scales destroy, by variable; the most over all leaves.
+
+    One bit, for which `Reversible` has room by default, where only the run itself tells.
+    """
+    taped = taped_of(run, start, constants, inputs)
+    lengths = known_lengths(run, taped, start, constants, inputs, run.steps)
+    bits: dict[str, float] = {}
+    for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):
+        rate = 1.0 if need is None else 8 * need / max(1, math.prod(each.factor_shape)) / run.steps
+        bits[each.variable] = max(rate, bits.get(each.variable, 0.0))
+    return bits
+
+
+def complete(lengths: list[list[int | None]]) -> bool:
+    """Whether all lengths are known."""
+    return all(length is not None for leaf in lengths for length in leaf)

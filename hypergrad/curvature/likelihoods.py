@@ -1,0 +1,90 @@
+"""Likelihoods by which outputs of a network are turned into distributions."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import nets
+
+
+class Likelihood(NamedTuple):
+    """The predictive distribution ``p(y | z)`` of a network, whose negative logarithm is a loss.
+
+    All three functions are of *one* example.
+
+    Attributes:
+      loss: ``loss(outputs, target) -> scalar``, ``-log p(y | z)`` in nats, up to a constant.
+      sample: ``sample(key, outputs) -> target``.
+      fisher: ``fisher(outputs, tangent)``, the product of ``E_y[∇_z log p ∇_z log pᵀ]`` with a tangent.
+    """
+
+    loss: Callable[[Array, Array], Array]
+    sample: Callable[[Array, Array], Array]
+    fisher: Callable[[Array, Array], Array]
+
+
+def categorical() -> Likelihood:
+    """Softmax cross-entropy: logits ``(classes,)``, the target a class or ``(classes,)`` probabilities.
+
+    ``-log p = -Σ_c y_c log p_c``, ``p = softmax(z)``, Fisher matrix ``diag(p) - p pᵀ``.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad import curvature
+    >>> curvature.categorical().fisher(jnp.zeros(2), jnp.array([1.0, 0.0]))
+    Array([ 0.25, -0.25], dtype=float32)
+    """
+
+    def loss(z: Array, y: Array) -> Array:
+        return nets.cross_entropy(z[None], jnp.asarray(y)[None])
+
+    def fisher(z: Array, t: Array) -> Array:
+        p = jax.nn.softmax(z)
+        return p * (t - jnp.sum(p * t))
+
+    return Likelihood(loss, jax.random.categorical, fisher)
+
+
+def bernoulli() -> Likelihood:
+    """Sigmoid cross-entropy, summed over the outputs: logits and targets in [0, 1] of any one shape.
+
+    ``-log p = Σ_k log(1 + exp z_k) - y_k z_k``, Fisher matrix ``diag(p (1 - p))``, ``p = sigmoid(z)``.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad import curvature
+    >>> curvature.bernoulli().fisher(jnp.zeros(2), jnp.array([1.0, 2.0]))
+    Array([0.25, 0.5 ], dtype=float32)
+    """
+
+    def loss(z: Array, y: Array) -> Array:
+        return jnp.sum(jax.nn.softplus(z) - y * z)
+
+    def sample(key: Array, z: Array) -> Array:
+        return jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(z.dtype)
+
+    def fisher(z: Array, t: Array) -> Array:
+        return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z) * t
+
+    return Likelihood(loss, sample, fisher)
+
+
+def normal() -> Likelihood:
+    """Half the squared error, summed over the outputs: ``y ~ N(z, I)``, of any one shape.
+
+    ``-log p = ½ Σ_k (z_k - y_k)²``, Fisher matrix the identity.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad import curvature
+    >>> float(curvature.normal().loss(jnp.array([1.0, 2.0]), jnp.zeros(2)))
+    2.5
+    """
+
+    def loss(z: Array, y: Array) -> Array:
+        return jnp.sum((z - y) ** 2) / 2
+
+    def sample(key: Array, z: Array) -> Array:
+        return z + jax.random.normal(key, z.shape, z.dtype)
+
+    return Likelihood(loss, sample, lambda z, t: t)

@@ -1,0 +1,244 @@
+"""A distilled set: its images, its labels, its recipe; saved and loaded."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from hypergrad import files
+from hypergrad._base.trees import PyTree
+from hypergrad.distillation.augment import Augmentation
+from hypergrad.distillation.recipe import BASES, NUMBERS, Network, Recipe, numbers_of
+
+FORMAT = 1  # of saved sets
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A distilled set, with all that is needed to use it.
+
+    Attributes:
+      images: ``(n, ...)`` in raw units, those of the data.
+      labels: ``(n,)`` integers, or ``(n, C)`` probabilities.
+      mean: of the normalisation ``(image - mean) / std``; broadcasts against an image.
+      std: of the same.
+      recipe: how to train on it.
+      bases: ``(k, ...)`` images of which the images are combinations, normalised; None without.
+      coefficients: ``(n, k)``; None without.
+      history: of the learning: "loss" ``(m,)``, "gradient_norm" ``(m,)``, and "validation_error"
+        ``(r, 2)``, meta-steps made and shares of errors then.
+      about: what else to know, as JSON: initial weights, checksum of the data, how it was learned,
+        versions, and "metrics", what `Evaluation.noted` added.
+    """
+
+    images: Any
+    labels: Any
+    mean: Any
+    std: Any
+    recipe: Recipe
+    bases: Any = None
+    coefficients: Any = None
+    history: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Array:
+        """The images as a network sees them: normalised."""
+        return self.normalised(self.images)
+
+    def normalised(self, images: Array | np.ndarray) -> Array:
+        """Any images as a network that was trained on this set wants to see them.
+
+        Args:
+          images: ``(m, ...)`` in raw units.
+        """
+        return jnp.asarray((np.asarray(images) - self.mean) / self.std)
+
+    def batches(self, key: Array | None = None) -> tuple[Array, Array]:
+        """What the recipe trains on, step by step: ``(T, batch, ...)`` inputs and labels, to scan over.
+
+        Args:
+          key: PRNG key, for a shuffled order.
+        """
+        rows = self.recipe.rows(jax.random.key(0) if key is None else key, len(self.images))
+        return self.inputs[rows], jnp.asarray(self.labels)[rows]
+
+    def optax(self) -> optax.GradientTransformation:
+        """The recipe's optimizer for plain optax."""
+        return self.recipe.optax()
+
+    def train(self, network: Network, key: Array) -> PyTree:
+        """Parameters of a network trained on this set by its own recipe.
+
+        Args:
+          network: ``(init, apply)``.
+          key: PRNG key.
+        """
+        return self.recipe.train(network, self.inputs, jnp.asarray(self.labels), key)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one ``.npz`` file that describes itself, atomically; `load_distilled` reads it.
+
+        ``numpy.load(path)`` has the arrays under their names, and the rest as JSON under ``hypergrad``.
+
+        Args:
+          path: of the file; its folder must exist.
+
+        Raises:
+          ValueError: images, labels and the rest do not fit each other, so that no one could read it.
+          OSError: the file cannot be written; an old one is as it was.
+        """
+        check_set(f"Distilled.save({os.fspath(path)!r})", self)
+        recipe, given = self.recipe, dataclasses.asdict(self.recipe)
+        named = {name: getattr(self, name) for name in ("images", "labels", "mean", "std", *BASES)}
+        arrays = {name: np.asarray(x) for name, x in (named | numbers_of(recipe)).items() if x is not None}
+        files.save(
+            path,
+            arrays | ({"history": dict(self.history)} if self.history else {}),
+            distilled=FORMAT,
+            recipe={name: value for name, value in given.items() if name not in NUMBERS},
+            optimizer="v <- momentum v - (1 - momentum) gradient, w <- w + learning_rate[t] v",
+            normalisation="(image - mean) / std",
+            about=dict(self.about),
+        )
+
+
+def load_distilled(path: str | os.PathLike[str]) -> Distilled:
+    """Read a distilled set that `Distilled.save` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The `Distilled`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, is no distilled set, or is one of another format; or what it holds
+        does not fit together.
+
+    >>> import os, tempfile, numpy as np
+    >>> made = Distilled(np.ones((2, 4)), np.arange(2), np.zeros(4), np.ones(4), Recipe(steps=3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made.save(os.path.join(folder, "set.npz"))
+    ...     load_distilled(os.path.join(folder, "set.npz")).recipe.steps
+    3
+    """
+    call = f"load_distilled({os.fspath(path)!r})"
+    arrays, metadata = files.load(path)
+    version = metadata.get("distilled")
+    if version != FORMAT:
+        reason = "is no distilled set" if version is None else f"has format {version}"
+        raise ValueError(
+            f"{call}: the file {reason}, and this version of hypergrad reads distilled sets of format "
+            f"{FORMAT}; give one that Distilled.save wrote, or use the version that wrote this"
+        )
+    try:
+        settings = dict(metadata["recipe"])
+        augmentation = settings.pop("augmentation")
+        numbers = {name: arrays.pop(name)[()] for name in NUMBERS}
+        recipe = Recipe(**settings, **numbers, augmentation=augmentation and Augmentation(**augmentation))
+        history = arrays.pop("history", {})
+        made = Distilled(**arrays, recipe=recipe, history=history, about=metadata["about"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{call}: the file is damaged ({type(error).__name__}: {error})") from error
+    check_set(call, made)
+    return made
+
+
+def check_set(call: str, made: Distilled) -> None:
+    """Refuse a set whose parts do not fit each other."""
+    shapes = {name: np.shape(getattr(made, name)) for name in ("images", "labels", "mean", "std", *BASES)}
+    dtypes = {name: np.asarray(getattr(made, name)).dtype for name in shapes}
+    given = [name for name in shapes if getattr(made, name) is not None]
+    image, count = shapes["images"][1:], shapes["images"][:1]
+    whole = np.issubdtype(dtypes["labels"], np.integer)
+
+    def spreads(shape: tuple[int, ...]) -> bool:
+        try:
+            return np.broadcast_shapes(shape, image) == image
+        except ValueError:
+            return False
+
+    faults = {
+        "images must be (n, ...) with n >= 1": len(shapes["images"]) > 1 and min(shapes["images"]) > 0,
+        "labels must be one integer from 0 on, or a row of probabilities, for each image": (
+            shapes["labels"][:1] == count
+            and len(shapes["labels"]) == (1 if whole else 2)
+            and (bool(np.all(np.asarray(made.labels) >= 0)))
+        ),
+        "mean and std must broadcast against an image": spreads(shapes["mean"]) and spreads(shapes["std"]),
+        "std must not be 0": bool(np.all(np.asarray(made.std) != 0)),
+        "bases (k, ...) and coefficients (n, k) come together": all(n not in given for n in BASES)
+        or (shapes["coefficients"] == (*count, *shapes["bases"][:1]) and shapes["bases"][1:] == image),
+        "all numbers must be finite": all(
+            dtypes[name].kind in "fiub" and bool(np.all(np.isfinite(getattr(made, name)))) for name in given
+        ),
+        "images must be floats": np.issubdtype(dtypes["images"], np.floating),
+        "history and about must be dictionaries": isinstance(made.history, Mapping)
+        and isinstance(made.about, Mapping),
+    }
+    wrong = [what for what, holds in faults.items() if not holds]
+    if wrong:
+        found = ", ".join(f"{name} {list(shapes[name])} of {dtypes[name]}" for name in given)
+        raise ValueError(
+            f"{call}: this is no whole distilled set: {'; '.join(wrong)}. It holds {found}; take one that "
+            "hypergrad.distill made, or put this one right"
+        )
+
+
+def centred(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of every pixel, and 1: the normalisation of Maclaurin et al. 2015.
+
+    Args:
+      images: ``(n, ...)``.
+    """
+    return np.mean(images, axis=0), np.ones((), images.dtype)
+
+
+def standardised(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over all pixels, for each channel of ``(n, height, width, channels)``.
+
+    Args:
+      images: ``(n, ...)``; one mean for all unless there are four axes.
+    """
+    axes = (0, 1, 2) if images.ndim == 4 else None
+    return np.mean(images, axis=axes), np.std(images, axis=axes)
+
+
+def shapes_in_words(network: Network) -> str:
+    """The parameters of a network, in words."""
+    params = jax.eval_shape(network[0], jax.random.key(0))
+    return ", ".join(
+        f"{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}"
+        for path, x in jax.tree.leaves_with_path(params)
+    )
+
+
+def array_or_none(x: Any) -> np.ndarray | None:
+    """An array of NumPy's, or None."""
+    return None if x is None else np.asarray(x)
+
+
+def described(init: Callable[[Array], PyTree]) -> list[str]:
+    """Initial weights in words: where, which shape, mean and standard deviation in one draw."""
+    return [
+        f"{jax.tree_util.keystr(path)} {list(x.shape)}: {float(jnp.mean(x)):.3g} ± {float(jnp.std(x)):.3g}"
+        for path, x in jax.tree.leaves_with_path(init(jax.random.key(0)))
+    ]
+
+
+def checksum_of(*arrays: np.ndarray) -> str:
+    """SHA-256 over arrays, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,301 @@
+"""How good a distilled set is: new networks trained on it, beside what costs nothing to make."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad._base.errors import readable_errors
+from hypergrad.distillation.baselines import class_means, rows_like
+from hypergrad.distillation.distilled import Distilled
+from hypergrad.distillation.recipe import Network, Recipe
+
+FULL_BATCH = 256
+FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # those of SGD on all the data that are tried
+
+
+class Score(NamedTuple):
+    """Test accuracies of networks that were trained alike.
+
+    Attributes:
+      network: its name.
+      examples: what it was trained on: "distilled", "random real", "class means" or "full data".
+      recipe: how, by name.
+      inits: where from: "fixed", "pool of n" or "random".
+      accuracies: shares in [0, 1], one for every training.
+    """
+
+    network: str
+    examples: str
+    recipe: str
+    inits: str
+    accuracies: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return float(self.accuracies.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the trainings, not that of the mean."""
+        return float(self.accuracies.std())
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` returns; printed, a table in per cent.
+
+    Attributes:
+      scores: one for every network, training set and recipe.
+    """
+
+    scores: list[Score]
+
+    def __str__(self) -> str:
+        width = max(len(score.network) for score in self.scores)
+        lines = [f"{'network':<{width}}  {'trained on':<12} {'recipe':<13} {'inits':<11} test accuracy, %"]
+        for s in self.scores:
+            number = f"{100 * s.mean:.2f} ± {100 * s.std:.2f} ({len(s.accuracies)})"
+            lines.append(f"{s.network:<{width}}  {s.examples:<12} {s.recipe:<13} {s.inits:<11} {number}")
+        return "\n".join(lines)
+
+    def score(
+        self, examples: str, recipe: str, network: str | None = None, inits: str | None = None
+    ) -> Score:
+        """The first score with these names.
+
+        Args:
+          examples: see `Score`.
+          recipe: see `Score`.
+          network: any, if None.
+          inits: any, if None.
+
+        Raises:
+          KeyError: there is none.
+        """
+        for s in self.scores:
+            asked = (examples, recipe, network or s.network, inits or s.inits)
+            if asked == (s.examples, s.recipe, s.network, s.inits):
+                return s
+        raise KeyError(f"no score of {network or 'any network'} on {examples} by {recipe}:\n{self}")
+
+    def noted(self, distilled: Distilled) -> Distilled:
+        """The distilled set with these scores among its metrics, for its file.
+
+        Args:
+          distilled: the set.
+        """
+        metrics = [
+            s._asdict() | {"accuracies": np.asarray(s.accuracies, float).tolist()} for s in self.scores
+        ]
+        return dataclasses.replace(distilled, about={**distilled.about, "metrics": metrics})
+
+
+def plain_recipe(examples: int) -> Recipe:
+    """Ordinary SGD: 300 steps at 0.01 with momentum 0.9, all examples at once up to 256.
+
+    Args:
+      examples: in the training set.
+    """
+    batch = min(examples, FULL_BATCH)
+    return Recipe(steps=300, learning_rate=0.01 / (1 - 0.9), batch_size=batch, shuffled=batch < examples)
+
+
+def condensation_recipe(examples: int) -> Recipe:
+    """The protocol of dataset condensation: 300 epochs of SGD.
+
+    Learning rate 0.01, a tenth of it from half time on, momentum 0.9, weight decay 5e-4, batches of 256.
+
+    Args:
+      examples: in the training set.
+
+    Source: B. Zhao, K. Mopuri, H. Bilen, "Dataset condensation with gradient matching", ICLR 2021.
+    """
+    batch = min(examples, FULL_BATCH)
+    steps = 300 * (examples // batch)
+    rates = np.where(np.arange(steps) < steps // 2, 0.01, 0.001) / (1 - 0.9)
+    return Recipe(
+        steps=steps, learning_rate=rates, l2=5e-4 / 2, batch_size=batch, shuffled=batch < examples
+    )
+
+
+def full_recipe(examples: int, epochs: int, learning_rate: float) -> Recipe:
+    """SGD on all the data: batches of 256, momentum 0.9, cosine decay.
+
+    Args:
+      examples: in the training set.
+      epochs: over it.
+      learning_rate: ``α`` at first; optax's is a tenth of it.
+    """
+    batch = min(examples, FULL_BATCH)
+    steps = epochs * (examples // batch)
+    rates = learning_rate * np.cos(0.5 * np.pi * np.arange(steps) / steps) ** 2
+    return Recipe(steps=steps, learning_rate=rates, batch_size=batch, shuffled=True)
+
+
+def evaluate(
+    distilled: Distilled | Sequence[Distilled],
+    networks: Mapping[str, Network],
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    seeds: int = 20,
+    recipes: Mapping[str, Recipe] | None = None,
+    full_epochs: int = 5,
+    full_seeds: int = 3,
+    key: Array | None = None,
+) -> Evaluation:
+    """Train new networks on a distilled set, and on what costs nothing to make, and test them.
+
+    Every network is trained by the set's own recipe (and, if that starts from fixed weights, by the same
+    from new ones too), by 300 steps of plain SGD, and by the protocol of dataset condensation; on the
+    distilled images, on random real ones with the same labels (others in every training), on the means of
+    the classes with the same labels, and on the full data by SGD (at the best of four rates, by a tenth
+    held out).
+
+    Args:
+      distilled: a set, or several of the same size and recipe, whose scores are pooled.
+      networks: ``(init, apply)`` by name.
+      train: ``(images, labels)``, real ones, for the baselines; images in raw units.
+      test: the same; look at them once.
+      seeds: trainings on every set, from keys that no learning has seen.
+      recipes: by name, instead of plain SGD and condensation's.
+      full_epochs: of the training on full data.
+      full_seeds: trainings on full data, 0 for none.
+      key: PRNG key, by default ``jax.random.key(1)``.
+
+    Returns:
+      The `Evaluation`; ``print`` it.
+
+    Raises:
+      ValueError: for sets that differ in size, or data that does not fit them.
+
+    Source: for the protocol, B. Zhao, K. Mopuri, H. Bilen, ICLR 2021.
+
+    >>> import hypergrad as hg
+    >>> digits = hg.data.digits()
+    >>> train = digits.train_images, digits.train_labels
+    >>> logistic = hg.nets.mlp((64, 10))
+    >>> made = hg.distill(logistic, *train, hg.Recipe(steps=5), meta_steps=100, progress=False)
+    >>> test = digits.test_images, digits.test_labels
+    >>> table = evaluate(made, {"logistic": logistic}, train, test, seeds=3, recipes={}, full_seeds=0)
+    >>> table.score("distilled", "own").mean > table.score("random real", "own").mean
+    True
+    """
+    sets = [distilled] if isinstance(distilled, Distilled) else list(distilled)
+    _refuse(sets, networks, train, test, seeds)
+    first, key = sets[0], jax.random.key(1) if key is None else key
+    count = len(first.images)
+    others = recipes
+    if others is None:
+        others = {"plain SGD": plain_recipe(count), "condensation": condensation_recipe(count)}
+    # New networks by own recipe, and from their own inits too where these are few.
+    own = [first.recipe] if first.recipe.inits is None else [first.recipe, _anew(first.recipe)]
+    plans = [*(("own", recipe) for recipe in own), *((n, r) for n, r in others.items())]
+    labels = _probabilities(first.labels, train[1])
+    test_inputs, test_labels = first.normalised(test[0]), jnp.asarray(test[1])
+    keys = jax.random.split(key, seeds * len(sets))
+
+    rows = [rows_like(labels.argmax(1), np.asarray(train[1]), jax.random.fold_in(k, 1)) for k in keys]
+    means = class_means(np.asarray(train[0]), np.asarray(train[1]), labels.shape[1])
+    repeated = lambda inputs: jnp.broadcast_to(inputs[None], (len(keys), *inputs.shape))  # noqa: E731
+    baselines = {
+        "distilled": jnp.concatenate([jnp.stack([d.inputs] * seeds) for d in sets]),
+        "random real": jnp.stack([first.normalised(train[0][r]) for r in rows]),
+        "class means": repeated(first.normalised(means[labels.argmax(1)].astype(np.float32))),
+    }
+    own_labels = jnp.concatenate([jnp.stack([_probabilities(d.labels, train[1])] * seeds) for d in sets])
+
+    full = first.normalised(train[0]), jnp.asarray(train[1])
+    scores = []
+    for name, network in networks.items():
+        for recipe_name, recipe in plans:
+            run = _tested(network, recipe, test_inputs, test_labels)
+            for examples, inputs in baselines.items():
+                targets = own_labels if examples == "distilled" else repeated(labels)
+                found = run(inputs, targets, keys)
+                scores.append(Score(name, examples, recipe_name, _inits(recipe), found))
+        if full_seeds:
+            rate = _best_rate(network, full, full_epochs, keys[:1])
+            run = _tested(network, full_recipe(len(full[0]), full_epochs, rate), test_inputs, test_labels)
+            accuracies = [
+                np.asarray(run(*(x[None] for x in full), keys[k, None])) for k in range(full_seeds)
+            ]
+            scores.append(
+                Score(name, "full data", f"SGD at {rate:g}", "random", np.concatenate(accuracies))
+            )
+    return Evaluation(scores)
+
+
+def _best_rate(network: Network, full: tuple[Array, Array], epochs: int, key: Array) -> float:
+    """The learning rate for full data with the best accuracy on the last tenth, held out."""
+    kept = len(full[0]) - len(full[0]) // 10
+    found = {}
+    for rate in FULL_RATES:
+        run = _tested(network, full_recipe(kept, epochs, rate), full[0][kept:], full[1][kept:])
+        found[rate] = float(run(full[0][None, :kept], full[1][None, :kept], key)[0])
+    return max(found, key=lambda rate: found[rate])
+
+
+def _tested(
+    network: Network, recipe: Recipe, test_inputs: Array, test_labels: Array
+) -> Callable[..., np.ndarray]:
+    """Test accuracies as a compiled function of ``(k, n, ...)`` inputs, their labels and ``k`` keys."""
+
+    def one(test: tuple[Array, Array], given: tuple[Array, Array, Array]) -> Array:
+        params = recipe.train(network, *given)
+        logits = jax.lax.map(lambda x: network[1](params, x[None])[0], test[0], batch_size=1000)
+        return jnp.sum(jnp.argmax(logits, axis=1) == test[1])
+
+    @jax.jit
+    def run(test: tuple[Array, Array], *given: Array) -> Array:
+        return jax.lax.map(lambda each: one(test, each), given)
+
+    def accuracies(*given: Array) -> np.ndarray:
+        with readable_errors():
+            return np.asarray(run((test_inputs, test_labels), *given)) / len(test_labels)
+
+    return accuracies
+
+
+def _anew(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, inits=None)
+
+
+def _inits(recipe: Recipe) -> str:
+    return {None: "random", 1: "fixed"}.get(recipe.inits, f"pool of {recipe.inits}")
+
+
+def _probabilities(labels: Any, real: Any) -> np.ndarray:
+    labels = np.asarray(labels)
+    return labels if labels.ndim == 2 else np.eye(int(np.max(real)) + 1, dtype=np.float32)[labels]
+
+
+def _refuse(
+    sets: list[Distilled],
+    networks: Mapping[str, Network],
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    seeds: int,
+) -> None:
+    if not sets or len({np.shape(d.images) for d in sets}) > 1 or len({d.recipe.steps for d in sets}) > 1:
+        shapes = [np.shape(d.images) for d in sets]
+        raise ValueError(
+            f"evaluate(distilled=...) with sets of {shapes}: scores are pooled over sets that were made "
+            "alike. Pass one set, or several of the same shape and steps"
+        )
+    if not networks:
+        raise ValueError('evaluate(networks={}): pass one or more, as {"name": (init, apply)}')
+    if seeds < 1:
+        raise ValueError(f"evaluate(seeds={seeds}): at least one training is needed")
+    shape = np.shape(sets[0].images)[1:]
+    for name, (images, labels) in (("train", train), ("test", test)):
+        if np.shape(images)[1:] != shape or len(images) != len(labels):
+            raise ValueError(
+                f"evaluate({name}=...) with images {np.shape(images)} and {len(labels)} labels: the set's "
+                f"images are {shape}. Pass the data it was made from, in the same raw units"
+            )

@@ -1,0 +1,408 @@
+"""`distill`: a few learned examples on which a network learns what it would from all data."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from hypergrad import constraints, data, files, nets
+from hypergrad._base.errors import readable_errors
+from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.reversible import Reversible
+from hypergrad.adjoints.strategies import Adjoint, Truncated
+from hypergrad.distillation.baselines import rows_like
+from hypergrad.distillation.distilled import (
+    Distilled,
+    array_or_none,
+    checksum_of,
+    described,
+    shapes_in_words,
+    standardised,
+)
+from hypergrad.distillation.recipe import (
+    NUMBERS,
+    Network,
+    Recipe,
+    logits_of,
+    numbers_of,
+    train_with,
+    with_numbers,
+)
+from hypergrad.meta.lbfgsb import LBFGSB
+from hypergrad.meta.outer_loop import optimize
+from hypergrad.meta.runs import Optimized
+
+LONG = 40  # steps from which on chaos is looked for
+LOOK_EVERY = 20  # meta-steps between two looks at the examples held out
+_UNSEEN = 2**31  # runs from here on are for judging, those before it for learning
+
+
+class ChaosWarning(RuntimeWarning):
+    """The hypergradient grows with the length of the inner training."""
+
+
+def distill(
+    network: Network,
+    images: np.ndarray | Array,
+    labels: np.ndarray | Array,
+    recipe: Recipe | None = None,
+    *,
+    per_class: int = 1,
+    learn: Sequence[str] = ("images", "learning_rate"),
+    start: np.ndarray | Array | None = None,
+    bases: int | None = None,
+    normalise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = standardised,
+    window: int | None = None,
+    runs: int = 1,
+    real_batch: int | None = 2000,
+    validation: int | None = None,
+    meta_steps: int = 500,
+    optimizer: optax.GradientTransformation | LBFGSB | None = None,
+    adjoint: Adjoint | None = None,
+    key: Array | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Distilled:
+    """Learn a few examples such that a network trained on them does well on real ones.
+
+    The hypergradient of the loss on real examples after a whole training run, in all that is learned, is
+    followed by a meta-optimizer.  Learning rates and the penalty stay positive, the momentum between 0 and
+    1.  At recipes of 40 steps or more the first hypergradients are tested for chaos.
+
+    Args:
+      network: ``(init, apply)``: from a key to parameters, and from parameters and ``(n, ...)`` inputs to
+        ``(n, C)`` logits; such as `hypergrad.nets.convnet` gives.
+      images: ``(N, ...)`` real training images.
+      labels: ``(N,)`` their integers in ``[0, C)``.
+      recipe: of the inner training, where the learned of its numbers begin; by default ``Recipe()``.
+      per_class: learned images for every class.
+      learn: what is learned, of "images", "labels" (soft ones), "learning_rate" (one for every step),
+        "momentum" and "l2".
+      start: ``(per_class * C, ...)`` first images in raw units, image ``i`` of class ``i mod C``; by
+        default real ones.
+      bases: how many shared bases the images are learned as combinations of; None for free images.
+      normalise: from the training images to the ``(mean, std)`` of ``(image - mean) / std``.
+      window: only so many steps are differentiated, which end at a random step in ``[window, T]``; None for
+        all ``T``.
+      runs: inner trainings that each meta-step averages over, side by side.
+      real_batch: real images in each meta-step; None for all.
+      validation: how many real images are held out to choose, among the sets on the way, the one to return;
+        by default a tenth of them, 0 for the last set.
+      meta_steps: of the meta-optimizer.
+      optimizer: of `hypergrad.meta.optimize`, by default Adam at ``0.02 / sqrt(1 + t / 100)`` in meta-step
+        ``t``, which does not depend on how many there will be.
+      adjoint: how the inner training is differentiated, by default `hypergrad.Reversible`.
+      key: PRNG key, by default ``jax.random.key(0)``.
+      checkpoint: file to resume from and to write as it goes; with a larger `meta_steps` it goes on to the
+        same set as if that had been asked for at once.  Refused if it is of another network, recipe, data
+        or other settings.
+      progress: show a progress bar.
+
+    Returns:
+      The `Distilled` set.  If the hypergradient explodes, a warning and the last good one.
+
+    Raises:
+      ValueError: for arguments that do not fit each other, or a checkpoint of another call; before any
+        work.
+      ReversalError: where the first inner training cannot be reversed, as with a momentum of 0.
+      KeyboardInterrupt, OSError: see `hypergrad.meta.optimize`.
+
+    Source: D. Maclaurin, D. Duvenaud, R. P. Adams, 2015, section 3.3; T. Wang et al., "Dataset
+    distillation", 2018; Z. Deng, O. Russakovsky, "Remember the past", 2022 (momentum, bases); Y. Feng et
+    al., "Embarrassingly simple dataset distillation", 2024 (random windows).
+
+    >>> import hypergrad as hg
+    >>> digits = hg.data.digits()
+    >>> made = hg.distill(
+    ...     hg.nets.mlp((64, 10)),
+    ...     digits.train_images,
+    ...     digits.train_labels,
+    ...     hg.Recipe(steps=5),
+    ...     meta_steps=3,
+    ...     progress=False,
+    ... )
+    >>> made.images.shape
+    (10, 8, 8)
+    """
+    recipe = Recipe() if recipe is None else recipe
+    key = jax.random.key(0) if key is None else key
+    images, labels = np.asarray(images), np.asarray(labels)
+    held_out = len(images) // 10 if validation is None else validation
+    call = f"distill(network, images, labels, {recipe}, per_class={per_class}, learn={tuple(learn)!r})"
+    _refuse(call, images, labels, recipe, per_class, learn, start, bases, window, real_batch, held_out)
+    classes = int(labels.max()) + 1
+    found = logits_of(network, images[:1]).shape
+    if found != (1, classes):
+        raise ValueError(
+            f"{call}: for one image the network gives logits {found}, and the labels have {classes} "
+            f"classes; pass a network that gives (1, {classes})"
+        )
+    count = per_class * classes
+
+    mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
+    kept = len(images) - held_out
+    start_key, shuffle_key, meta_key = jax.random.split(key, 3)
+    order = np.asarray(jax.random.permutation(shuffle_key, len(images)))
+    inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
+    data.require_classes(
+        f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
+    )
+    real = jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept])
+    unseen = jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:])
+
+    hard = np.arange(count, dtype=np.int32) % classes
+    if start is None:
+        fixed = real[0][rows_like(hard, targets[:kept], start_key)]
+    else:
+        fixed = jnp.asarray((np.asarray(start, images.dtype) - mean) / std)
+    learned = _start(recipe, fixed, hard, learn, bases, *real)
+    adjoint = Reversible() if adjoint is None else adjoint
+    shorter = window if window is not None and window < recipe.steps else None
+    if shorter is not None:
+        adjoint = Truncated(shorter, adjoint)
+
+    def assembled(learned: Mapping[str, Array]) -> tuple[Array, Array, Recipe]:
+        """Images, labels and recipe from what is learned."""
+        x = fixed
+        if "coefficients" in learned:
+            x = jnp.tensordot(learned["coefficients"], learned["bases"], 1)
+        x = learned.get("images", x)
+        y = jax.nn.softmax(learned["labels"]) if "labels" in learned else jnp.asarray(hard)
+        return x, y, with_numbers(recipe, {name: learned[name] for name in NUMBERS if name in learned})
+
+    def objective(learned: Mapping[str, Array], key: Array, length: Array | None = None) -> Array:
+        run_key, real_key, length_key = jax.random.split(key, 3)
+        x, y, ours = assembled(learned)
+        if shorter is not None and length is None:
+            length = jax.random.randint(length_key, (), shorter, recipe.steps + 1)
+        params = train_with(ours, network, x, y, run_key, adjoint, length)
+        size = min(kept, real_batch or kept)
+        # Rows in a row of an order that is random already: without replacement, and cheap.
+        rows = (jax.random.randint(real_key, (), 0, kept) + jnp.arange(size)) % kept
+        inputs, targets = (real[0][rows], real[1][rows]) if size < kept else real
+        return nets.cross_entropy(network[1](params, inputs), targets)
+
+    judges = jax.random.split(jax.random.fold_in(meta_key, _UNSEEN), 1 if recipe.inits == 1 else 4)
+
+    def error(learned: Mapping[str, Array]) -> Array:
+        x, y, ours = assembled(learned)
+
+        def one(key: Array) -> Array:
+            return nets.error_rate(network[1](ours.train(network, x, y, key), unseen[0]), unseen[1])
+
+        return jnp.mean(jax.lax.map(one, judges))
+
+    if recipe.steps >= LONG and (checkpoint is None or not os.path.exists(checkpoint)):
+        guard: Any = contextlib.nullcontext()
+        if checkpoint is not None:  # one that cannot be written is found before this work
+            guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
+        with guard:
+            _look_for_chaos(call, objective, learned, meta_key, recipe.steps)
+    checksum = checksum_of(images, labels)
+    selects = held_out > 0 and not isinstance(optimizer, LBFGSB)
+    result = optimize(
+        objective,
+        learned,
+        optimizer=optax.adam(_meta_rate) if optimizer is None else optimizer,
+        steps=meta_steps,
+        constraints={name: NUMBERS.get(name, constraints.real) for name in learned},
+        key=meta_key,
+        seeds=runs,
+        checkpoint=checkpoint,
+        checkpoint_every=10,
+        progress=progress,
+        select=error if selects else None,
+        select_every=LOOK_EVERY,
+        about={
+            "recipe": _in_words(recipe),
+            "network": shapes_in_words(network),
+            "real data (sha256)": checksum[:16],
+            "learn": ", ".join(sorted(learn)),
+            "images learned": str(count),
+            "bases": str(bases),
+            "window": str(window),
+            "real_batch": str(real_batch),
+            "held out": str(held_out),
+        },
+    )
+    x, y, ours = assembled(result.hypers)
+    return Distilled(
+        images=np.asarray(x) * std + mean,
+        labels=np.asarray(y),
+        mean=mean,
+        std=std,
+        recipe=with_numbers(ours, numbers_of(ours)),
+        bases=array_or_none(result.hypers.get("bases")),
+        coefficients=array_or_none(result.hypers.get("coefficients")),
+        history=_history(result),
+        about={
+            "learned": list(learn),
+            "initial weights": described(network[0]),
+            "data checksum (sha256)": checksum,
+            "real examples": {"learned from": kept, "held out to choose": held_out},
+            "meta_steps": len(result.history.loss),
+            "runs": runs,
+            "window": window,
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "stopped": result.stopped,
+            "versions": files.versions(),
+        },
+    )
+
+
+def _meta_rate(t: Any) -> Any:
+    return 0.02 / jnp.sqrt(1 + t / 100)
+
+
+def _in_words(recipe: Recipe) -> str:
+    """A recipe for people to compare; of a long schedule its ends."""
+    parts = {**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}, **numbers_of(recipe)}
+    shown = {
+        name: f"{x.flat[0]:g} ... {x.flat[-1]:g} {checksum_of(x)[:8]}" if np.ndim(x) else str(x)
+        for name, x in parts.items()
+    }
+    return ", ".join(f"{name} {x}" for name, x in shown.items())
+
+
+def _start(
+    recipe: Recipe,
+    fixed: Array,
+    hard: np.ndarray,
+    learn: Sequence[str],
+    bases: int | None,
+    inputs: Array,
+    targets: Array,
+) -> dict[str, Array]:
+    """Where all that is learned begins."""
+    learned: dict[str, Array] = {}
+    key, classes = jax.random.key(recipe.seed), int(hard.max()) + 1
+    if "images" in learn and bases is None:
+        learned["images"] = fixed
+    elif "images" in learn:
+        assert bases is not None
+        theirs = np.arange(bases) % classes
+        learned["bases"] = inputs[rows_like(theirs, np.asarray(targets), key)]
+        alike = hard[:, None] == theirs
+        noise = jax.random.normal(key, alike.shape, fixed.dtype)
+        learned["coefficients"] = alike / np.maximum(1, alike.sum(1, keepdims=True)) + 0.1 * noise
+    if "labels" in learn:
+        confident = jnp.log(0.9 * (classes - 1) / 0.1)  # the true class has nine tenths
+        learned["labels"] = confident * jax.nn.one_hot(hard, classes, dtype=fixed.dtype)
+    if "learning_rate" in learn:
+        learned["learning_rate"] = recipe.rates()
+    for name in ("momentum", "l2"):
+        if name in learn:
+            learned[name] = jnp.asarray(getattr(recipe, name), fixed.dtype)
+    return learned
+
+
+def _refuse(
+    call: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    recipe: Recipe,
+    per_class: int,
+    learn: Sequence[str],
+    start: Any,
+    bases: int | None,
+    window: int | None,
+    real_batch: int | None,
+    held_out: int,
+) -> None:
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or images.ndim < 2:
+        raise ValueError(
+            f"{call} with images {images.shape} and labels {labels.shape} of {labels.dtype}: pass images "
+            "(N, ...) and one integer label for each"
+        )
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"{call} with images of {images.dtype}: learned images are real numbers. Pass floats, such as "
+            "images / 255"
+        )
+    if not np.isfinite(images).all():
+        raise ValueError(f"{call}: the images hold numbers that are not finite; remove or replace them")
+    classes = int(labels.max()) + 1
+    empty = sorted(set(range(classes)) - set(labels.tolist()))
+    if labels.min() < 0 or empty:
+        raise ValueError(
+            f"{call}: the labels must be 0, 1, ... without gaps; missing: {empty}, smallest: {labels.min()}"
+        )
+    learnable = ("images", "labels", *NUMBERS)
+    if isinstance(learn, str) or not learn or not set(learn) <= set(learnable):
+        raise ValueError(f"{call}: learn must hold one or more of {learnable}")
+    if any(name in learn and not getattr(recipe, name) > 0 for name in ("l2", "momentum")):
+        raise ValueError(
+            f"{call}: what is learned as a positive number cannot begin at 0; give the recipe a positive "
+            "start for it, such as l2=1e-4"
+        )
+    for name, value in (
+        ("per_class", per_class),
+        ("bases", bases),
+        ("window", window),
+        ("real_batch", real_batch),
+    ):
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            raise ValueError(f"{call}: {name}={value!r} must be a whole number, at least 1")
+    if window is not None and window > recipe.steps:
+        raise ValueError(
+            f"{call}: window={window} is longer than the {recipe.steps} steps of the recipe; pass a window "
+            "from 1 to that, or None for all"
+        )
+    if bases is not None and (start is not None or "images" not in learn):
+        raise ValueError(
+            f"{call}: bases={bases} are learned for the images; learn them, and leave out start"
+        )
+    wanted = (per_class * classes, *images.shape[1:])
+    if start is not None and np.shape(start) != wanted:
+        raise ValueError(
+            f"{call}: start has shape {np.shape(start)}, and the learned images have {wanted}: image i is "
+            "of class i mod C"
+        )
+    if not 0 <= held_out <= len(images) // 2:
+        raise ValueError(
+            f"{call}: validation={held_out} of {len(images)} examples; hold out from 0 to half of them"
+        )
+
+
+def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, steps: int) -> None:
+    """Warn where the hypergradient of a run is far larger than that of its first half."""
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def evaluated(learned: PyTree, length: Array) -> tuple[Array, Array]:
+        loss, gradient = jax.value_and_grad(objective)(learned, key, length)
+        return loss, optax.tree.norm(gradient)
+
+    def at(length: int) -> tuple[float, float]:
+        with readable_errors():
+            loss, norm = jax.block_until_ready(evaluated(learned, jnp.int32(length)))
+        return float(loss), float(norm)
+
+    (first, half), (last, whole) = at(steps // 2), at(steps)
+    if not (np.isfinite([first, half, last]).all() and half > 0):
+        return  # it diverges or begins with nothing, and that is not chaos; `optimize` looks at it
+    if not whole < 10 * half:
+        warnings.warn(
+            f"{call}: the hypergradient has the norm {half:.3g} after {steps // 2} steps and {whole:.3g} "
+            f"after {steps}: training is chaotic, and what is learned will be noise. Begin with lower "
+            "learning rates, or pass fewer steps or a window",
+            ChaosWarning,
+            stacklevel=3,
+        )
+
+
+def _history(result: Optimized) -> dict[str, np.ndarray]:
+    errors = np.array(list(result.scores.items()), float).reshape(-1, 2)
+    return {
+        "loss": result.history.loss,
+        "gradient_norm": result.history.gradient_norm,
+        "validation_error": errors,
+    }

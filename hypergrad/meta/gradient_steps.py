@@ -1,0 +1,111 @@
+"""The outer loop by an optax optimizer."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hypergrad._base.dtypes import lenient
+from hypergrad._base.fingerprint import digest
+from hypergrad._base.tracing import closure_convert
+from hypergrad._base.trees import PyTree
+from hypergrad.meta.checkpoints import describe_leaves, restore, save_run
+from hypergrad.meta.runs import (
+    History,
+    MetaRun,
+    Reached,
+    advance,
+    checkpoint_name,
+    kept_on_exit,
+    measure,
+    progress_bar,
+    strong,
+    with_entries,
+)
+
+
+def by_optax(
+    run: MetaRun, optimizer: optax.GradientTransformation, raw: PyTree
+) -> tuple[PyTree, list[History], str, bool, dict[int, float]]:
+    """The outer loop with an optax transformation."""
+    stepper = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def update(gradient: PyTree, state: PyTree, raw: PyTree, loss: Any) -> tuple[PyTree, PyTree]:
+        with lenient():
+            updates, state = stepper.update(gradient, state, raw, value=loss)
+            raw = optax.apply_updates(raw, updates)
+        # Strong types: a checkpoint cannot hold weak ones, and a resumed run must compute with
+        # the types of the uninterrupted one.
+        return jax.tree.map(strong, (raw, state))
+
+    state = jax.tree.map(strong, stepper.init(raw))
+    if run.checkpoint is not None:
+        traced, consts, _ = closure_convert(
+            update, raw, state, raw, jnp.zeros(run.row.loss.shape, run.row.loss.dtype)
+        )
+        run = with_entries(
+            run, **{"optimizer (digest)": digest(traced.jaxpr, consts, jax.tree.leaves(state))}
+        )
+        judge = {"select (digest)": run.select_digest, "select_every": str(run.select_every)}
+        run = with_entries(run, **({} if run.score is None else judge))
+        run = with_entries(run, **{"optimizer state": describe_leaves(state)})
+    rows: list[History] = []
+    # `good` lags one update behind `raw`: the loss and gradient there are known to be sound.
+    at = Reached(0, raw, raw, state, raw, np.zeros((0, 2)))
+    restored = restore(run, at[1:5], run.row)
+    if restored is not None:
+        values, rows, scores = restored
+        if len(rows) > run.steps:
+            raise ValueError(
+                f"optimize(steps={run.steps}, checkpoint={checkpoint_name(run)}): that checkpoint has made "
+                f"{len(rows)} steps already, and does not know where it was after {run.steps}; pass "
+                f"steps={len(rows)} or more (meta_steps of distill and tune), or another file"
+            )
+        at = Reached(len(rows), values[0], values[1], values[2], values[3], scores)
+    saved = len(rows)
+
+    def look(at: Reached) -> Reached:
+        if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
+            return at
+        try:
+            score = run.score(at.raw)
+        except ArithmeticError:
+            if at.made == 0:
+                raise
+            score = math.nan  # training fails there; the next hypergradient will say why
+        better = math.isfinite(score) and not np.any(at.scores[:, 1] < score)
+        scores = np.concatenate([at.scores, [[at.made, score]]])
+        return at._replace(best=at.raw if better else at.best, scores=scores)
+
+    def save() -> int:
+        nonlocal saved
+        if at.made > saved:
+            saved = save_run(run, at[1:5], run.row, rows[: at.made], at.scores)
+        return at.made
+
+    row: list[History] = []
+    stopped, end = "", at
+    with progress_bar(run, total=run.steps, initial=saved) as bar, kept_on_exit(run, save):
+        for iteration in range(saved, run.steps):
+            if iteration % run.select_every == 0:
+                at = look(at)
+            row, gradient, stopped = measure(run, at.raw, iteration, rows)
+            if stopped:
+                break
+            new = update(gradient, at.state, at.raw, row[0].loss)
+            rows += row
+            # In one assignment, so that an interrupt finds all of the old or all of the new.
+            at = at._replace(made=iteration + 1, raw=new[0], good=at.raw, state=new[1])
+            advance(bar, row[0])
+            if at.made % run.checkpoint_every == 0:
+                save()
+        save()
+        # What only the end looks at is not saved: a run that goes on would not have looked there.
+        end, row = (at, row) if stopped else (look(at), [])
+    chosen = {int(iteration): float(score) for iteration, score in end.scores}
+    last = end.good if stopped else end.raw
+    return last if run.score is None else end.best, rows + row, stopped, bool(stopped), chosen

@@ -1,0 +1,212 @@
+"""Meta-tuning: the hyperparameters of an optimizer, learned by hypergradients on a user's own loss."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from hypergrad._base.checks import check_callable, checked_steps, is_function
+from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.reversible import Reversible
+from hypergrad.adjoints.strategies import Adjoint, Checkpointed
+from hypergrad.constraints import Constraint, interval, positive, real
+from hypergrad.meta.lbfgsb import LBFGSB
+from hypergrad.meta.outer_loop import optimize
+from hypergrad.meta.runs import History
+from hypergrad.optimizers.adam import adam
+from hypergrad.optimizers.optax_interop import as_optax
+from hypergrad.program import GenericOptimizer, Optimizer, with_defaults
+from hypergrad.training.arguments import checked_call
+from hypergrad.training.inner_loop import train
+
+# A factor that is learned stays above this, or above half of where it began; the buffers have room for it.
+SMALLEST_FACTOR = 0.25
+
+
+class Tuned(NamedTuple):
+    """What `tune` returns.
+
+    Attributes:
+      hypers: all hyperparameters by name, learned or not, as `hypergrad.train` takes them.
+      optimizer: whose they are.
+      history: loss and norm of the hypergradient at every meta-step.
+      stopped: why tuning ended early, in words; empty if it did not.
+    """
+
+    hypers: dict[str, PyTree]
+    optimizer: Optimizer | GenericOptimizer
+    history: History
+    stopped: str
+
+    def optax(self) -> optax.GradientTransformation:
+        """The tuned optimizer as an optax transformation; a schedule's last value is held after its end."""
+        return as_optax(self.optimizer, self.hypers)
+
+
+def tune(
+    loss: Callable[[PyTree, PyTree, PyTree], Array],
+    params: PyTree,
+    hypers: Mapping[str, PyTree],
+    meta: PyTree = None,
+    batches: PyTree = None,
+    *,
+    steps: int,
+    optimizer: Optimizer | GenericOptimizer | None = None,
+    validation: Callable[[PyTree], Array] | None = None,
+    learn: Sequence[str] | None = None,
+    meta_steps: int = 50,
+    meta_optimizer: optax.GradientTransformation | LBFGSB | None = None,
+    adjoint: Adjoint | None = None,
+    key: Array | None = None,
+    seeds: int = 1,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Tuned:
+    """Tune an optimizer's hyperparameters by hypergradients through whole training runs.
+
+    ``minimise validation(train(loss, params, hypers)) over hypers``, in coordinates without bounds: the
+    logarithm of what is positive, the logit of what lies between 0 and 1.  A hyperparameter without
+    influence on the validation, or with none that has a slope (``b1`` in ``optax.lion``, which is inside of
+    a sign), cannot be learned so; the first meta-step announces it.
+
+    Args:
+      loss: ``loss(params, meta, batch) -> scalar``, as for `hypergrad.train`.
+      params: start, or a function from a key to a start.
+      hypers: where to begin, by name; numbers, ``(T, ...)`` schedules or trees of them, each of which is
+        learned as it stands.  Others begin at the optimizer's defaults.
+      meta: passed to the loss, not learned.
+      batches: by step, or a function from a key to such.
+      steps: ``T``, of each training run.
+      optimizer: by default `hypergrad.adam`.
+      validation: ``validation(params) -> scalar``, to be small after training; by default the mean of the
+        training losses of the last tenth of the run.
+      learn: names of the hyperparameters to learn; by default all that begin inside their domain, which a
+        weight decay of 0 does not.
+      meta_steps: meta-iterations.
+      meta_optimizer: as the ``optimizer`` of `hypergrad.meta.optimize`; by default ``optax.adam(0.1)``.
+      adjoint: by default `Reversible` where that is possible, else `Checkpointed`.
+      key: PRNG key; by default ``jax.random.key(0)``.
+      seeds: how many runs, with keys of their own, each meta-step averages over.
+      checkpoint: file to resume from and to write as it goes.
+      progress: show a progress bar.
+
+    Returns:
+      A `Tuned`; ``tuned.optax()`` is an optax optimizer.  A `hypergrad.implicit.ZeroHypergradientWarning`
+      names the hyperparameters in which the first hypergradient is exactly 0.
+
+    Raises:
+      ValueError: for names that the optimizer does not have, or a start outside the domain.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp
+    >>> narrow = lambda w, meta, step: jnp.sum(jnp.array([0.05, 1.0]) * w**2)
+    >>> tuned = hg.tune(narrow, jnp.ones(2), {"learning_rate": 1e-3}, steps=30, progress=False)
+    >>> optimizer = tuned.optax()
+    >>> bool(tuned.history.loss[-1] < 0.1 * tuned.history.loss[0])
+    True
+    """
+    optimizer = adam() if optimizer is None else optimizer
+    call = checked_call("tune", steps, optimizer, adjoint)
+    checked_steps(call, steps)
+    if validation is not None:
+        check_callable(call, "validation", validation, "params")
+    for name, made in (("params", params), ("batches", batches)):
+        if is_function(made):
+            check_callable(call, name, made, "key")
+    start = with_defaults(call, optimizer, hypers)
+    if unknown := sorted(set(learn or ()) - set(start)):
+        raise ValueError(f"{call}: learn={learn!r}, but {unknown} are none of {list(start)}")
+    inside = {name: _inside(optimizer.domains.get(name), value) for name, value in start.items()}
+    if learn is None:
+        learn = [name for name in start if inside[name] or name in hypers]
+    outside = [name for name in learn if not inside[name]]
+    if outside:
+        raise ValueError(
+            f"{call}: {outside} cannot be learned from {[start[name] for name in outside]}, at the end of "
+            "or outside the domain; begin inside it, or leave them out with learn=[...]"
+        )
+    constraints = {name: _constraint(optimizer, name, start[name]) for name in learn}
+    if adjoint is None:
+        adjoint = _adjoint(optimizer, start)
+    held = {name: value for name, value in start.items() if name not in learn}
+    dtype = jnp.result_type(float)
+    begin = {name: jax.tree.map(lambda x: jnp.asarray(x, dtype), start[name]) for name in learn}
+
+    def objective(learned: dict[str, PyTree], key: Array) -> Array:
+        init_key, batch_key = jax.random.split(key)
+        trained = train(
+            loss,
+            params(init_key) if is_function(params) else params,
+            {**held, **learned},
+            meta,
+            batches(batch_key) if is_function(batches) else batches,
+            steps=steps,
+            optimizer=optimizer,
+            adjoint=adjoint,
+        )
+        if validation is None:
+            return jnp.mean(trained.losses[-max(1, steps // 10) :])
+        return validation(trained.params)
+
+    result = optimize(
+        objective,
+        begin,
+        optimizer=optax.adam(0.1) if meta_optimizer is None else meta_optimizer,
+        steps=meta_steps,
+        constraints=constraints,
+        key=key,
+        seeds=seeds,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    return Tuned({**held, **result.hypers}, optimizer, result.history, result.stopped)
+
+
+def _lowest(value: PyTree) -> float:
+    """Down to where a factor may fall while it is learned."""
+    return min(SMALLEST_FACTOR, 0.5 * min(float(np.min(x)) for x in jax.tree.leaves(value)))
+
+
+def _constraint(optimizer: Optimizer | GenericOptimizer, name: str, value: PyTree) -> Constraint:
+    """What keeps a hyperparameter inside its domain."""
+    low, high = optimizer.domains.get(name, (-np.inf, np.inf))
+    if not np.isfinite(low):
+        return real if not np.isfinite(high) else _beyond(high, -1)
+    if not np.isfinite(high):
+        return positive if low == 0 else _beyond(low, 1)
+    return interval(max(low, _lowest(value)) if optimizer.reversible else low, high)
+
+
+def _beyond(end: float, side: int) -> Constraint:
+    """Values above an end (side 1) or below it (side -1): ``value = end + side exp(raw)``."""
+
+    def to_constrained(raw: Array) -> Array:
+        # Rounding in the sum may land on the end itself.
+        nearest = jnp.nextafter(jnp.asarray(end, raw.dtype), jnp.asarray(side * np.inf, raw.dtype))
+        value = end + side * positive.to_constrained(raw)
+        return jnp.maximum(value, nearest) if side > 0 else jnp.minimum(value, nearest)
+
+    words = f"x > {end:g}" if side > 0 else f"x < {end:g}"
+    return Constraint(
+        to_constrained, lambda value: jnp.log(side * (value - end)), f"beyond({words})", words
+    )
+
+
+def _adjoint(optimizer: Optimizer | GenericOptimizer, start: Mapping[str, PyTree]) -> Adjoint:
+    """Exact reversal where it is possible, with room for the smallest factors that can come up."""
+    if not optimizer.reversible:
+        return Checkpointed()
+    domains = {name: domain for name, domain in optimizer.domains.items() if name in start}
+    factors = [_lowest(start[name]) for name, (_, high) in domains.items() if np.isfinite(high)]
+    return Reversible(bits=min(7.0, 0.1 - math.log2(min([SMALLEST_FACTOR, *factors]))))
+
+
+def _inside(domain: tuple[float, float] | None, value: PyTree) -> bool:
+    low, high = (-np.inf, np.inf) if domain is None else domain
+    return all(np.all((np.asarray(x) > low) & (np.asarray(x) < high)) for x in jax.tree.leaves(value))

@@ -1,0 +1,363 @@
+"""Optimizers from optax, and ours for optax."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from hypergrad import program
+from hypergrad._base.dtypes import lenient
+from hypergrad._base.trees import PyTree
+from hypergrad.optimizers.safe_roots import finite
+from hypergrad.program import PARAMS, GenericOptimizer, Optimizer, StepContext, labels_of, with_defaults
+
+NOT_NEGATIVE = (0.0, float("inf"))
+SHARE = (0.0, 1.0)
+NOT_NEGATIVE_NAMES = (
+    "learning_rate", "max_learning_rate", "adam_learning_rate", "eps", "eps_root", "adam_eps_root",
+    "weight_decay", "weight_decay_rate", "adam_weight_decay", "trust_coefficient", "min_norm", "max_norm",
+    "max_delta", "clip_threshold", "clipping_threshold", "l2_norm_clip", "noise_multiplier",
+    "min_step_size", "max_step_size", "initial_accumulator_value", "initial_scale", "estim_lr0",
+    "estim_lr_coef", "s_init",
+)  # fmt: skip
+SHARE_NAMES = (
+    "b1",
+    "b2",
+    "b3",
+    "adam_b1",
+    "adam_b2",
+    "beta1",
+    "beta2",
+    "beta3",
+    "momentum",
+    "decay",
+    "rho",
+)
+# Where a hyperparameter lies that optax calls so; names that mean several things there are not among them.
+DOMAINS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(NOT_NEGATIVE_NAMES, NOT_NEGATIVE),
+    **dict.fromkeys(SHARE_NAMES, SHARE),
+    "eta_minus": SHARE,
+    "eta_plus": (1.0, float("inf")),
+}
+
+
+def from_optax(
+    build: Callable[..., optax.GradientTransformation],
+    hypers: Mapping[str, float | None],
+    domains: Mapping[str, tuple[float, float]] | None = None,
+) -> GenericOptimizer:
+    """Any optax optimizer, differentiable in the hyperparameters it is built from.
+
+    ``w, s <- step_h(g, s, w),  s_0 = init_h(w_0)`` with the hyperparameters ``h`` of the step, and of the
+    first one in ``s_0``; differentiated in both.  Not reversible: differentiate with ``Checkpointed()`` or
+    ``Stored()``.  Optimizers of this library are programs of moves instead; many of those are.
+
+    Its update is given what optax's may ask for: ``value`` (the loss before the step), ``grad``,
+    ``value_fn``, ``obj_fn`` and ``grad_fn``, on the batch of the step.  A line search that is a loop of
+    unknown length has derivatives with ``Forward()`` only.
+
+    An elementwise slope that is not finite counts as 0 (see `hypergrad.optimizers.safe_roots`): the square
+    root of a gradient that is always 0, and the branch of a `jax.numpy.where` that is not taken, do not make
+    hypergradients NaN.
+
+    Args:
+      build: from keyword arguments, one scalar for each of `hypers`, to an optax transformation; traced at
+        every step with the hyperparameters of that step.  Its state must not depend on them in its shapes.
+        Of a schedule, what optax keeps in the state from the beginning (the ``learning_rate`` of
+        ``optax.rprop``, an ``initial_accumulator_value``) has the first value; what
+        `optax.inject_hyperparams` keeps there has that of the step.
+      hypers: names and default values; None marks one that must be given to `hypergrad.train`.  They are
+        numbers or ``(T,)`` schedules, and the same for all parameters.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.  By
+        default, those in `DOMAINS` of the names that are there, such as ``[0, inf)`` for ``learning_rate``.
+
+    Returns:
+      An optimizer for `hypergrad.train`.
+
+    Raises:
+      TypeError: where `build` must know a hyperparameter before the run, or its update needs what a
+        training run does not have.
+      ValueError: where a loop of unknown length, such as a line search, is differentiated in reverse.
+
+    >>> import hypergrad as hg
+    >>> import jax, jax.numpy as jnp, optax
+    >>> sign = hg.from_optax(optax.sign_sgd, {"learning_rate": None})
+    >>> square = lambda w, meta, step: jnp.sum(w**2)
+    >>> def end(rate):
+    ...     options = {"steps": 4, "optimizer": sign, "adjoint": hg.Stored()}
+    ...     return hg.train(square, jnp.ones(2), {"learning_rate": rate}, **options).params
+    >>> end(0.125)
+    Array([0.5, 0.5], dtype=float32)
+    >>> float(jax.grad(lambda rate: end(rate).sum())(0.125))
+    -8.0
+    """
+    name = getattr(build, "__name__", type(build).__name__)
+    call = f"from_optax({name})"
+    usual = {name: domain for name, domain in DOMAINS.items() if name in hypers}
+
+    def built(h: Mapping[str, Array]) -> optax.GradientTransformationExtraArgs:
+        try:
+            return optax.with_extra_args_support(build(**h))
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{call}: {name} must know one of {list(hypers)} before it runs, and so has no derivative "
+                "in it; leave that one out of hypers, and fix it with functools.partial. "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+    def init(h: Mapping[str, Array], params: PyTree) -> PyTree:
+        with lenient():
+            return built(h).init(params)
+
+    def update(
+        h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree, context: StepContext
+    ) -> tuple[PyTree, PyTree]:
+        def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> Array:
+            return context.loss(params)  # a line search refuses arguments that this function does not take
+
+        def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree, value: Any) -> Any:
+            transformation = built(h)
+            more = {
+                "value": value,
+                "grad": gradient,
+                "value_fn": value_fn,
+                "obj_fn": context.loss,
+                "grad_fn": lambda params, i: jax.grad(context.loss)(params),
+            }
+            if value is None:
+                del more["value"]
+            if _injected(state):
+                state = _refreshed(state, transformation.init(params))
+            updates, state = _updated(call, transformation, gradient, state, params, more)
+            return optax.apply_updates(params, updates), state
+
+        with lenient():
+            return finite(step, call)(dict(h), gradient, state, params, context.value)
+
+    return GenericOptimizer(
+        call, init, update, dict(hypers), usual | dict(domains or {}), init_from_hypers=True
+    )
+
+
+def _updated(
+    call: str,
+    transformation: optax.GradientTransformationExtraArgs,
+    gradient: PyTree,
+    state: PyTree,
+    params: PyTree,
+    more: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
+    """An update of optax, given of what there is as much as it takes."""
+    try:
+        return transformation.update(gradient, state, params, **more)
+    except TypeError as error:
+        refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if refused and refused[1] in more:
+            fewer = {name: x for name, x in more.items() if name != refused[1]}
+            return _updated(call, transformation, gradient, state, params, fewer)
+        if missing := re.search(r"missing \d+ required .*argument.*", str(error)):
+            raise TypeError(
+                f"{call}: its update is {missing[0]}; there is only {list(more)}. In optax's own loop the "
+                "loss must be handed on: update(gradient, state, params, value=..., value_fn=...)"
+            ) from error
+        raise
+
+
+def _is_injected(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "hyperparams") and hasattr(node, "inner_state")
+
+
+def _injected(state: PyTree) -> bool:
+    """Whether `optax.inject_hyperparams` keeps hyperparameters in the state."""
+    return any(map(_is_injected, jax.tree.leaves(state, is_leaf=_is_injected)))
+
+
+def _refreshed(state: PyTree, fresh: PyTree) -> PyTree:
+    """The state, with the hyperparameters that `optax.inject_hyperparams` keeps in it as they are now."""
+
+    def renew(old: Any, new: Any) -> Any:
+        if not _is_injected(old):
+            return old
+        return old._replace(
+            hyperparams=new.hyperparams, inner_state=_refreshed(old.inner_state, new.inner_state)
+        )
+
+    return jax.tree.map(renew, state, fresh, is_leaf=_is_injected)
+
+
+class ProgramState(NamedTuple):
+    """State of an optimizer as an optax transformation: the step, and the variables by name."""
+
+    step: Array
+    variables: dict[str, PyTree]
+
+
+def as_optax(
+    optimizer: Optimizer | GenericOptimizer, hypers: Mapping[str, PyTree]
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer of `hypergrad.train`, with its learned hyperparameters, as an optax transformation.
+
+    Args:
+      optimizer: a program of moves, reversible or not, or what `from_optax` returned.
+      hypers: as given to `hypergrad.train`: by name, trees that are prefixes of the parameters, of numbers
+        or ``(T, ...)`` schedules; the last value of a schedule is held after its end.
+
+    Returns:
+      An optax transformation, for use inside the user's own ``jit``, whose ``update(gradient, state,
+      params)`` needs ``params``.  An optimizer that looks at the network (`hypergrad.kfac`) also needs what
+      its network takes, ``update(..., meta=, batch=)``; one that tries out steps
+      (`hypergrad.adaptive_kfac`) ``value_fn=``, the loss as a function of the parameters; and one of optax
+      that looks at the loss (``optax.polyak_sgd``) ``value=`` or ``value_fn=``.
+
+    Raises:
+      ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an
+        optimizer that looks at single examples; from ``update`` where something it needs is missing.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp, optax
+    >>> transformation = hg.as_optax(hg.adam(), {"learning_rate": jnp.array([0.1, 0.05])})
+    >>> w = jnp.ones(2)
+    >>> state = transformation.init(w)
+    >>> updates, state = transformation.update(2 * w, state, w)
+    >>> updates
+    Array([-0.10000002, -0.10000002], dtype=float32)
+
+    K-FAC, whose network is given the batch at every update:
+
+    >>> import jax
+    >>> from hypergrad import curvature, layers
+    >>> def network(w, meta, x, probes):
+    ...     return x @ w + probes, x
+    >>> loss = lambda w, x: 0.5 * jnp.mean(jnp.sum((x @ w - 1) ** 2, axis=1))
+    >>> optimizer = hg.kfac(network, curvature.normal(), fisher=layers.exact())
+    >>> transformation = hg.as_optax(optimizer, {"learning_rate": 0.2, "momentum": 0.5})
+    >>> @jax.jit
+    ... def step(w, state, x):
+    ...     gradient = jax.grad(loss)(w, x)
+    ...     updates, state = transformation.update(gradient, state, w, batch=x)
+    ...     return optax.apply_updates(w, updates), state
+    >>> w, x = jnp.zeros((2, 2)), jnp.eye(2)
+    >>> state = transformation.init(w)
+    >>> for _ in range(20):
+    ...     w, state = step(w, state, x)
+    >>> bool(loss(w, x) < 0.1)
+    True
+    """
+    call = f"as_optax({optimizer.name}, hypers)"
+    values = with_defaults(call, optimizer, hypers)
+    if isinstance(optimizer, GenericOptimizer) and optimizer.per_example:
+        raise ValueError(
+            f"{call}: {optimizer.name} looks at single examples, and optax has "
+            "only their mean gradient for it; use it with hypergrad.train"
+        )
+
+    blocks = optimizer.blocks if isinstance(optimizer, Optimizer) else None
+
+    def merge(params: PyTree) -> PyTree:
+        return params if blocks is None else blocks.merge(params)
+
+    def labelled(merged: PyTree, leaves: list[Array]) -> Sequence[str | None]:
+        labels = labels_of(call, optimizer, merged, leaves)
+        return [None] * len(leaves) if labels is None else labels
+
+    def at(step: Array, x: Array) -> Array:
+        x = jnp.asarray(x)
+        return x if x.ndim == 0 else x[jnp.minimum(step, x.shape[0] - 1)]
+
+    def the_same(step: Array) -> dict[str, Array]:
+        """The hyperparameters of an optimizer for which they are the same for all parameters."""
+        return {name: at(step, value) for name, value in values.items()}
+
+    def init(params: PyTree) -> ProgramState:
+        step = jnp.zeros((), jnp.int32)
+        if isinstance(optimizer, GenericOptimizer):
+            return ProgramState(step, {"state": optimizer.start(the_same(step), params)})
+        merged = merge(params)
+        leaves = jax.tree.leaves(merged)
+        structure: Any = jax.tree.structure(merged)
+        labels = labelled(merged, leaves)
+        return ProgramState(
+            step,
+            {
+                name: structure.unflatten([optimizer.start_of(name, *each) for each in zip(leaves, labels)])
+                for name in optimizer.variables
+            },
+        )
+
+    def update(
+        gradient: PyTree,
+        state: ProgramState,
+        params: PyTree = None,
+        *,
+        meta: PyTree = None,
+        batch: PyTree = None,
+        value: Array | None = None,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        **_: Any,
+    ) -> tuple[PyTree, ProgramState]:
+        if params is None:
+            raise ValueError(f"{call}: call update(gradient, state, params)")
+        after = optax.safe_increment(state.step)
+        if isinstance(optimizer, GenericOptimizer):
+            context = _here(call, params, meta, batch, value, value_fn)
+            given = the_same(state.step), gradient, state.variables["state"], params, context
+            new, inner = optimizer.update(*given)
+            return jax.tree.map(jnp.subtract, new, params), ProgramState(after, {"state": inner})
+        merged = merge(params)
+        leaves = jax.tree.leaves(merged)
+        structure: Any = jax.tree.structure(merged)
+        if not leaves:  # all of them masked
+            return gradient, ProgramState(after, state.variables)
+        now = {
+            name: [at(state.step, x) for x in jax.tree.leaves(jax.tree.broadcast(tree, merged))]
+            for name, tree in values.items()
+        }
+        hypers = [
+            SimpleNamespace(**{k: x[i] for k, x in now.items()}, label=label)
+            for i, label in enumerate(labelled(merged, leaves))
+        ]
+        gradients = jax.tree.leaves(merge(gradient))
+        if optimizer.transform is not None:
+            gradients = list(optimizer.transform(hypers, gradients))
+        observed: Mapping[str, PyTree] = {}
+        if optimizer.observe is not None:
+            observed = optimizer.observe(params, meta, batch, state.step)
+        trees = {name: jax.tree.leaves(tree) for name, tree in observed.items()} | {"gradient": gradients}
+        variables = {name: jax.tree.leaves(tree) for name, tree in state.variables.items()}
+        start = [
+            {PARAMS: leaf} | {name: x[i] for name, x in variables.items()} for i, leaf in enumerate(leaves)
+        ]
+        observations = [{name: x[i] for name, x in trees.items()} for i in range(len(leaves))]
+        moves = [optimizer.moves(h, state.step) for h in hypers]
+        moved = program.step(moves, start, observations)
+        updates = structure.unflatten([new[PARAMS] - old for new, old in zip(moved, leaves)])
+        if blocks is not None:
+            updates = blocks.split(updates, params)
+        kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
+        return updates, ProgramState(after, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _here(
+    call: str,
+    params: PyTree,
+    meta: PyTree,
+    batch: PyTree,
+    value: Any,
+    value_fn: Callable[[PyTree], Array] | None,
+) -> StepContext:
+    """What an update was given besides the gradient; its value is None where nobody gave it."""
+
+    def missing(params: PyTree) -> Array:
+        raise ValueError(f"{call}: the optimizer tries out steps; call update(..., value_fn=loss)")
+
+    if value is None and value_fn is not None:
+        value = value_fn(params)
+    return StepContext(missing if value_fn is None else value_fn, value, meta, batch)

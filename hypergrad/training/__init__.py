@@ -1,0 +1,6 @@
+"""Training as a differentiable function: the inner loop."""
+
+from hypergrad.training.inner_loop import Trained, train
+from hypergrad.training.planner import Estimate, Plan, plan
+
+__all__ = ["Estimate", "Plan", "Trained", "plan", "train"]

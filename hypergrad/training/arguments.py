@@ -1,0 +1,464 @@
+"""What `hypergrad.train` is given: checked, and made into what a run consists of.
+
+Every function takes the user's call as text, which its messages quote.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from hypergrad._base.checks import check_adjoint, describe, is_function, is_no_adjoint, quoted, shape_of
+from hypergrad._base.dtypes import widened
+from hypergrad._base.errors import DomainError, error_if
+from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.run import kept
+from hypergrad.program import PARAMS, GenericOptimizer, Leaf, Optimizer, with_defaults
+
+STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
+Hypers = list[dict[str, Array]]  # for every leaf of the parameters, hyperparameters by name
+
+
+def checked_call(function: str, steps: Any, optimizer: Any, adjoint: Any) -> str:
+    """The user's call as text, once its optimizer and its adjoint are seen to be such.
+
+    Args:
+      function: its name, such as ``train``.
+      steps: as given.
+      optimizer: as given; must be one.
+      adjoint: as given; None where there is none yet.
+
+    Raises:
+      TypeError: where one of them is something else.
+    """
+    call = f"{function}(steps={steps!r}, optimizer="
+    if not isinstance(optimizer, Optimizer | GenericOptimizer):
+        raise TypeError(f"{call}{quoted(optimizer)}): {_no_optimizer(optimizer)}")
+    call += optimizer.name
+    if adjoint is None:
+        return f"{call})"
+    check_adjoint(
+        f"{call}, adjoint={quoted(adjoint) if is_no_adjoint(adjoint) else repr(adjoint)})", adjoint
+    )
+    return f"{call}, adjoint={adjoint!r})"
+
+
+def _no_optimizer(optimizer: Any) -> str:
+    """Why something is no optimizer, and what to pass instead."""
+    what = f"optimizer is {describe(optimizer)}"
+    if isinstance(optimizer, optax.GradientTransformation):
+        return (
+            f"{what}, whose hyperparameters are built in. Pass hypergrad.from_optax(optax.adam, "
+            '{"learning_rate": None}), and the learning rate in hypers; or one of this library\'s, such as '
+            "hypergrad.adam()"
+        )
+    if inspect.isroutine(optimizer) and optimizer.__module__.startswith("hypergrad."):
+        return f"{what}, which makes one: add brackets, optimizer={optimizer.__name__}()"
+    if inspect.isroutine(optimizer) and optimizer.__module__.startswith("optax."):
+        name = optimizer.__name__
+        return f'{what}: pass hypergrad.from_optax(optax.{name}, {{"learning_rate": None}})'
+    return (
+        f"{what}. Pass one of this library's, such as hypergrad.adam(), one made by hypergrad.from_optax, "
+        "or a hypergrad.program.Optimizer of your own"
+    )
+
+
+def check_scalar(call: str, result: PyTree) -> None:
+    """Refuse a loss that does not return one float."""
+    what = f"{call}: the loss must return one scalar, and returned {describe(result)}"
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{what}; return the loss alone. What else is wanted of a step, watch=... records, and what is "
+            "wanted of the end can be computed from the result's params"
+        )
+    if result.shape != ():
+        raise ValueError(f"{what}; reduce it, by jnp.mean or jnp.sum")
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        raise TypeError(
+            f"{call}: the loss must return a float, and returned {describe(result)}, which has no gradient"
+        )
+
+
+def _no_array(x: Any) -> str:
+    """Why JAX can make no array of something; empty if it can."""
+    try:
+        shape_of(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"{describe(x)}, not an array" if not isinstance(x, int) else f"{x} ({error})"
+    return ""
+
+
+def check_arrays(call: str, name: str, tree: PyTree) -> None:
+    """Refuse a tree with anything in it that is no array: a string, a function, an object."""
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if why := _no_array(x):
+            raise TypeError(
+                f"{call}: {name}{jax.tree_util.keystr(path)} is {why}. Pass arrays, numbers and None in "
+                f"{name}; what else the loss needs it may close over, as lambda params, meta, batch: "
+                "loss(params, meta, batch, other)"
+            )
+
+
+def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]:
+    """Leaves of the parameters, their structure and the path of every leaf."""
+    if is_function(params):
+        raise TypeError(
+            f"{call}: params is {describe(params)}, not a tree of arrays; pass what it returns, such as "
+            "init(jax.random.key(0)). A network that is an object holds its arrays: pass those"
+        )
+    paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    if sum(np.size(x) for _, x in paths) == 0:
+        raise ValueError(
+            f"{call}: params has no arrays in it, or only empty ones, so there is nothing to train"
+        )
+    names = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
+    for name, (_, x) in zip(names, paths):
+        if why := _no_array(x):
+            raise TypeError(f"{call}: {name} is {why}. {_PARTITION.format('pass arrays')}")
+    leaves = [jnp.asarray(x) for _, x in paths]
+    for name, (_, x), leaf in zip(names, paths, leaves):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{call}: {name} is {leaf.dtype}, which has no gradient; pass float32 or float64 "
+                f"parameters. {_PARTITION.format('pass only those')}"
+            )
+        if leaf.dtype not in (jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{call}: {name} is {leaf.dtype}; hypergradients of a whole run are noise below float32. "
+                "Pass float32 or float64 parameters (the loss may compute in lower precision inside)"
+            )
+        _check_finite(call, name, x)
+    return leaves, structure, names
+
+
+_PARTITION = (
+    "Of a module that holds other things too, {}: arrays, rest = equinox.partition(module, "
+    "equinox.is_inexact_array), and let the loss call equinox.combine(params, rest)"
+)
+
+
+def _known(x: Any) -> Any:
+    """The numbers of an array where they are known, as in ``jax.grad`` outside of ``jit``; else None."""
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    primal = jax.lax.stop_gradient(x)
+    return None if isinstance(primal, jax.core.Tracer) else primal
+
+
+def _check_finite(call: str, name: str, x: Any) -> None:
+    """Refuse NaN and infinity where the numbers are known."""
+    known = _known(x)
+    if known is None:
+        return
+    if isinstance(known, jax.Array):
+        with jax.ensure_compile_time_eval():  # else jit would trace it
+            finite = bool(jnp.all(jnp.isfinite(known)))
+    else:
+        finite = bool(np.all(np.isfinite(known)))
+    if not finite:
+        raise ValueError(
+            f"{call}: {name} has NaN or infinity in it at the start, from where nothing can be learned; "
+            "look at how it was made (by a run that diverged?)"
+        )
+
+
+def flat_hypers(
+    call: str,
+    optimizer: Optimizer | GenericOptimizer,
+    hypers: Mapping[str, PyTree],
+    params: PyTree,
+    leaves: list[Array],
+    names: list[str],
+    steps: int,
+) -> tuple[Hypers, Hypers]:
+    """For every leaf of the parameters its constant and its scheduled hyperparameters.
+
+    What is known stays a NumPy array, so that adjoints can compute with it before the run, even under
+    ``jit``.
+    """
+    if not isinstance(hypers, Mapping):
+        raise ValueError(
+            f"{call}: hypers must be a dictionary with the names {list(optimizer.hypers)}, "
+            f"not {describe(hypers)}"
+        )
+    complete = with_defaults(call, optimizer, hypers)
+    if isinstance(optimizer, GenericOptimizer):  # takes numbers: the same for all parameters
+        params, leaves, names = 0, [jnp.zeros((), leaves[0].dtype)], ["all parameters"]
+    fixed: Hypers = [{} for _ in leaves]
+    scheduled: Hypers = [{} for _ in leaves]
+    for key, given in complete.items():
+        if given is None:
+            raise ValueError(f"{call}: hypers[{key!r}] is None; give it a number, or leave it out")
+        value = jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), given)
+        strong: dict[Any, Array] = {}  # what is one array for several leaves stays one
+        try:
+            spread = jax.tree.leaves(jax.tree.broadcast(value, params))
+        except ValueError as error:
+            raise ValueError(
+                f"{call}: hypers[{key!r}] must be one number or array, or a tree of them that is a prefix "
+                f"of params, and is {describe(given)}{_way_out(given)}: {error}"
+            ) from None
+        for i, (x, leaf, name) in enumerate(zip(spread, leaves, names)):
+            where = f"{call}: hypers[{key!r}] for {name}"
+            domain = optimizer.domains.get(key)
+            if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+                raise ValueError(f"{where} is {x.dtype}; it must be a real number")
+            if not isinstance(x, jax.core.Tracer):
+                dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
+                x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
+                _check_domain(where, x, domain)
+            else:
+                if (known := _known(x)) is not None:
+                    _check_domain(where, np.asarray(known), domain)
+                # Cotangents are added over the steps in the type of the hyperparameter.
+                dtype = leaf.dtype if x.weak_type and x.ndim == 0 else widened(x).dtype
+                x = strong.setdefault((id(x), dtype), jnp.asarray(x, dtype))
+            _check_promotion(where, x, leaf)
+            if x.ndim == 0:
+                fixed[i][key] = x
+                continue
+            if x.shape[0] not in (1, steps):
+                raise ValueError(
+                    f"{where} has shape {list(x.shape)}; a schedule's leading axis is the step and must "
+                    f"have length steps={steps} (or 1, for the same at every step)"
+                )
+            try:
+                fits = np.broadcast_shapes(x.shape[1:], leaf.shape) == leaf.shape
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{where} has shape {list(x.shape)}; behind the step axis it must broadcast to the "
+                    f"leaf's {list(leaf.shape)}"
+                )
+            if x.shape[0] == steps:
+                scheduled[i][key] = x
+            else:
+                fixed[i][key] = x[0]
+    return checked_hypers(call, optimizer, fixed, scheduled)
+
+
+def _way_out(given: PyTree) -> str:
+    """What to do about a hyperparameter that is a tree of another shape than the parameters."""
+    if isinstance(given, list) or type(given) is tuple:
+        return " (a schedule is an array, jnp.array([...]))"
+    if callable(given):
+        return (
+            " (a class of schedules of your own that is a pytree counts as one: pass the function "
+            "lambda count: schedule(count))"
+        )
+    return ""
+
+
+def _check_promotion(where: str, x: Any, leaf: Array) -> None:
+    """Refuse two types of floats where the user has told JAX not to mix them."""
+    strict = jax.config.jax_numpy_dtype_promotion == "strict"  # type: ignore[attr-defined]
+    if strict and x.dtype != leaf.dtype:
+        raise TypeError(
+            f"{where} is {x.dtype}, and the leaf {leaf.dtype}, which jax.numpy_dtype_promotion('strict') "
+            f"does not let mix; pass it as {leaf.dtype}"
+        )
+
+
+def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None) -> None:
+    low, high = (-np.inf, np.inf) if domain is None else domain
+    wrong = ~((x >= low) & (x < high))
+    if wrong.any():
+        place = [int(i) for i in np.argwhere(wrong)[0]]
+        at = f" at index {place}" if place else ""
+        raise ValueError(f"{where} is {x[tuple(place)]}{at}; it must lie in [{low:g}, {high:g})")
+
+
+def checked_hypers(
+    call: str, optimizer: Optimizer | GenericOptimizer, fixed: Hypers, scheduled: Hypers
+) -> tuple[Hypers, Hypers]:
+    """The hyperparameters, refused by the running program where one is outside its domain.
+
+    What is known was looked at before; of what is traced, by ``jit`` or ``vmap``, one scalar for each
+    hyperparameter goes to one callback, on which they all come to depend.  NaN is outside.  Not
+    differentiated.
+
+    Args:
+      call: the user's call.
+      optimizer: whose they are, with their domains.
+      fixed: the constant ones.
+      scheduled: those by step.
+
+    Returns:
+      Both, like those given; what is one array stays one.
+
+    Raises:
+      DomainError: from the running program.
+    """
+    traced: dict[str, dict[int, Array]] = {}
+    for leaf in (*fixed, *scheduled):
+        for name, x in leaf.items():
+            if name in optimizer.domains and _known(x) is None:
+                traced.setdefault(name, {})[id(x)] = x
+    if not traced:
+        return fixed, scheduled
+    names = list(traced)
+    domains = [optimizer.domains[name] for name in names]
+    worst = [_first_outside(list(traced[name].values()), *optimizer.domains[name]) for name in names]
+
+    def explain(*found: float) -> str | None:
+        for name, x, (low, high) in zip(names, found, domains):
+            if not low <= x < high:
+                return (
+                    f"{call}: hypers[{name!r}] has {x:.6g} in it; it must lie in [{low:g}, {high:g}). Keep "
+                    "what is learned inside, by hypergrad.constraints or a function such as jnp.exp"
+                )
+        return None
+
+    arrays = {key: x for each in traced.values() for key, x in each.items()}
+    checked = error_if(explain, arrays, *worst, error=DomainError)
+
+    def put(leaf: dict[str, Array]) -> dict[str, Array]:
+        return {name: checked.get(id(x), x) for name, x in leaf.items()}
+
+    return [put(leaf) for leaf in fixed], [put(leaf) for leaf in scheduled]
+
+
+def _first_outside(arrays: Sequence[Array], low: float, high: float) -> Array:
+    """The first number outside ``[low, high)``, or any if there is none; without derivative."""
+    dtype = jnp.result_type(float)
+
+    def first(x: Array) -> Array:
+        flat = jnp.ravel(jax.lax.stop_gradient(x)).astype(dtype)
+        return flat[jnp.argmax(~((flat >= low) & (flat < high)))]
+
+    return first(jnp.stack([first(x) for x in arrays]))
+
+
+def start_of(
+    call: str,
+    optimizer: Optimizer,
+    state: Mapping[str, PyTree] | None,
+    leaves: list[Array],
+    structure: Any,
+    labels: tuple[str, ...] | None,
+) -> list[Leaf]:
+    """Float variables of every leaf at the start, by name."""
+    state = {} if state is None else state
+    _check_state(call, state, optimizer.variables)
+    unknown = sorted(set(state) - {*optimizer.variables, STEP, EXACT})
+    if unknown:
+        raise ValueError(f"{call}: state has {unknown}; {optimizer.name} keeps {list(optimizer.variables)}")
+
+    def begin(name: str, i: int, leaf: Array) -> Array:
+        return optimizer.start_of(name, leaf, None if labels is None else labels[i])
+
+    start: list[Leaf] = [{PARAMS: leaf} for leaf in leaves]
+    for name in optimizer.variables:
+        given = None
+        if name in state:
+            given, other = jax.tree.flatten(state[name])
+            if other != structure:
+                raise ValueError(
+                    f"{call}: state[{name!r}] has the tree structure {other}, params has {structure}"
+                )
+            check_arrays(call, f"state[{name!r}]", state[name])
+        for i, leaf in enumerate(leaves):
+            if given is None:
+                start[i][name] = begin(name, i, leaf)
+                continue
+            default = jax.eval_shape(partial(begin, name, i), leaf)
+            if np.shape(given[i]) != default.shape:
+                raise ValueError(
+                    f"{call}: state[{name!r}] has a leaf of shape {list(np.shape(given[i]))} where "
+                    f"{list(default.shape)} is needed"
+                )
+            start[i][name] = jnp.asarray(given[i], default.dtype)
+            _check_finite(call, f"state[{name!r}]", given[i])
+    return start
+
+
+def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTree]:
+    """The step at which a state was left, and the integers behind it."""
+    state = {} if state is None else state
+    first = state.get(STEP, 0)
+    if np.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.integer):
+        raise ValueError(f"{call}: state[{STEP!r}] must be the number of steps made before, one integer")
+    known = not isinstance(first, jax.core.Tracer)
+    return np.int32(first) if known else first.astype(jnp.int32), state.get(EXACT)
+
+
+def _check_state(call: str, state: Any, names: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{call}: state is {describe(state)}; it must be a dictionary with some of the names "
+            f"{list(names)}, such as the state of what train returned"
+        )
+
+
+def start_of_whole(
+    call: str,
+    optimizer: GenericOptimizer,
+    hypers: Mapping[str, Array],
+    state: Mapping[str, PyTree] | None,
+    params: PyTree,
+    leaves: list[Array],
+) -> tuple[list[Leaf], Any]:
+    """The same for an optimizer with one state for all parameters; also that state's tree structure."""
+    if state is not None:
+        _check_state(call, state, ["state"])
+    if state is not None and set(state) != {"state"}:
+        raise ValueError(f"{call}: state has {sorted(state)}; {optimizer.name} keeps ['state']")
+    initial = optimizer.start(hypers, params)
+    given = initial if state is None else state["state"]
+    like: Any = jax.tree.structure(initial)
+    found: Any = jax.tree.structure(given)
+    if like != found:
+        raise ValueError(
+            f"{call}: state['state'] has the tree structure {found}, and {optimizer.name} keeps {like}"
+        )
+    return [*({PARAMS: leaf} for leaf in leaves), kept(given)], like
+
+
+def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
+    """The batches, if every array has the steps as its leading axis."""
+    stack = (
+        "Batches are arrays with the steps as their leading axis: stack those of a loader, "
+        "jnp.stack([next(loader) for _ in range(steps)])"
+    )
+    if isinstance(batches, Iterator):
+        raise TypeError(f"{call}: batches is {describe(batches)}, not an array. {stack}")
+    paths = jax.tree_util.tree_flatten_with_path(batches)[0]
+    if not paths:
+        raise ValueError(
+            f"{call}: batches is {describe(batches)} with no arrays in it; pass None, and the loss is "
+            "given the number of the step"
+        )
+    for path, x in paths:
+        name = f"batches{jax.tree_util.keystr(path)}"
+        if why := _no_array(x):
+            raise TypeError(f"{call}: {name} is {why}. {stack}")
+        if np.ndim(x) == 0 or np.shape(x)[0] != steps:
+            raise ValueError(
+                f"{call}: {name} has shape {list(np.shape(x))}; its leading axis is the step and must have "
+                f"length steps={steps}"
+            )
+        if np.size(x) == 0:
+            raise ValueError(
+                f"{call}: {name} has shape {list(np.shape(x))}, so the batch of a step is empty, "
+                "and its mean would be NaN; give every step one example at least"
+            )
+    return batches
+
+
+def check_examples(call: str, optimizer: GenericOptimizer, batch: PyTree) -> None:
+    """A batch can be taken apart into two or more examples."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
+    if len(counts) != 1 or min(counts) < 2:
+        raise ValueError(
+            f"{call}: {optimizer.name} looks at single examples, so batches must be arrays (T, n, ...), "
+            "with the same n >= 2 examples at every step, such as rows of the data; behind the step axis "
+            f"they have the shapes {[list(shape) for shape in shapes]}"
+        )

@@ -1,0 +1,266 @@
+"""Which adjoint for a run, under a budget of memory.
+
+What one step takes is measured, on short compiled runs; how it grows with the steps is computed.
+
+=======  ==========================================================================================
+symbol   meaning
+=======  ==========================================================================================
+``T``    steps
+``S``    segments of ``L = T / S`` steps
+``w``    bytes that a short run takes, whatever its length
+``m``    bytes that reverse mode keeps of one step, what the gradient computes included
+``s``    bytes of the state in floats
+``k``    bytes of the state in integers, 8 for each element of each variable
+``b``    bytes that one step sends to the information buffers
+=======  ==========================================================================================
+
+===========================  ==================  =====================================
+adjoint                      memory              time, in plain trainings
+===========================  ==================  =====================================
+``Stored()``                 ``w + T m``         2.9: forwards, products
+``Reversible()``             ``w + T b``         3.7: that and the integer arithmetic
+``Checkpointed(S)``          ``w + S s + L m``   3.9: forwards twice, products
+``Reversible(segments=S)``   ``w + S k + L b``   4.8: forwards twice, backwards
+===========================  ==================  =====================================
+
+The times are those of the benchmark (``benchmarks/hypergradient.py``), for networks on a processor.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad._base.checks import checked_steps
+from hypergrad._base.errors import ReversalError
+from hypergrad._base.trees import PyTree, split
+from hypergrad.adjoints.reversible import Reversible
+from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
+from hypergrad.adjoints.strategies import Adjoint, Checkpointed, Stored
+from hypergrad.adjoints.tapes import destroyed_bits
+from hypergrad.program import GenericOptimizer, Leaf, Optimizer
+from hypergrad.training.arguments import checked_call
+from hypergrad.training.inner_loop import train
+
+TIMES = {"Stored": 2.9, "Reversible": 3.7, "Checkpointed": 3.9, "Reversible in segments": 4.8}
+SHORT = 4  # steps of the runs that are measured
+SPARE = 1.1  # room in the buffers for factors that move while they are learned
+
+
+class Estimate(NamedTuple):
+    """What a hypergradient is expected to take.
+
+    Attributes:
+      adjoint: how it is differentiated.
+      memory: bytes beside arguments and results.
+      time: in plain trainings.
+    """
+
+    adjoint: Adjoint
+    memory: int
+    time: float
+
+
+class Plan(NamedTuple):
+    """The adjoints for a run, and which of them to take.
+
+    Attributes:
+      adjoint: the fastest that fits.
+      estimates: of all, fastest first; see `fastest` for another budget.
+      budget: bytes.
+    """
+
+    adjoint: Adjoint
+    estimates: tuple[Estimate, ...]
+    budget: int
+
+    def __str__(self) -> str:
+        lines = [f"{'MiB':>10}  {'time':>5}  adjoint          (budget {self.budget / 2**20:.1f} MiB)"]
+        for adjoint, memory, time in self.estimates:
+            mark = " <-" if adjoint == self.adjoint else ""
+            lines.append(f"{memory / 2**20:10.1f}  {time:5.1f}  {adjoint}{mark}")
+        return "\n".join(lines)
+
+
+def plan(
+    loss: Callable[[PyTree, PyTree, PyTree], Array],
+    params: PyTree,
+    hypers: Mapping[str, PyTree],
+    meta: PyTree = None,
+    batches: PyTree = None,
+    *,
+    steps: int,
+    optimizer: Optimizer | GenericOptimizer | None = None,
+    budget: float,
+    wrt: tuple[str, ...] = ("hypers",),
+) -> Plan:
+    """Predict memory and time of every adjoint for a run, and pick the fastest that fits.
+
+    Compiles hypergradients of a few steps; runs nothing.
+
+    Args:
+      loss: as for `hypergrad.train`, and so are the next ones.
+      params: start.
+      hypers: hyperparameters; their present values say how many bits a step destroys.
+      meta: passed to the loss.
+      batches: by step.
+      steps: ``T >= 1``.
+      optimizer: by default `hypergrad.momentum`.
+      budget: bytes of memory beside arguments and results.
+      wrt: what will be differentiated: some of ``"params", "hypers", "meta", "batches"``.
+
+    Returns:
+      A `Plan`; print it for a table, and pass its ``adjoint`` to `hypergrad.train`.
+
+    Raises:
+      ValueError: if no adjoint fits; the message says what the smallest needs.
+
+    >>> import hypergrad as hg
+    >>> import jax.numpy as jnp
+    >>> loss = lambda w, meta, step: jnp.sum(jnp.tanh(w) ** 2)
+    >>> hypers = {"learning_rate": 0.1, "momentum": 0.9}
+    >>> hg.plan(loss, jnp.ones((100, 100)), hypers, steps=1000, budget=8e6).adjoint
+    Reversible(bits=(('velocity', 0.171),), radix=(), segments=1)
+    """
+    call = f"plan(steps={steps!r}, budget={budget!r})"
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number) or not budget > 0:
+        raise ValueError(f"{call}: budget must be a positive number of bytes, such as 1e9")
+    if optimizer is not None:
+        checked_call("plan", steps, optimizer, None)
+    checked_steps(call, steps)
+    parts = {"params", "hypers", "meta", "batches"}
+    if isinstance(wrt, str) or not wrt or set(wrt) - parts:
+        raise ValueError(
+            f'{call}: wrt={wrt!r} must be some of {sorted(parts)}, in a tuple such as ("hypers",)'
+        )
+    captured: list[Any] = []
+
+    def spy(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+        captured.append((run, start, constants, inputs))
+        return start, Outputs(jnp.zeros(run.steps), None)
+
+    train(loss, params, hypers, meta, batches, steps=steps, optimizer=optimizer, adjoint=spy)
+    run, start, constants, inputs = captured[0]
+
+    state = sum(x.nbytes for leaf in start for x in leaf.values())
+    integers = 8 * sum(x.size for leaf in start for x in leaf.values())
+    schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
+    short = min(SHORT, run.steps)
+
+    @functools.cache  # every figure costs a compilation
+    def measured(adjoint: Adjoint, steps: int) -> int:
+        return _temporary(adjoint, replace(run, steps=steps), start, constants, inputs, wrt)
+
+    stored = measured(Stored(), short)
+    kept = (stored - measured(Stored(), short // 2)) // (short - short // 2) if short > 1 else stored
+
+    def grows(adjoint: Adjoint, steps: int) -> int:
+        """The bytes that depend on the steps."""
+        if isinstance(adjoint, Stored):
+            return steps * kept
+        if isinstance(adjoint, Checkpointed):
+            segments = adjoint.segments or 1
+            return segments * state + -(-steps // segments) * kept
+        assert isinstance(adjoint, Reversible)
+        tape = adjoint.tape_bytes(replace(run, steps=steps), start, constants, inputs)
+        cotangents = steps * schedules
+        if adjoint.segments == 1:
+            return tape + cotangents
+        # A segment has the cotangents of its schedules in arrays of its own.
+        own = adjoint.length(steps) * schedules
+        return tape + cotangents + own + adjoint.segments * integers
+
+    candidates: list[tuple[str, Callable[[int], Any]]] = [
+        ("Stored", lambda segments: Stored()),
+        ("Checkpointed", Checkpointed),
+    ]
+    with contextlib.suppress(ReversalError):  # not every program can be reversed
+        rates = destroyed_bits(run, start, constants, inputs)
+        bits = {name: min(7.0, float(f"{SPARE * rate:.2g}") + 1e-3) for name, rate in rates.items()}
+        candidates += [
+            ("Reversible", lambda segments: Reversible(bits)),
+            ("Reversible in segments", lambda segments: Reversible(bits, segments=segments)),
+        ]
+    estimates = []
+    for name, make in candidates:
+        choices = dict.fromkeys(make(S) for S in _divisions(run.steps))  # some are the same for any S
+        best = min(choices, key=lambda adjoint: grows(adjoint, run.steps))
+        few = make(2) if short > 1 else make(1)
+        workspace = measured(few, short) - grows(few, short)
+        estimates.append(Estimate(best, workspace + grows(best, run.steps), TIMES[name]))
+    estimates.sort(key=lambda estimate: estimate.time)
+    return Plan(fastest(estimates, budget), tuple(estimates), int(budget))
+
+
+def fastest(estimates: Sequence[Estimate], budget: float) -> Adjoint:
+    """The fastest adjoint that fits a budget in bytes.
+
+    Raises:
+      ValueError: if none does.
+
+    >>> import hypergrad as hg
+    >>> fastest([Estimate(hg.Stored(), 1000, 3.0), Estimate(hg.Reversible(), 10, 4.0)], 500)
+    Reversible(bits=(), radix=(), segments=1)
+    """
+    fitting = [estimate for estimate in estimates if estimate.memory <= budget]
+    if not fitting:
+        least = min(estimates, key=lambda estimate: estimate.memory)
+        raise ValueError(
+            f"plan(budget={budget:g}): no adjoint fits; the smallest, {least.adjoint}, needs "
+            f"{least.memory / 2**20:.1f} MiB. Allow more, take fewer steps, or differentiate only the last "
+            "of them with Truncated(steps)"
+        )
+    return min(fitting, key=lambda estimate: estimate.time).adjoint
+
+
+def _divisions(steps: int) -> list[int]:
+    """Numbers of segments worth a thought: one for every length within some per cent."""
+    count = min(steps, 200)
+    return sorted({max(1, round(steps ** (k / count))) for k in range(count + 1)} - {1} or {1})
+
+
+def _temporary(
+    adjoint: Adjoint,
+    run: Run,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    wrt: tuple[str, ...],
+) -> int:
+    """Bytes that a compiled hypergradient needs beside arguments and results."""
+
+    def floats(part: str, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: part in wrt and jnp.issubdtype(x.dtype, jnp.floating), tree)
+
+    captured, meta = constants.loss[: run.captured], constants.loss[run.captured :]
+    flags = (
+        floats("params", start),
+        Constants(
+            [*floats("", captured), *floats("meta", meta)],
+            floats("hypers", constants.hypers),
+            floats("", constants.watch),
+        ),
+        Inputs(floats("batches", inputs.batch), floats("hypers", inputs.hypers), floats("", inputs.step)),
+    )
+
+    def hypergradient(start: list[Leaf], constants: Constants, inputs: Inputs) -> Any:
+        wanted, merge = split(flags, (start, constants, inputs))
+
+        def outer(wanted: list[Array]) -> Array:
+            end, _ = adjoint(run, *merge(wanted))
+            return sum((jnp.sum(x) for x in run.params_of(end)), start=jnp.zeros(()))
+
+        return jax.grad(outer)(wanted)
+
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (start, constants, jax.tree.map(lambda x: x[: run.steps], inputs)),
+    )
+    figures: Any = jax.jit(hypergradient).lower(*shapes).compile().memory_analysis()
+    return figures.temp_size_in_bytes
