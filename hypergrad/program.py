@@ -30,13 +30,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hypergrad import exact
+from hypergrad._base.checks import check_arrays, check_finite, check_state
 from hypergrad._base.devices import Evaluate, in_turn
+from hypergrad._base.errors import ReversalError
 from hypergrad._base.trees import PyTree
 
 PARAMS = "params"
+STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
 
 
 class View:
@@ -167,66 +171,9 @@ class Labels(NamedTuple):
     variables: Mapping[str, frozenset[str]]
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    """One description of an optimizer, from which every way to run it is derived.
-
-    Attributes:
-      name: as the user would call it.
-      moves: ``(h, t) -> [moves]`` for one leaf, with ``h.<hyperparameter>`` at step ``t = 0, 1, ...``.
-      variables: what is kept beside the parameters.
-      hypers: names and default values of the hyperparameters; None marks one that must be given.
-      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
-      transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
-        list of gradients to a list like it; None leaves it as it is.
-      blocks: on what the moves act, if not on the leaves of the parameters; "leaf" then means "block", and
-        hyperparameters and variables are trees of blocks.
-      observe: ``(params, meta, batch, step) -> {name: tree of arrays}``, what moves may read of the
-        parameters before the step besides the gradient, as ``s.<name>``; like the gradient it is found
-        again on the way back, and differentiated.  The trees are like the blocks, the arguments as the loss
-        has them.
-      labels: which leaves have which program, where not all have the same.
-
-    >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
-    >>> Optimizer(
-    ...     name="momentum",
-    ...     moves=lambda h, t: [
-    ...         Scale("velocity", h.momentum),
-    ...         Shift("velocity", lambda s: -(1 - h.momentum) * s.gradient),
-    ...         Shift("params", lambda s: h.learning_rate * s.velocity),
-    ...     ],
-    ...     variables={"velocity": Variable()},
-    ...     hypers={"learning_rate": None, "momentum": 0.9},
-    ... ).name
-    'momentum'
-    """
-
-    name: str
-    moves: Callable[[Any, Array], Sequence[Move]]
-    variables: Mapping[str, Variable] = field(default_factory=dict)
-    hypers: Mapping[str, float | None] = field(default_factory=dict)
-    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
-    blocks: Blocks | None = None
-    observe: Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, PyTree]] | None = None
-    labels: Labels | None = None
-
-    @property
-    def reversible(self) -> bool:
-        """Whether every move can be undone."""
-        h = dict.fromkeys(self.hypers, jnp.float32(0.5))
-        labels = [None] if self.labels is None else list(self.labels.variables)
-        moves = [self.moves(SimpleNamespace(**h, label=label), jnp.int32(0)) for label in labels]
-        return not any(isinstance(move, Assign) for each in moves for move in each)
-
-    def start_of(self, variable: str, leaf: Array, label: str | None) -> Array:
-        """The start of a variable for a leaf of this label; no elements where the leaf does not have it."""
-        own = self.labels is None or label is None or variable in self.labels.variables[label]
-        return self.variables[variable].init(leaf) if own else jnp.zeros(0, leaf.dtype)
-
-    def words_of(self, variable: str) -> int:
-        """Low words of a variable, or of the parameters."""
-        return 1 if variable == PARAMS else self.variables[variable].words
+Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
+Observed = dict[str, Array]  # of one leaf, at the parameters before the step: gradient and what is observed
+Record = dict[str, Array]  # of one leaf: what was remembered or kept in one step
 
 
 class Examples(NamedTuple):
@@ -257,6 +204,165 @@ class StepContext(NamedTuple):
     batch: PyTree
 
 
+class FloatStep(NamedTuple):
+    """One step in floats, as an optimizer of either kind may need it; what costs something is a function.
+
+    Attributes:
+      leaves: the state before.
+      loss: inner loss there.
+      observations: gradient and what is observed, of every leaf.
+      moves: the moves of every leaf, of a program.
+      hypers: hyperparameters of the first leaf.
+      examples: the minibatch, for an optimizer that looks at single examples.
+      context: what may be evaluated anew.
+    """
+
+    leaves: Sequence[Leaf]
+    loss: Array
+    observations: Sequence[Observed]
+    moves: Callable[[], Sequence[Sequence[Move]]]
+    hypers: Mapping[str, Array]
+    examples: Callable[[], Examples]
+    context: Callable[[], StepContext]
+
+
+class Layout(NamedTuple):
+    """How trees lie in the flat state of a run.
+
+    Attributes:
+      params: tree structure of the parameters.
+      state: tree structure of the optimizer's state, where that is one for all parameters.
+      labels: of the leaves, where the optimizer has a program for each label.
+    """
+
+    params: Any
+    state: Any = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One description of an optimizer, from which every way to run it is derived.
+
+    Attributes:
+      name: as the user would call it.
+      moves: ``(h, t) -> [moves]`` for one leaf, with ``h.<hyperparameter>`` at step ``t = 0, 1, ...``.
+      variables: what is kept beside the parameters.
+      hypers: names and default values of the hyperparameters; None marks one that must be given.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
+      transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
+        list of gradients to a list like it; None leaves it as it is.
+      blocks: on what the moves act, if not on the leaves of the parameters; "leaf" then means "block", and
+        hyperparameters and variables are trees of blocks.
+      observe: ``(params, meta, batch, step) -> {name: tree of arrays}``, what moves may read of the
+        parameters before the step besides the gradient, as ``s.<name>``; like the gradient it is found
+        again on the way back, and differentiated.  The trees are like the blocks, the arguments as the loss
+        has them.
+      labels: which leaves have which program, where not all have the same.
+      per_example, by_moves: False and True; what `GenericOptimizer` tells of itself.
+
+    >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
+    >>> Optimizer(
+    ...     name="momentum",
+    ...     moves=lambda h, t: [
+    ...         Scale("velocity", h.momentum),
+    ...         Shift("velocity", lambda s: -(1 - h.momentum) * s.gradient),
+    ...         Shift("params", lambda s: h.learning_rate * s.velocity),
+    ...     ],
+    ...     variables={"velocity": Variable()},
+    ...     hypers={"learning_rate": None, "momentum": 0.9},
+    ... ).name
+    'momentum'
+    """
+
+    name: str
+    moves: Callable[[Any, Array], Sequence[Move]]
+    variables: Mapping[str, Variable] = field(default_factory=dict)
+    hypers: Mapping[str, float | None] = field(default_factory=dict)
+    domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    transform: Callable[[Sequence[Any], Sequence[Array]], Sequence[Array]] | None = None
+    blocks: Blocks | None = None
+    observe: Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, PyTree]] | None = None
+    labels: Labels | None = None
+    per_example: bool = field(default=False, init=False)
+    by_moves: bool = field(default=True, init=False)
+
+    @property
+    def reversible(self) -> bool:
+        """Whether every move can be undone."""
+        h = dict.fromkeys(self.hypers, jnp.float32(0.5))
+        labels = [None] if self.labels is None else list(self.labels.variables)
+        moves = [self.moves(SimpleNamespace(**h, label=label), jnp.int32(0)) for label in labels]
+        return not any(isinstance(move, Assign) for each in moves for move in each)
+
+    def start_of(self, variable: str, leaf: Array, label: str | None) -> Array:
+        """The start of a variable for a leaf of this label; no elements where the leaf does not have it."""
+        own = self.labels is None or label is None or variable in self.labels.variables[label]
+        return self.variables[variable].init(leaf) if own else jnp.zeros(0, leaf.dtype)
+
+    def program(self, call: str) -> "Optimizer":
+        """Itself, as it is a program of moves."""
+        return self
+
+    def shape_of_hypers(self, params: PyTree, names: Sequence[str]) -> tuple[PyTree, Sequence[str]]:
+        """Of what tree hyperparameters are prefixes, and the names of its leaves, for messages."""
+        return params, names
+
+    def start(
+        self, call: str, state: Mapping[str, PyTree] | None, hypers: Mapping[str, Array], at: PyTree
+    ) -> tuple[list[Leaf], Layout]:
+        """The state before the first step, by leaf.
+
+        Args:
+          call: the user's call, for messages.
+          state: as the user has given it; None for a run from the beginning.
+          hypers: of the first step.
+          at: the parameters.
+        """
+        leaves, structure = jax.tree.flatten(at)
+        labels = None if self.labels is None else self.labels_of(call, at, leaves)
+        state = {} if state is None else state
+        check_state(call, state, self.variables)
+        unknown = sorted(set(state) - {*self.variables, STEP, EXACT})
+        if unknown:
+            raise ValueError(f"{call}: state has {unknown}; {self.name} keeps {list(self.variables)}")
+        start: list[Leaf] = [{PARAMS: leaf} for leaf in leaves]
+        for name in self.variables:
+            given = _given_variable(call, name, state[name], structure) if name in state else None
+            for i, leaf in enumerate(leaves):
+                begin = partial(self.start_of, name, label=None if labels is None else labels[i])
+                start[i][name] = begin(leaf)
+                if given is not None:
+                    default = jax.eval_shape(begin, leaf)
+                    start[i][name] = _cast_variable(call, name, given[i], default)
+        return start, Layout(structure, None, labels)
+
+    def labels_of(self, call: str, params: PyTree, leaves: Sequence[Array]) -> tuple[str, ...]:
+        """The labels of the leaves."""
+        assert self.labels is not None
+        labels = tuple(self.labels.of(params))
+        unknown = sorted({str(label) for label in labels} - set(self.labels.variables))
+        if unknown or len(labels) != len(leaves):
+            raise ValueError(
+                f"{call}: {self.name} has optimizers for the labels {sorted(self.labels.variables)}, "
+                f"and the {len(leaves)} leaves of params are labelled {list(labels)}"
+            )
+        return labels
+
+    def state_of(self, leaves: Sequence[Leaf], layout: Layout) -> dict[str, PyTree]:
+        """Its variables among the float state of a run: by name, trees like the parameters."""
+        unflatten = layout.params.unflatten
+        return {name: unflatten([leaf[name] for leaf in leaves]) for name in self.variables}
+
+    def advance(self, at: FloatStep, layout: Layout) -> list[Leaf]:
+        """The float state after a step."""
+        return step(at.moves(), at.leaves, at.observations)
+
+    def words_of(self, variable: str) -> int:
+        """Low words of a variable, or of the parameters."""
+        return 1 if variable == PARAMS else self.variables[variable].words
+
+
 @dataclass(frozen=True)
 class GenericOptimizer:
     """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
@@ -278,17 +384,101 @@ class GenericOptimizer:
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     per_example: bool = False
-    reversible: bool = field(default=False, init=False)
     init_from_hypers: bool = False
+    reversible: bool = field(default=False, init=False)
+    variables: Mapping[str, Variable] = field(default_factory=dict, init=False)
+    blocks: None = field(default=None, init=False)
+    observe: None = field(default=None, init=False)
+    transform: None = field(default=None, init=False)
+    labels: None = field(default=None, init=False)
+    by_moves: bool = field(default=False, init=False)
 
-    def start(self, h: Mapping[str, Array], params: PyTree) -> PyTree:
-        """The state before the first step, whose hyperparameters are ``h``."""
-        return self.init(h, params) if self.init_from_hypers else self.init(params)
+    def program(self, call: str) -> Optimizer:
+        """Refused: it is none."""
+        raise ReversalError(
+            f"{call}: {self.name} is no program of invertible moves, so it has no exact "
+            "reversal; pass adjoint=Checkpointed() or Stored()"
+        )
+
+    def shape_of_hypers(self, params: PyTree, names: Sequence[str]) -> tuple[PyTree, Sequence[str]]:
+        """It takes numbers, the same for all parameters; see `Optimizer.shape_of_hypers`."""
+        return jnp.zeros((), jax.tree.leaves(params)[0].dtype), ["all parameters"]
+
+    def initial(self, hypers: Mapping[str, Array], params: PyTree) -> PyTree:
+        """The state before the first step, whose hyperparameters are given."""
+        return self.init(hypers, params) if self.init_from_hypers else self.init(params)
+
+    def start(
+        self, call: str, state: Mapping[str, PyTree] | None, hypers: Mapping[str, Array], at: PyTree
+    ) -> tuple[list[Leaf], Layout]:
+        """The state before the first step: by leaf, and one more for its own; see `Optimizer.start`."""
+        if state is not None:
+            check_state(call, state, ["state"])
+        if state is not None and set(state) != {"state"}:
+            raise ValueError(f"{call}: state has {sorted(state)}; {self.name} keeps ['state']")
+        initial = self.initial(hypers, at)
+        given = initial if state is None else state["state"]
+        like: Any = jax.tree.structure(initial)
+        found: Any = jax.tree.structure(given)
+        if like != found:
+            raise ValueError(
+                f"{call}: state['state'] has the tree structure {found}, and {self.name} keeps {like}"
+            )
+        leaves, structure = jax.tree.flatten(at)
+        return [*({PARAMS: leaf} for leaf in leaves), _one_more_leaf(given)], Layout(structure, like)
+
+    def state_of(self, leaves: Sequence[Leaf], layout: Layout) -> dict[str, PyTree]:
+        """Its state among the float state of a run: one tree with the name ``state``."""
+        last = leaves[-1]
+        return {"state": layout.state.unflatten([last[f"{k}"] for k in range(len(last))])}
+
+    def advance(self, at: FloatStep, layout: Layout) -> list[Leaf]:
+        """The float state after a step."""
+        unflatten = layout.params.unflatten
+        gradient = unflatten([each["gradient"] for each in at.observations])
+        given = at.examples() if self.per_example else gradient
+        params = unflatten([leaf[PARAMS] for leaf in at.leaves[:-1]])
+        state = self.state_of(at.leaves, layout)["state"]
+        new, state = self.update(at.hypers, given, state, params, at.context())
+        moved: list[Leaf] = [{PARAMS: x} for x in jax.tree.leaves(new)]
+        like = [*moved, _one_more_leaf(state)]
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), like, list(at.leaves))
 
 
-def with_defaults(
-    call: str, optimizer: Optimizer | GenericOptimizer, hypers: Mapping[str, PyTree]
-) -> dict[str, PyTree]:
+AnyOptimizer = Optimizer | GenericOptimizer
+
+
+def is_optimizer(x: Any) -> bool:
+    """Whether something is an optimizer of either kind."""
+    return isinstance(x, AnyOptimizer)
+
+
+def _given_variable(call: str, name: str, tree: PyTree, structure: Any) -> list[Array]:
+    """The leaves of a variable that the user has given."""
+    given, other = jax.tree.flatten(tree)
+    if other != structure:
+        raise ValueError(f"{call}: state[{name!r}] has the tree structure {other}, params has {structure}")
+    check_arrays(call, f"state[{name!r}]", tree)
+    return given
+
+
+def _cast_variable(call: str, name: str, given: Any, default: Any) -> Array:
+    """One leaf of it, in the shape and type that are needed."""
+    if np.shape(given) != default.shape:
+        raise ValueError(
+            f"{call}: state[{name!r}] has a leaf of shape {list(np.shape(given))} where "
+            f"{list(default.shape)} is needed"
+        )
+    check_finite(call, f"state[{name!r}]", given)
+    return jnp.asarray(given, default.dtype)
+
+
+def _one_more_leaf(state: PyTree) -> Leaf:
+    """The state of an optimizer that has one for all parameters, as one more leaf beside theirs."""
+    return {f"{k}": jnp.asarray(x, jnp.result_type(x)) for k, x in enumerate(jax.tree.leaves(state))}
+
+
+def with_defaults(call: str, optimizer: AnyOptimizer, hypers: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The hyperparameters of an optimizer, those that are not given at their defaults.
 
     Args:
@@ -307,13 +497,6 @@ def with_defaults(
             f"unknown: {unknown}, missing: {missing}"
         )
     return {**optimizer.hypers, **hypers}
-
-
-Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
-Observed = dict[
-    str, Array
-]  # of one leaf: the gradient and what is observed, at the parameters before the step
-Record = dict[str, Array]  # of one leaf: what was remembered or kept in one step
 
 
 def first_params_move(moves: Sequence[Move]) -> int:
@@ -468,19 +651,3 @@ def factor_of(move: Scale, view: View) -> Any:
 def moved_variable(move: Move) -> str:
     """The variable that a move changes; what is remembered or kept is none."""
     return "" if isinstance(move, Remember | Total | Keep) else move.variable
-
-
-def labels_of(
-    call: str, optimizer: Optimizer | GenericOptimizer, params: PyTree, leaves: Sequence[Array]
-) -> tuple[str, ...] | None:
-    """The labels of the leaves, where the optimizer has a program for each label."""
-    if isinstance(optimizer, GenericOptimizer) or optimizer.labels is None:
-        return None
-    labels = tuple(optimizer.labels.of(params))
-    unknown = sorted({str(label) for label in labels} - set(optimizer.labels.variables))
-    if unknown or len(labels) != len(leaves):
-        raise ValueError(
-            f"{call}: {optimizer.name} has optimizers for the labels {sorted(optimizer.labels.variables)}, "
-            f"and the {len(leaves)} leaves of params are labelled {list(labels)}"
-        )
-    return labels

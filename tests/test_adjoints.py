@@ -19,8 +19,9 @@ from problems import (
 
 import hypergrad as hg
 from hypergrad._base.tracing import closure_convert
-from hypergrad.adjoints.run import Run, linearise
-from hypergrad.program import Assign, Optimizer, Scale, Shift, Variable
+from hypergrad.adjoints.linearise import linearise
+from hypergrad.adjoints.run import Run
+from hypergrad.program import Assign, Layout, Optimizer, Scale, Shift, Variable
 
 
 def square(w: Any, meta: Any, step: Any) -> Any:
@@ -192,9 +193,9 @@ def test_second_derivatives_against_the_dense_hessian() -> None:
 
 
 def make_run(loss: Any, *example: Any) -> Run:
-    hoisted, captured, _ = closure_convert(loss, *example)
+    converted, captured, _ = closure_convert(loss, *example)
     structure = jax.tree.structure(example[0])
-    return Run("train()", hg.momentum(), hoisted, None, structure, None, 1, len(captured), True)
+    return Run("train()", hg.momentum(), converted, None, Layout(structure), 1, len(captured), True)
 
 
 def test_heavy_ball_is_optax_sgd_with_momentum() -> None:

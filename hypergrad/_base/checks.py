@@ -1,6 +1,7 @@
 """Checks of what a user passed, and words for what it was."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -134,3 +135,56 @@ def check_whole(call: str, name: str, value: Any, least: int, most: int | None) 
 def called(start: str, chunk: int | None) -> str:
     """The user's call, for messages, with the chunk if there is one."""
     return f"{start})" if chunk is None else f"{start}, chunk={chunk!r})"
+
+
+def why_no_array(x: Any) -> str:
+    """Why JAX can make no array of something; empty if it can."""
+    try:
+        shape_of(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"{describe(x)}, not an array" if not isinstance(x, int) else f"{x} ({error})"
+    return ""
+
+
+def check_arrays(call: str, name: str, tree: PyTree) -> None:
+    """Refuse a tree with anything in it that is no array: a string, a function, an object."""
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if why := why_no_array(x):
+            raise TypeError(
+                f"{call}: {name}{jax.tree_util.keystr(path)} is {why}. Pass arrays, numbers and None in "
+                f"{name}; what else the loss needs it may close over, as lambda params, meta, batch: "
+                "loss(params, meta, batch, other)"
+            )
+
+
+def known_value(x: Any) -> Any:
+    """The numbers of an array where they are known, as in ``jax.grad`` outside of ``jit``; else None."""
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    primal = jax.lax.stop_gradient(x)
+    return None if isinstance(primal, jax.core.Tracer) else primal
+
+
+def check_finite(call: str, name: str, x: Any) -> None:
+    """Refuse NaN and infinity where the numbers are known."""
+    known = known_value(x)
+    if known is None:
+        return
+    if isinstance(known, jax.Array):
+        with jax.ensure_compile_time_eval():  # else jit would trace it
+            finite = bool(jnp.all(jnp.isfinite(known)))
+    else:
+        finite = bool(np.all(np.isfinite(known)))
+    if not finite:
+        raise ValueError(
+            f"{call}: {name} has NaN or infinity in it at the start, from where nothing can be learned; "
+            "look at how it was made (by a run that diverged?)"
+        )
+
+
+def check_state(call: str, state: Any, names: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{call}: state is {describe(state)}; it must be a dictionary with some of the names "
+            f"{list(names)}, such as the state of what train returned"
+        )

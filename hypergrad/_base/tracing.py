@@ -14,6 +14,8 @@ from jax.tree_util import Partial
 from hypergrad._base.dtypes import widened
 from hypergrad._base.trees import PyTree
 
+RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
+
 
 @dataclass(frozen=True)
 class Converted:

@@ -1,6 +1,20 @@
-"""A step of an optimizer's program on integers, and its exact undoing."""
+"""A step of an optimizer's program on integers, and its exact undoing.
+
+Forwards a `Scale` writes the bits that it destroys to a tape, and a `Shift` adds; backwards a `Scale`
+reads them, and a `Shift` subtracts.  Both evaluate factors and amounts anew, from what the other moves of
+the step have left as it was, and so to the same bits.
+
+==============  ====================  =====================================================================
+symbol          name                  meaning
+==============  ====================  =====================================================================
+``w, v``        numbers               parameters and the optimizer's variables, as integers
+``f``           factor, numerator     of a `Scale`: ``n / 2**32``
+``u``           amount                of a `Shift`, a float that is rounded once
+==============  ====================  =====================================================================
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +58,23 @@ class ExactLeaf(NamedTuple):
 Trouble = tuple[str, str]  # a kind and a variable
 NO_TROUBLE = ("", "")
 BAD_LOSS = ("loss", "")
+BAD_LEVEL = ("level", "")
+
+
+class Moment(NamedTuple):
+    """A step of a run, and the hyperparameters there.
+
+    Attributes:
+      fixed: by leaf, the constant hyperparameters by name.
+      scheduled: by leaf, those of this step.
+      step: its number.
+      always_true: see `hypergrad._base.compiler`.
+    """
+
+    fixed: Sequence[dict[str, Array]]
+    scheduled: Sequence[dict[str, Array]]
+    step: Array
+    always_true: Array
 
 
 class Stepped(NamedTuple):
@@ -84,179 +115,42 @@ class Exact(NamedTuple):
     def troubles(self) -> list[Trouble]:
         """What can go wrong in a step."""
         kinds = ("range", "factor", "rounding")
-        return [NO_TROUBLE, BAD_LOSS, ("level", ""), *((kind, v) for kind in kinds for v in self.variables)]
+        return [NO_TROUBLE, BAD_LOSS, BAD_LEVEL, *((kind, v) for kind in kinds for v in self.variables)]
 
-    def floats(
-        self,
-        always_true: Array,
-        leaves: Sequence[ExactLeaf],
-        *names: str,
-        dtypes: Sequence[Any] | None = None,
-    ) -> list[Leaf]:
+    def floats(self, always_true: Array, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
         """The float state that the integers stand for: all variables, or those named."""
-        result: list[Leaf] = [{} for _ in leaves]
-        for v in names or leaves[0].numbers:
-            numbers = [leaf.numbers[v] for leaf in leaves]
-            for leaf, x in zip(result, bundles.floats(always_true, numbers, dtypes or self.dtypes)):
-                leaf[v] = x
-        return result
-
-    def factors(
-        self,
-        k: int,
-        group: Sequence[int],
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        records: Sequence[Record],
-        always_true: Array,
-    ) -> list[Array]:
-        """The numerators by which scale ``k`` of the programs multiplies the leaves of a group.
-
-        Args:
-          k: index of the move.
-          group: indices of the leaves, whose programs are alike.
-          at: arguments of `program`.
-          leaves: exact state of all leaves.
-          records: what has been remembered or kept in this step, by leaf.
-          always_true: see `hypergrad._base.compiler`.
-        """
-        programs = self.program(*at)
-
-        def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
-            result, programs = [], self.program(*at)
-            for i, record in zip(group, records):
-                move = programs[i][k]
-                assert isinstance(move, Scale)
-                names: Leaf = dict.fromkeys(leaves[i].numbers, jnp.zeros(()))  # may not be read
-                view = view_of(move, k, programs[i], names, {}, record)
-                with jax.enable_x64(self.x64):
-                    result.append(jnp.asarray(factor_of(move, view)))
-            return result
-
-        numerators = []
-        scalars = [{k: x for k, x in records[i].items() if x.ndim == 0} for i in group]
-        for i, factor in zip(group, same_bits(always_true, evaluate, at, scalars)):
-            move = programs[i][k]
-            assert isinstance(move, Scale)
-            shape = leaves[i].numbers[move.variable].high.shape
-            numerators.append(exact.spread(move.numerator(factor), shape))
-        return numerators
-
-    def amounts(
-        self,
-        k: int,
-        group: Sequence[int],
-        at: PyTree,
-        leaves: Sequence[ExactLeaf],
-        observations: Sequence[Observed],
-        records: Sequence[Record],
-        always_true: Array,
-    ) -> list[Array]:
-        """By how much shift ``k`` of the programs moves the leaves of a group; arguments: see `factors`."""
-        variable = moved_variable(self.program(*at)[group[0]][k])
-        others = [
-            ExactLeaf({v: x for v, x in leaves[i].numbers.items() if v != variable}, []) for i in group
-        ]
-        dtypes = members(group, self.dtypes)
-
-        def evaluate(at: PyTree, others: list[ExactLeaf], observations: Any, records: Any) -> list[Array]:
-            floats, result, programs = (
-                self.floats(always_true, others, dtypes=dtypes),
-                [],
-                self.program(*at),
-            )
-            for i, leaf, see, record in zip(group, floats, observations, records):
-                move = programs[i][k]
-                assert isinstance(move, Shift)
-                with jax.enable_x64(self.x64):
-                    amount = jnp.asarray(move.amount(view_of(move, k, programs[i], leaf, see, record)))
-                result.append(jnp.broadcast_to(amount, leaves[i].numbers[variable].high.shape))
-            return result
-
-        return same_bits(
-            always_true, evaluate, at, others, members(group, observations), members(group, records)
-        )
+        return _floats(always_true, leaves, self.dtypes, *names)
 
     def step(
         self,
-        at: PyTree,
+        at: Moment,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
         observations: Sequence[Observed],
-        always_true: Array,
         guarded: Array,
     ) -> Stepped:
         """One step on integers, and if it is guarded how coarse it was."""
-        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
-        new_tapes = [list(leaf) for leaf in tapes]
-        records: list[Record] = [{} for _ in leaves]
-        coarse: list[dict[str, Array]] = [{} for _ in leaves]
-        faded = [jnp.float64(1) for _ in leaves]
-        wrong = jnp.zeros(2, jnp.int32)
-
-        def look(valid: Array, trouble: Trouble, leaf: int) -> Array:
-            code = jnp.array([self.troubles().index(trouble), leaf], jnp.int32)
-            return jnp.where((wrong[0] == 0) & ~valid, code, wrong)
-
-        programs = self.program(*at)
-        for group in alike(programs):
+        doing = _Forwards(self, at, leaves, tapes, observations, [{} for _ in leaves], guarded=guarded)
+        for group in alike(doing.programs):
             taped = 0
-            for k, move in enumerate(programs[group[0]]):
+            for k, move in enumerate(doing.programs[group[0]]):
                 if isinstance(move, Remember | Total | Keep):
-                    dtypes, given = (
-                        members(group, self.dtypes),
-                        (members(group, observations), members(group, records)),
-                    )
-                    with jax.enable_x64(self.x64):
-                        floats = self.floats(always_true, members(group, now), dtypes=dtypes)
-                        remembered = remember(k, members(group, programs), floats, *given, dtypes)
-                    for i, record in zip(group, remembered):
-                        records[i] = record
-                        wrong = look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
+                    doing.remember(group, k)
                 if isinstance(move, Keep):
-                    for i in group:
-                        digit, known = _level(move.levels, records[i][move.name])
-                        wrong = look(known, ("level", ""), i)
-                        now[i].buffers[taped], new_tapes[i][taped] = exact.push(
-                            digit, len(move.levels), now[i].buffers[taped], new_tapes[i][taped]
-                        )
-                    taped += 1
+                    doing.keep(group, k, taped)
                 elif isinstance(move, Scale):
-                    v = move.variable
-                    numerators = []
-                    for i, n in zip(group, self.factors(k, group, at, now, records, always_true)):
-                        wrong = look(exact.admissible(n), ("factor", v), i)
-                        # A division by zero would trap, not tell.
-                        numerators.append(jnp.maximum(n, jnp.ones_like(n)))
-                        if v == PARAMS:
-                            faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
-                    numbers = [now[i].numbers[v] for i in group]
-                    buffers = [now[i].buffers[taped] for i in group]
-                    written = [new_tapes[i][taped] for i in group]
-                    scaled = bundles.scale(always_true, numbers, buffers, written, numerators)
-                    for i, (number, buffer, tape) in zip(group, scaled):
-                        now[i].numbers[v], now[i].buffers[taped], new_tapes[i][taped] = number, buffer, tape
-                    taped += 1
+                    doing.scale(group, k, taped)
                 elif isinstance(move, Shift):
-                    v = move.variable
-                    amounts = self.amounts(k, group, at, now, observations, records, always_true)
-                    moved = bundles.shift(always_true, [now[i].numbers[v] for i in group], amounts)
-                    for i, more in zip(group, bundles.coarseness(guarded, moved, amounts, LARGEST_LOSS)):
-                        coarse[i][v] = more if v not in coarse[i] else coarse[i][v] + more
-                    for i, number in zip(group, moved):
-                        now[i].numbers[v] = number
-                        wrong = look(exact.fits(number), ("range", v), i)
-        # What is kept stands on the tape; only scalars are recorded.
-        kept = {move.name for moves in programs for move in moves if isinstance(move, Keep)}
-        scalars = [{name: x for name, x in record.items() if name not in kept} for record in records]
-        return Stepped(now, new_tapes, scalars, coarse, faded, wrong)
+                    doing.shift(group, k)
+                taped += isinstance(move, Scale | Keep)
+        return doing.done()
 
     def kept(
-        self, at: PyTree, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
+        self, at: Moment, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
     ) -> tuple[list[ExactLeaf], list[Record]]:
         """What `Keep` has kept in the step that is to be undone, and the state without it on the tapes."""
         new, records = [], []
-        for moves, leaf, tape, dtype in zip(self.program(*at), leaves, tapes, self.dtypes):
+        for moves, leaf, tape, dtype in zip(self.program(*at[:3]), leaves, tapes, self.dtypes):
             buffers, record = list(leaf.buffers), {}
             taped = [move for move in moves if isinstance(move, Scale | Keep)]
             for k, move in enumerate(taped):
@@ -269,49 +163,221 @@ class Exact(NamedTuple):
 
     def unstep(
         self,
-        at: PyTree,
+        at: Moment,
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
         observations: Sequence[Observed] | None,
-        records: Sequence[Record],
-        always_true: Array,
+        records: list[Record],
     ) -> list[ExactLeaf]:
         """Undo a step, in two parts: the parameters are needed to find again what the moves have seen.
 
         Without that, undoes the moves from the first one of the parameters on; with it, the moves
         before that.
         """
-        programs = self.program(*at)
-        now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in leaves]
-        given: Sequence[Observed] = [{} for _ in leaves] if observations is None else observations
-        for group in alike(programs):
-            moves = programs[group[0]]
+        nothing: list[Observed] = [{} for _ in leaves]
+        doing = _Step(self, at, leaves, tapes, nothing if observations is None else observations, records)
+        for group in alike(doing.programs):
+            moves = doing.programs[group[0]]
             cut = first_params_move(moves)
             start, end = (cut, len(moves)) if observations is None else (0, cut)
             taped = sum(isinstance(move, Scale | Keep) for move in moves[:end])
             for k in reversed(range(start, end)):
-                move = moves[k]
-                if isinstance(move, Keep):
-                    taped -= 1
-                elif isinstance(move, Scale):
-                    v = move.variable
-                    taped -= 1
-                    numerators = self.factors(k, group, at, now, records, always_true)
-                    numerators = [jnp.maximum(n, jnp.ones_like(n)) for n in numerators]
-                    numbers = [now[i].numbers[v] for i in group]
-                    buffers = [now[i].buffers[taped] for i in group]
-                    read = [tapes[i][taped] for i in group]
-                    for i, state in zip(
-                        group, bundles.unscale(always_true, numbers, buffers, read, numerators)
-                    ):
-                        now[i].numbers[v], now[i].buffers[taped] = state
-                elif isinstance(move, Shift):
-                    v = move.variable
-                    amounts = self.amounts(k, group, at, now, given, records, always_true)
-                    numbers = [now[i].numbers[v] for i in group]
-                    for i, number in zip(group, bundles.unshift(always_true, numbers, amounts)):
-                        now[i].numbers[v] = number
-        return now
+                taped -= isinstance(moves[k], Scale | Keep)
+                if isinstance(moves[k], Scale):
+                    doing.unscale(group, k, taped)
+                elif isinstance(moves[k], Shift):
+                    doing.unshift(group, k)
+        return doing.now
+
+
+@dataclass
+class _Step:
+    """A step under way: what its moves read, and the state that they change.
+
+    Attributes:
+      exact: the arithmetic.
+      at: which step.
+      leaves: the state before.
+      tapes: of every leaf.
+      observations: gradient and what is observed, of every leaf.
+      records: what has been remembered or kept in this step, by leaf.
+      now: the state as far as it has moved.
+      programs: the moves of every leaf.
+    """
+
+    exact: Exact
+    at: Moment
+    leaves: Sequence[ExactLeaf]
+    tapes: Sequence[Sequence[Array]]
+    observations: Sequence[Observed]
+    records: list[Record]
+    now: list[ExactLeaf] = field(init=False)
+    programs: Sequence[Sequence[Move]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in self.leaves]
+        self.programs = self.exact.program(*self.at[:3])
+
+    def factors(self, group: Sequence[int], k: int) -> list[Array]:
+        """The numerators by which scale ``k`` of the programs multiplies the leaves of a group."""
+
+        def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
+            result, programs = [], self.exact.program(*at)
+            for i, record in zip(group, records):
+                move = programs[i][k]
+                assert isinstance(move, Scale)
+                names: Leaf = dict.fromkeys(self.now[i].numbers, jnp.zeros(()))  # may not be read
+                view = view_of(move, k, programs[i], names, {}, record)
+                with jax.enable_x64(self.exact.x64):
+                    result.append(jnp.asarray(factor_of(move, view)))
+            return result
+
+        scalars = [{name: x for name, x in self.records[i].items() if x.ndim == 0} for i in group]
+        numerators = []
+        for i, factor in zip(group, same_bits(self.at.always_true, evaluate, self.at[:3], scalars)):
+            move = self.programs[i][k]
+            assert isinstance(move, Scale)
+            shape = self.now[i].numbers[move.variable].high.shape
+            numerators.append(exact.spread(move.numerator(factor), shape))
+        return numerators
+
+    def amounts(self, group: Sequence[int], k: int) -> list[Array]:
+        """By how much shift ``k`` of the programs moves the leaves of a group."""
+        variable = moved_variable(self.programs[group[0]][k])
+        others = [
+            ExactLeaf({v: x for v, x in self.now[i].numbers.items() if v != variable}, []) for i in group
+        ]
+        dtypes, always_true = members(group, self.exact.dtypes), self.at.always_true
+
+        def evaluate(at: PyTree, others: list[ExactLeaf], observations: Any, records: Any) -> list[Array]:
+            result, programs = [], self.exact.program(*at)
+            floats = _floats(always_true, others, dtypes)
+            for i, leaf, observed, record in zip(group, floats, observations, records):
+                move = programs[i][k]
+                assert isinstance(move, Shift)
+                with jax.enable_x64(self.exact.x64):
+                    view = view_of(move, k, programs[i], leaf, observed, record)
+                    amount = jnp.asarray(move.amount(view))
+                result.append(jnp.broadcast_to(amount, self.now[i].numbers[variable].high.shape))
+            return result
+
+        given = (members(group, self.observations), members(group, self.records))
+        return same_bits(always_true, evaluate, self.at[:3], others, *given)
+
+    def unscale(self, group: Sequence[int], k: int, taped: int) -> None:
+        """Undo a `Scale`, from the bits on its tape."""
+        variable = moved_variable(self.programs[group[0]][k])
+        numerators = [_at_least_one(n) for n in self.factors(group, k)]
+        numbers = [self.now[i].numbers[variable] for i in group]
+        buffers = [self.now[i].buffers[taped] for i in group]
+        read = [self.tapes[i][taped] for i in group]
+        states = bundles.unscale(self.at.always_true, numbers, buffers, read, numerators)
+        for i, (number, buffer) in zip(group, states):
+            self.now[i].numbers[variable], self.now[i].buffers[taped] = number, buffer
+
+    def unshift(self, group: Sequence[int], k: int) -> None:
+        """Undo a `Shift`: the same amounts, subtracted."""
+        variable = moved_variable(self.programs[group[0]][k])
+        numbers = [self.now[i].numbers[variable] for i in group]
+        before = bundles.unshift(self.at.always_true, numbers, self.amounts(group, k))
+        for i, number in zip(group, before):
+            self.now[i].numbers[variable] = number
+
+
+@dataclass
+class _Forwards(_Step):
+    """A step forwards: what it writes and what it looks out for, besides; see `Stepped`."""
+
+    guarded: Array = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.written = [list(leaf) for leaf in self.tapes]
+        self.coarse: list[dict[str, Array]] = [{} for _ in self.leaves]
+        self.faded = [jnp.float64(1) for _ in self.leaves]
+        self.wrong = jnp.zeros(2, jnp.int32)
+
+    def look(self, valid: Array, trouble: Trouble, leaf: int) -> None:
+        """Note what goes wrong first."""
+        code = jnp.array([self.exact.troubles().index(trouble), leaf], jnp.int32)
+        self.wrong = jnp.where((self.wrong[0] == 0) & ~valid, code, self.wrong)
+
+    def remember(self, group: Sequence[int], k: int) -> None:
+        """What move ``k`` remembers or keeps, put on record."""
+        dtypes = members(group, self.exact.dtypes)
+        given = (members(group, self.observations), members(group, self.records))
+        with jax.enable_x64(self.exact.x64):
+            floats = _floats(self.at.always_true, members(group, self.now), dtypes)
+            records = remember(k, members(group, self.programs), floats, *given, dtypes)
+        for i, record in zip(group, records):
+            move = self.programs[i][k]
+            assert isinstance(move, Remember | Total | Keep)
+            self.records[i] = record
+            self.look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
+
+    def keep(self, group: Sequence[int], k: int, taped: int) -> None:
+        """Write which of its levels every element of a `Keep` is."""
+        for i in group:
+            move = self.programs[i][k]
+            assert isinstance(move, Keep)
+            digit, known = _level(move.levels, self.records[i][move.name])
+            self.look(known, BAD_LEVEL, i)
+            self.now[i].buffers[taped], self.written[i][taped] = exact.push(
+                digit, len(move.levels), self.now[i].buffers[taped], self.written[i][taped]
+            )
+
+    def scale(self, group: Sequence[int], k: int, taped: int) -> None:
+        """A `Scale`; the bits that it destroys go to its tape."""
+        variable = moved_variable(self.programs[group[0]][k])
+        numerators = []
+        for i, n in zip(group, self.factors(group, k)):
+            self.look(exact.admissible(n), ("factor", variable), i)
+            numerators.append(_at_least_one(n))
+            if variable == PARAMS:
+                self.faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
+        numbers = [self.now[i].numbers[variable] for i in group]
+        buffers = [self.now[i].buffers[taped] for i in group]
+        tapes = [self.written[i][taped] for i in group]
+        scaled = bundles.scale(self.at.always_true, numbers, buffers, tapes, numerators)
+        for i, (number, buffer, tape) in zip(group, scaled):
+            self.now[i].numbers[variable], self.now[i].buffers[taped] = number, buffer
+            self.written[i][taped] = tape
+
+    def shift(self, group: Sequence[int], k: int) -> None:
+        """A `Shift`, and how coarse it was."""
+        variable = moved_variable(self.programs[group[0]][k])
+        amounts = self.amounts(group, k)
+        numbers = [self.now[i].numbers[variable] for i in group]
+        moved = bundles.shift(self.at.always_true, numbers, amounts)
+        for i, more in zip(group, bundles.coarseness(self.guarded, moved, amounts, LARGEST_LOSS)):
+            so_far = self.coarse[i].get(variable)
+            self.coarse[i][variable] = more if so_far is None else so_far + more
+        for i, number in zip(group, moved):
+            self.now[i].numbers[variable] = number
+            self.look(exact.fits(number), ("range", variable), i)
+
+    def done(self) -> Stepped:
+        """What the step gives.  What is kept stands on the tape; only scalars are recorded."""
+        kept = {move.name for moves in self.programs for move in moves if isinstance(move, Keep)}
+        scalars = [{name: x for name, x in each.items() if name not in kept} for each in self.records]
+        return Stepped(self.now, self.written, scalars, self.coarse, self.faded, self.wrong)
+
+
+def _floats(
+    always_true: Array, leaves: Sequence[ExactLeaf], dtypes: Sequence[Any], *names: str
+) -> list[Leaf]:
+    """The floats, of these types, that the integers of some leaves stand for."""
+    result: list[Leaf] = [{} for _ in leaves]
+    for v in names or leaves[0].numbers:
+        numbers = [leaf.numbers[v] for leaf in leaves]
+        for leaf, x in zip(result, bundles.floats(always_true, numbers, dtypes)):
+            leaf[v] = x
+    return result
+
+
+def _at_least_one(n: Array) -> Array:
+    """A numerator to divide by: a division by zero would trap, not tell."""
+    return jnp.maximum(n, jnp.ones_like(n))
 
 
 def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:

@@ -1,29 +1,40 @@
-"""`Reversible`: the adjoint that plays the run backwards, bit for bit."""
+"""`Reversible`: the adjoint that plays the run backwards, bit for bit.
+
+First derivatives are taken so.  Derivatives of these, of any order and in any nesting, are those of the
+same run in floats (`in_floats`), in segments that are computed again.
+"""
 
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
+from hypergrad._base.checks import is_whole
 from hypergrad._base.opaque import with_rule
-from hypergrad._base.tracing import Static, freeze, instantiate, perturbed, thaw
+from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
+from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
-from hypergrad.adjoints.playback import Cotangents, Flags, Playback, Recorded, inexact_leaves
-from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused, in_segments
+from hypergrad.adjoints.linearise import in_segments
+from hypergrad.adjoints.playback import Cotangents, Flags, Player, always_true, inexact_leaves
+from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
+from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
+from hypergrad.adjoints.starts import Start, packed
 from hypergrad.adjoints.tapes import Taped, complete, known_lengths, taped_of
-from hypergrad.program import PARAMS, Leaf, Optimizer
+from hypergrad.program import PARAMS, Leaf
 
 
-def twin(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+def in_floats(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
     """The whole run in floats, for derivatives of derivatives: by JAX alone, in segments."""
     return in_segments(run, math.isqrt(run.steps), start, constants, inputs, run.plain_gradient)
 
@@ -91,12 +102,11 @@ class Reversible:
         if not all(isinstance(b, int | float | np.number) and 0 < b <= 7 for b in bits.values()):
             raise ValueError(f"Reversible(bits={self.bits}): bits per step must lie in (0, 7]")
         radix = _by_variable("radix", self.radix).values()
-        if not all(isinstance(r, int | np.integer) and not isinstance(r, bool) and r >= 0 for r in radix):
+        if not all(is_whole(r, 0) for r in radix):
             raise ValueError(
                 f"Reversible(radix={self.radix!r}): binary digits after the point are whole numbers from 0"
             )
-        whole = isinstance(self.segments, int | np.integer) and not isinstance(self.segments, bool)
-        if not (whole and self.segments >= 1):
+        if not is_whole(self.segments):
             raise ValueError(
                 f"Reversible(segments={self.segments!r}): there must be at least one segment, and a whole "
                 "number of them"
@@ -109,8 +119,44 @@ class Reversible:
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.Adjoint`."""
         taped = taped_of(run, start, constants, inputs)
-        assert isinstance(run.optimizer, Optimizer)
-        variables = [PARAMS, *run.optimizer.variables]
+        self._check_names(run, taped)
+        length = self.length(run.steps)
+        lengths_of = partial(known_lengths, run, taped, length)
+        known = lengths_of(start, constants, inputs)
+        dtypes = [leaf[PARAMS].dtype for leaf in start]
+
+        @jax.custom_vjp
+        def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
+            return _Playback.of(self, run, taped, dtypes).solution(start, constants, inputs)
+
+        def forward(*arguments: Any) -> Any:
+            flags = Flags(*perturbed(arguments[1:]))
+            arguments = jax.tree.map(lambda x: x.value, arguments)
+            # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
+            now_known = known if complete(known) else lengths_of(*arguments)
+            lengths = self._allot(taped, now_known, length)
+            playback = _Playback.of(self, run, taped, dtypes)._replace(flags=flags, lengths=lengths)
+            solution, record = playback.forward()(*arguments)
+            return solution, (arguments, record, freeze(flags), Static(lengths))
+
+        def backward(saved: Any, cotangents: Any) -> Any:
+            arguments, record, frozen, lengths = saved
+            flags = thaw(frozen)
+            playback = _Playback.of(self, run, taped, dtypes)._replace(flags=flags, lengths=lengths.value)
+            end, outputs = cotangents
+            given = Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
+            with closures_refused(run.call):
+                of_start, wanted = playback.backward()(arguments, record, given)
+            fixed = sum(jax.tree.leaves(flags.constants))
+            return of_start, scatter(flags.constants, wanted[:fixed]), scatter(flags.inputs, wanted[fixed:])
+
+        solve.defvjp(forward, backward, symbolic_zeros=True)
+        with closures_refused(run.call):
+            return solve(start, constants, inputs)
+
+    def _check_names(self, run: Run, taped: list[list[Taped]]) -> None:
+        """Refuse settings for variables that there are not."""
+        variables = [PARAMS, *run.program.variables]
         kept = [each.variable for leaf in taped for each in leaf if each.levels]
         bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
         for name, given, possible in (
@@ -120,46 +166,6 @@ class Reversible:
             unknown = sorted(set(given) - set(possible))
             if unknown:
                 raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {possible}")
-        integers = Exact(run.moves, variables, [leaf[PARAMS].dtype for leaf in start], run.x64)
-        length = self.length(run.steps)
-        known = known_lengths(run, taped, start, constants, inputs, length)
-        nothing = Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
-
-        @jax.custom_vjp
-        def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-            playback = Playback(self, run, integers, taped, nothing, None)
-            return _forward(playback)(start, constants, inputs)[0]
-
-        def forward(*arguments: Any) -> Any:
-            flags = Flags(*perturbed(arguments[1:]))
-            arguments = jax.tree.map(lambda x: x.value, arguments)
-            # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
-            now_known = known
-            if not complete(known):
-                start, constants, inputs = arguments
-                now_known = known_lengths(run, taped, start, constants, inputs, length)
-            lengths = self._allot(taped, now_known, length)
-            solution, record = _forward(Playback(self, run, integers, taped, flags, lengths))(*arguments)
-            return solution, (arguments, record, freeze(flags), Static(lengths))
-
-        def backward(saved: Any, cotangents: Any) -> Any:
-            arguments, record, frozen, lengths = saved
-            flags = thaw(frozen)
-            playback = Playback(self, run, integers, taped, flags, lengths.value)
-            end, outputs = cotangents
-            given = Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
-            with closures_refused(run.call):
-                leaf_cotangents, wanted = _backward(playback)(arguments, record, given)
-            fixed = sum(jax.tree.leaves(flags.constants))
-            return (
-                leaf_cotangents,
-                scatter(flags.constants, wanted[:fixed]),
-                scatter(flags.inputs, wanted[fixed:]),
-            )
-
-        solve.defvjp(forward, backward, symbolic_zeros=True)
-        with closures_refused(run.call):
-            return solve(start, constants, inputs)
 
     def length(self, steps: int) -> int:
         """Steps of a segment, of a run of so many; the last may be shorter."""
@@ -190,6 +196,14 @@ class Reversible:
             for each, n in zip(itertools.chain(*taped), itertools.chain(*lengths))
         )
 
+    def state_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
+        """Bytes of the integers and buffers between two steps."""
+        taped = taped_of(run, start, constants, inputs)
+        playback = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
+        with jax.enable_x64(True):
+            leaves, _ = jax.eval_shape(lambda *x: playback.player(*x).begin(), start, constants, inputs)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))
+
     def bits_of(self, variable: str) -> float:
         """Room that is reserved for a variable, in bits per element and step."""
         return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
@@ -213,45 +227,156 @@ def _zero_tangents(tree: PyTree) -> PyTree:
     return jax.tree.map(zero, tree)
 
 
-def _forward(playback: Playback) -> Callable[..., tuple[Solution, Recorded]]:
-    """`Playback.forward`, whose derivative in forward mode is that of the float twin."""
+class _Record(NamedTuple):
+    """What a run forwards leaves for the way back."""
 
-    def rule(arguments: Any, tangents: Any) -> Any:
-        solution, record = played(*arguments)
-        _, (end, outputs) = jax.jvp(lambda *x: twin(playback.run, *x), arguments, tangents)
-        outputs = outputs._replace(exact=_zero_tangents(solution[1].exact))
-        return (solution, record), ((end, outputs), _zero_tangents(record))
-
-    played = with_rule(playback.forward, rule)
-    return played
+    recorded: Recorded
+    health: Health
 
 
-def _backward(playback: Playback) -> Callable[..., tuple[list[Leaf], list[Array]]]:
-    """`Playback.backward`, whose derivative in forward mode is that of the float twin played backwards."""
+class _Playback(NamedTuple):
+    """What is static about playing one run, forwards and backwards.
 
-    def backward(arguments: Any, record: Recorded, cotangents: Cotangents) -> Any:
-        start, constants, inputs = arguments
-        return playback.backward(start, constants, inputs, record, cotangents)
+    Attributes:
+      run: to be played.
+      integers: its exact arithmetic.
+      beginning: how its integers begin.
+      strategy: in how many segments it is played.
+      settings: as the user has made them.
+      flags: what will be differentiated on the way back, if there will be one.
+      lengths: of the tapes; None if there will be none.
+    """
 
-    def of_twin(arguments: Any, cotangents: Cotangents) -> Any:
-        start, *arrays = arguments
-        wanted, merge = split(tuple(playback.flags), tuple(arrays))
+    run: Run
+    integers: Exact
+    beginning: Start
+    strategy: Strategy
+    settings: Reversible
+    flags: Flags | None = None
+    lengths: list[list[int]] | None = None
 
-        def solution(start: list[Leaf], wanted: list[Array]) -> Cotangents:
-            end, outputs = twin(playback.run, start, *merge(wanted))
-            loss = None if cotangents.loss is None else [outputs.loss]
-            return Cotangents(
-                end, loss, None if cotangents.watched is None else inexact_leaves(outputs.watched)
-            )
+    @staticmethod
+    def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
+        """For a run whose leaves have these types, without a way back."""
+        variables = run.program.variables
+        integers = Exact(run.moves, [PARAMS, *variables], dtypes, run.x64)
+        beginning = Start(variables, dict(settings.radix), taped)
+        return _Playback(
+            run, integers, beginning, strategy_of(run.steps, settings.length(run.steps)), settings
+        )
 
-        _, pull = jax.vjp(solution, start, wanted)
-        return pull(cotangents)
+    def player(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> Player:
+        """The run on these arrays."""
+        flags = self.flags
+        if flags is None:
+            flags = Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
+        arrays = (start, constants, inputs)
+        return Player(
+            self.run, self.integers, self.beginning, flags, self.lengths, *arrays, always_true(*arrays)
+        )
 
-    def rule(primals: Any, tangents: Any) -> Any:
-        arguments, _, cotangents = primals
-        result = pulled(*primals)
-        _, change = jax.jvp(of_twin, (arguments, cotangents), (tangents[0], tangents[2]))
-        return result, change
+    def refuse(self, result: PyTree, health: Health) -> PyTree:
+        """Pass the result on, or raise what was wrong with the run."""
+        failures = Failures(
+            self.run.call,
+            self.run.names,
+            self.beginning.variables,
+            self.integers.troubles(),
+            self.beginning.taped,
+            self.lengths,
+            self.beginning.radix,
+            (self.settings.bits_of, self.settings.length(self.run.steps)),
+        )
+        return failures.refuse(result, health)
 
-    pulled = with_rule(backward, rule)
-    return pulled
+    # ---- forwards
+
+    def solution(self, *arguments: Any) -> Solution:
+        """The run without a way back."""
+        return self.forward()(*arguments)[0]
+
+    def forward(self) -> Callable[..., tuple[Solution, _Record]]:
+        """The run forwards, whose derivative in forward mode is that of the run in floats."""
+
+        def rule(arguments: Any, tangents: Any) -> Any:
+            solution, record = played(*arguments)
+            _, (end, outputs) = jax.jvp(lambda *x: in_floats(self.run, *x), arguments, tangents)
+            outputs = outputs._replace(exact=_zero_tangents(solution[1].exact))
+            return (solution, record), ((end, outputs), _zero_tangents(record))
+
+        played = with_rule(self._forward, rule)
+        return played
+
+    def _forward(self, *arguments: Any) -> tuple[Solution, _Record]:
+        with jax.enable_x64(True):
+            # Compiled as one also where nobody else does.
+            solution, record = jax.jit(self._forward_unchecked, inline=True)(*arguments)
+        return self.refuse(solution, record.health), record
+
+    def _forward_unchecked(self, *arguments: Any) -> tuple[Solution, _Record]:
+        """The run forwards, whatever goes wrong."""
+        player = self.player(*arguments)
+        with jax.enable_x64(True):
+            recorded, outputs, needed = self.strategy.forwards(player)
+            now = recorded.last.now
+            end = self.integers.floats(player.always_true, now.leaves)
+            state = packed(now.leaves, now.guards)
+        health = Health(now.failed, needed, jnp.asarray(True), unbroken(jnp.asarray(True)))
+        last = recorded.last._replace(now=now._replace(guards=[]), outputs=Outputs(None, None))
+        return (end, outputs._replace(exact=state)), _Record(recorded._replace(last=last), health)
+
+    # ---- backwards
+
+    def backward(self) -> Callable[..., tuple[list[Leaf], list[Array]]]:
+        """The run backwards, whose derivative in forward mode is that of the run in floats backwards."""
+
+        def of_floats(arguments: Any, cotangents: Cotangents) -> Any:
+            start, *arrays = arguments
+            assert self.flags is not None
+            wanted, merge = split(tuple(self.flags), tuple(arrays))
+
+            def solution(start: list[Leaf], wanted: list[Array]) -> Cotangents:
+                end, outputs = in_floats(self.run, start, *merge(wanted))
+                loss = None if cotangents.loss is None else [outputs.loss]
+                watched = None if cotangents.watched is None else inexact_leaves(outputs.watched)
+                return Cotangents(end, loss, watched)
+
+            _, pull = jax.vjp(solution, start, wanted)
+            return pull(cotangents)
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            arguments, _, cotangents = primals
+            result = pulled(*primals)
+            _, change = jax.jvp(of_floats, (arguments, cotangents), (tangents[0], tangents[2]))
+            return result, change
+
+        pulled = with_rule(self._backward, rule)
+        return pulled
+
+    def _backward(self, *given: Any) -> tuple[list[Leaf], list[Array]]:
+        with jax.enable_x64(True):
+            result, health = jax.jit(self._backward_unchecked, inline=True)(*given)
+        # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
+        # the compiler leaves out what only an unused value depends on.
+        return self.refuse(result, health)
+
+    def _backward_unchecked(
+        self, arguments: Any, record: _Record, cotangents: Cotangents
+    ) -> tuple[tuple[list[Leaf], list[Array]], Health]:
+        """Cotangents of the start, and of what is wanted of constants and inputs, whatever goes wrong."""
+        player = self.player(*arguments)
+        flags, constants = player.flags.constants, player.constants
+        fixed, _ = split(
+            (flags.loss, flags.hypers, flags.watch), (constants.loss, constants.hypers, constants.watch)
+        )
+        given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(cotangents.end)]))
+        with jax.enable_x64(True):
+            before = ([jnp.zeros_like(x) for x in fixed], unbroken(given))
+            now, steps, recovered = self.strategy.backwards(player, record.recorded, before, cotangents)
+        recovered = checkpoint_name(recovered, RECOVERED)
+        of_batch, of_scheduled = steps
+        found = [*now.sums, *of_batch, *of_scheduled]
+        numbers = jnp.all(jnp.stack([jnp.asarray(True), *(jnp.all(jnp.isfinite(x)) for x in found)]))
+        in_result = jnp.array([Broken.IN_RESULT, 0], jnp.int32)
+        broken = jnp.where((now.broken[0] == Broken.NOWHERE) & ~numbers, in_result, now.broken)
+        return (now.cotangents, found), record.health._replace(recovered=recovered, broken=broken)

@@ -24,7 +24,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad._base.checks import check_adjoint, is_whole
-from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused, in_segments
+from hypergrad.adjoints.linearise import gradient_of, in_segments
+from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
 from hypergrad.program import Leaf
 
 
@@ -52,7 +53,8 @@ class Stored:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
-        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x), start, inputs)
+        gradient = gradient_of(run)
+        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient), start, inputs)
 
 
 @dataclass(frozen=True)

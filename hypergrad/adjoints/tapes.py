@@ -16,7 +16,7 @@ from hypergrad import exact
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.tracing import closed_part
 from hypergrad.adjoints.run import Constants, Inputs, Run
-from hypergrad.program import PARAMS, Assign, GenericOptimizer, Keep, Leaf, Scale
+from hypergrad.program import PARAMS, Assign, Keep, Leaf, Scale
 
 
 class Taped(NamedTuple):
@@ -50,11 +50,7 @@ def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Arra
 
 def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
     """What is taped of every leaf; refuses a program that cannot be reversed."""
-    if isinstance(run.optimizer, GenericOptimizer):
-        raise ReversalError(
-            f"{run.call}: {run.optimizer.name} is no program of invertible moves, so it has no exact "
-            "reversal; pass adjoint=Checkpointed() or Stored()"
-        )
+    name = run.program.name
     result = []
     for i, leaf in enumerate(start):
         h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
@@ -62,7 +58,7 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
         for move in moves:
             if isinstance(move, Assign):
                 raise ReversalError(
-                    f"{run.call}: {run.optimizer.name} overwrites {move.variable!r} in a way that cannot "
+                    f"{run.call}: {name} overwrites {move.variable!r} in a way that cannot "
                     "be undone, so it has no exact reversal; pass adjoint=Checkpointed() or Stored()"
                 )
         taped = []
@@ -82,10 +78,10 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
 def known_lengths(
     run: Run,
     taped: list[list[Taped]],
+    length: int,
     start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
-    length: int,
 ) -> list[list[int | None]]:
     """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
     # A factor may come out one unit away from that of the run: one bit more is enough for all.
@@ -199,7 +195,7 @@ def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: In
     One bit, for which `Reversible` has room by default, where only the run itself tells.
     """
     taped = taped_of(run, start, constants, inputs)
-    lengths = known_lengths(run, taped, start, constants, inputs, run.steps)
+    lengths = known_lengths(run, taped, run.steps, start, constants, inputs)
     bits: dict[str, float] = {}
     for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):
         rate = 1.0 if need is None else 8 * need / max(1, math.prod(each.factor_shape)) / run.steps

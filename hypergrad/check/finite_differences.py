@@ -41,6 +41,12 @@ def compare_with_differences(
         moves = [random_signs(point, jax.random.fold_in(key, 1 + i), k) for i in range(directions)]
         slopes[leaf] = [slope_along(point, move, noise, tolerance) for move in moves]
 
+    return _judged(slopes, tolerance, noise, epsilon)
+
+
+def _judged(slopes: dict[str, list[Slope]], tolerance: float, noise: float, epsilon: float) -> Finding:
+    """The finding from slopes along random directions in every leaf."""
+    name = "finite differences"
     clear = [n for n, e in slopes.items() if all(s.agrees(tolerance) or s.disagrees(tolerance) for s in e)]
     suspect = [n for n, each in slopes.items() if any(s.disagrees(tolerance) for s in each)]
     wrong = [n for n in suspect if n in clear]
@@ -67,24 +73,10 @@ def compare_with_differences(
     }
     if wrong:
         worst = max(wrong, key=errors.__getitem__)
-        meaning = (
-            f"Disagrees with finite differences by {errors[worst]:.2g} in {worst}, relative to its typical "
-            f"slope, where those are certain to {bounds[worst]:.1g}; cosine over all {cosine:.4f}. "
-            "Something on the way has a wrong derivative (a custom rule, a stop_gradient), or none here."
-        )
-        return Finding(name, "failed", measured, meaning)
+        return Finding(name, "failed", measured, _disagrees(worst, errors[worst], bounds[worst], cosine))
     if share > 0.1 or suspect or unconfirmed:
         worst = max(unconfirmed or unclear, key=bounds.__getitem__)
-        way_out = (
-            "Shorten or calm the run."
-            if epsilon < 1e-15
-            else "Call the check within `with jax.enable_x64(True):`, on float64 arrays throughout."
-        )
-        meaning = (
-            "Cannot tell: in this precision the objective is too rough or noisy, or the hypergradient too "
-            f"small. Differences resolve the slope in {worst} to {bounds[worst]:.2g} of it only. {way_out}"
-        )
-        return Finding(name, "warning", measured, meaning)
+        return Finding(name, "warning", measured, _cannot_tell(worst, bounds[worst], epsilon))
     worst = max(clear, key=errors.__getitem__)
     meaning = (
         f"Agrees with finite differences: relative error at most {errors[worst]:.1e}, in {worst}, resolved "
@@ -93,3 +85,23 @@ def compare_with_differences(
     if unclear:
         meaning += f" Too small to resolve: {listed(unclear)}, at most {share:.1%} of the hypergradient."
     return Finding(name, "ok", measured, meaning)
+
+
+def _disagrees(leaf: str, error: float, bound: float, cosine: float) -> str:
+    return (
+        f"Disagrees with finite differences by {error:.2g} in {leaf}, relative to its typical "
+        f"slope, where those are certain to {bound:.1g}; cosine over all {cosine:.4f}. "
+        "Something on the way has a wrong derivative (a custom rule, a stop_gradient), or none here."
+    )
+
+
+def _cannot_tell(leaf: str, bound: float, epsilon: float) -> str:
+    way_out = (
+        "Shorten or calm the run."
+        if epsilon < 1e-15
+        else "Call the check within `with jax.enable_x64(True):`, on float64 arrays throughout."
+    )
+    return (
+        "Cannot tell: in this precision the objective is too rough or noisy, or the hypergradient too "
+        f"small. Differences resolve the slope in {leaf} to {bound:.2g} of it only. {way_out}"
+    )

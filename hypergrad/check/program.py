@@ -7,7 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from hypergrad.adjoints.playback import RECOVERED
+from hypergrad._base.tracing import RECOVERED
 from hypergrad.check.objective import Leaves, listed
 from hypergrad.check.report import Finding
 

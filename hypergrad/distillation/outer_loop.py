@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from hypergrad import constraints, data, files, nets
+from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import readable_errors
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
@@ -138,79 +139,22 @@ def distill(
     images, labels = np.asarray(images), np.asarray(labels)
     held_out = len(images) // 10 if validation is None else validation
     call = f"distill(network, images, labels, {recipe}, per_class={per_class}, learn={tuple(learn)!r})"
-    _refuse(call, images, labels, recipe, per_class, learn, start, bases, window, real_batch, held_out)
-    classes = int(labels.max()) + 1
-    found = logits_of(network, images[:1]).shape
-    if found != (1, classes):
-        raise ValueError(
-            f"{call}: for one image the network gives logits {found}, and the labels have {classes} "
-            f"classes; pass a network that gives (1, {classes})"
-        )
-    count = per_class * classes
+    classes = _check_examples(call, images, labels, start, per_class, held_out)
+    _check_learned(call, recipe, learn, bases, start)
+    _check_numbers(call, recipe, per_class=per_class, bases=bases, window=window, real_batch=real_batch)
+    _check_network(call, network, images[:1], classes)
 
-    mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
-    kept = len(images) - held_out
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
-    order = np.asarray(jax.random.permutation(shuffle_key, len(images)))
-    inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
-    data.require_classes(
-        f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
-    )
-    real = jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept])
-    unseen = jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:])
-
-    hard = np.arange(count, dtype=np.int32) % classes
-    if start is None:
-        fixed = real[0][rows_like(hard, targets[:kept], start_key)]
-    else:
-        fixed = jnp.asarray((np.asarray(start, images.dtype) - mean) / std)
-    learned = _start(recipe, fixed, hard, learn, bases, *real)
-    adjoint = Reversible() if adjoint is None else adjoint
-    shorter = window if window is not None and window < recipe.steps else None
-    if shorter is not None:
-        adjoint = Truncated(shorter, adjoint)
-
-    def assembled(learned: Mapping[str, Array]) -> tuple[Array, Array, Recipe]:
-        """Images, labels and recipe from what is learned."""
-        x = fixed
-        if "coefficients" in learned:
-            x = jnp.tensordot(learned["coefficients"], learned["bases"], 1)
-        x = learned.get("images", x)
-        y = jax.nn.softmax(learned["labels"]) if "labels" in learned else jnp.asarray(hard)
-        return x, y, with_numbers(recipe, {name: learned[name] for name in NUMBERS if name in learned})
-
-    def objective(learned: Mapping[str, Array], key: Array, length: Array | None = None) -> Array:
-        run_key, real_key, length_key = jax.random.split(key, 3)
-        x, y, ours = assembled(learned)
-        if shorter is not None and length is None:
-            length = jax.random.randint(length_key, (), shorter, recipe.steps + 1)
-        params = train_with(ours, network, x, y, run_key, adjoint, length)
-        size = min(kept, real_batch or kept)
-        # Rows in a row of an order that is random already: without replacement, and cheap.
-        rows = (jax.random.randint(real_key, (), 0, kept) + jnp.arange(size)) % kept
-        inputs, targets = (real[0][rows], real[1][rows]) if size < kept else real
-        return nets.cross_entropy(network[1](params, inputs), targets)
-
-    judges = jax.random.split(jax.random.fold_in(meta_key, _UNSEEN), 1 if recipe.inits == 1 else 4)
-
-    def error(learned: Mapping[str, Array]) -> Array:
-        x, y, ours = assembled(learned)
-
-        def one(key: Array) -> Array:
-            return nets.error_rate(network[1](ours.train(network, x, y, key), unseen[0]), unseen[1])
-
-        return jnp.mean(jax.lax.map(one, judges))
-
-    if recipe.steps >= LONG and (checkpoint is None or not os.path.exists(checkpoint)):
-        guard: Any = contextlib.nullcontext()
-        if checkpoint is not None:  # one that cannot be written is found before this work
-            guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
-        with guard:
-            _look_for_chaos(call, objective, learned, meta_key, recipe.steps)
-    checksum = checksum_of(images, labels)
-    selects = held_out > 0 and not isinstance(optimizer, LBFGSB)
+    examples = _Examples.of(call, (images, labels), normalise, held_out, shuffle_key)
+    hard = np.arange(per_class * classes, dtype=np.int32) % classes
+    fixed = examples.start(hard, start, start_key)
+    windowed = _windowed(Reversible() if adjoint is None else adjoint, window, recipe.steps)
+    task = _Task(network, recipe, fixed, hard, examples, real_batch, *windowed, meta_key)
+    learned = _start(recipe, fixed, hard, learn, bases, *examples.real)
+    _look_for_chaos_first(call, task, learned, meta_key, checkpoint)
+    settings = {"bases": bases, "window": window, "real_batch": real_batch, "held out": held_out}
     result = optimize(
-        objective,
+        task.objective,
         learned,
         optimizer=optax.adam(_meta_rate) if optimizer is None else optimizer,
         steps=meta_steps,
@@ -220,43 +164,178 @@ def distill(
         checkpoint=checkpoint,
         checkpoint_every=10,
         progress=progress,
-        select=error if selects else None,
+        select=task.error if held_out > 0 and not isinstance(optimizer, LBFGSB) else None,
         select_every=LOOK_EVERY,
-        about={
-            "recipe": _in_words(recipe),
-            "network": shapes_in_words(network),
-            "real data (sha256)": checksum[:16],
+        about=task.in_words(learn) | {name: str(x) for name, x in settings.items()},
+    )
+    about = {"learned": list(learn), "runs": runs, "window": window}
+    about |= {"key": np.asarray(jax.random.key_data(key)).tolist()}
+    return task.distilled(result, about)
+
+
+class _Examples(NamedTuple):
+    """Real examples in random order, standardised.
+
+    Attributes:
+      real: inputs and labels of those to learn from.
+      unseen: of those held out to choose by.
+      mean, std: by which images were standardised.
+      checksum: of all.
+    """
+
+    real: tuple[Array, Array]
+    unseen: tuple[Array, Array]
+    mean: np.ndarray
+    std: np.ndarray
+    checksum: str
+
+    @staticmethod
+    def of(
+        call: str,
+        given: tuple[np.ndarray, np.ndarray],
+        normalise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        held_out: int,
+        key: Array,
+    ) -> "_Examples":
+        """From images and labels, so many of which are held out."""
+        images, labels = given
+        mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
+        order = np.asarray(jax.random.permutation(key, len(images)))
+        inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
+        kept, classes = len(images) - held_out, int(labels.max()) + 1
+        data.require_classes(
+            f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
+        )
+        real = (jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept]))
+        unseen = (jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:]))
+        return _Examples(real, unseen, mean, std, checksum_of(images, labels))
+
+    def start(self, hard: np.ndarray, given: Any, key: Array) -> Array:
+        """Images of these classes to begin with: those given, or random real ones."""
+        if given is None:
+            return self.real[0][rows_like(hard, np.asarray(self.real[1]), key)]
+        return jnp.asarray((np.asarray(given, self.mean.dtype) - self.mean) / self.std)
+
+
+class _Task(NamedTuple):
+    """What is distilled, and from what.
+
+    Attributes:
+      network: to be trained on what is learned.
+      recipe: how, as far as it is not learned.
+      fixed: the learned images where they begin, and stay where only other things are learned.
+      hard: their classes.
+      examples: the real ones.
+      real_batch: how many real examples a meta-step looks at; None for all.
+      adjoint: of the inner training.
+      shortest: the shortest inner training, where their length is random.
+      key: of the meta-steps.
+    """
+
+    network: Network
+    recipe: Recipe
+    fixed: Array
+    hard: np.ndarray
+    examples: _Examples
+    real_batch: int | None
+    adjoint: Adjoint
+    shortest: int | None
+    key: Array
+
+    def assembled(self, learned: Mapping[str, Array]) -> tuple[Array, Array, Recipe]:
+        """Images, labels and recipe from what is learned."""
+        x = self.fixed
+        if "coefficients" in learned:
+            x = jnp.tensordot(learned["coefficients"], learned["bases"], 1)
+        x = learned.get("images", x)
+        y = jax.nn.softmax(learned["labels"]) if "labels" in learned else jnp.asarray(self.hard)
+        numbers = {name: learned[name] for name in NUMBERS if name in learned}
+        return x, y, with_numbers(self.recipe, numbers)
+
+    def objective(self, learned: Mapping[str, Array], key: Array, length: Array | None = None) -> Array:
+        """The loss on real examples of a network trained on what is learned."""
+        run_key, real_key, length_key = jax.random.split(key, 3)
+        x, y, recipe = self.assembled(learned)
+        if self.shortest is not None and length is None:
+            length = jax.random.randint(length_key, (), self.shortest, self.recipe.steps + 1)
+        params = train_with(recipe, self.network, x, y, run_key, self.adjoint, length)
+        real = self.examples.real
+        kept = len(real[0])
+        size = min(kept, self.real_batch or kept)
+        # Rows in a row of an order that is random already: without replacement, and cheap.
+        rows = (jax.random.randint(real_key, (), 0, kept) + jnp.arange(size)) % kept
+        inputs, targets = (x[rows] for x in real) if size < kept else real
+        return nets.cross_entropy(self.network[1](params, inputs), targets)
+
+    def error(self, learned: Mapping[str, Array]) -> Array:
+        """The error on the examples held out, of networks trained on what is learned."""
+        x, y, recipe = self.assembled(learned)
+        inputs, targets = self.examples.unseen
+
+        def one(key: Array) -> Array:
+            params = recipe.train(self.network, x, y, key)
+            return nets.error_rate(self.network[1](params, inputs), targets)
+
+        key = jax.random.fold_in(self.key, _UNSEEN)
+        return jnp.mean(jax.lax.map(one, jax.random.split(key, 1 if self.recipe.inits == 1 else 4)))
+
+    def in_words(self, learn: Sequence[str]) -> dict[str, str]:
+        """What decides the result besides numbers, for people to compare."""
+        return {
+            "recipe": _in_words(self.recipe),
+            "network": shapes_in_words(self.network),
+            "real data (sha256)": self.examples.checksum[:16],
             "learn": ", ".join(sorted(learn)),
-            "images learned": str(count),
-            "bases": str(bases),
-            "window": str(window),
-            "real_batch": str(real_batch),
-            "held out": str(held_out),
-        },
-    )
-    x, y, ours = assembled(result.hypers)
-    return Distilled(
-        images=np.asarray(x) * std + mean,
-        labels=np.asarray(y),
-        mean=mean,
-        std=std,
-        recipe=with_numbers(ours, numbers_of(ours)),
-        bases=array_or_none(result.hypers.get("bases")),
-        coefficients=array_or_none(result.hypers.get("coefficients")),
-        history=_history(result),
-        about={
-            "learned": list(learn),
-            "initial weights": described(network[0]),
-            "data checksum (sha256)": checksum,
-            "real examples": {"learned from": kept, "held out to choose": held_out},
-            "meta_steps": len(result.history.loss),
-            "runs": runs,
-            "window": window,
-            "key": np.asarray(jax.random.key_data(key)).tolist(),
-            "stopped": result.stopped,
-            "versions": files.versions(),
-        },
-    )
+            "images learned": str(len(self.hard)),
+        }
+
+    def distilled(self, result: Optimized, about: dict[str, Any]) -> Distilled:
+        """The result, in the units of the images."""
+        x, y, recipe = self.assembled(result.hypers)
+        examples = self.examples
+        counts = {
+            "learned from": len(examples.real[0]),
+            "held out to choose": len(examples.unseen[0]),
+        }
+        return Distilled(
+            images=np.asarray(x) * examples.std + examples.mean,
+            labels=np.asarray(y),
+            mean=examples.mean,
+            std=examples.std,
+            recipe=with_numbers(recipe, numbers_of(recipe)),
+            bases=array_or_none(result.hypers.get("bases")),
+            coefficients=array_or_none(result.hypers.get("coefficients")),
+            history=_history(result),
+            about={
+                **about,
+                "initial weights": described(self.network[0]),
+                "data checksum (sha256)": examples.checksum,
+                "real examples": counts,
+                "meta_steps": len(result.history.loss),
+                "stopped": result.stopped,
+                "versions": files.versions(),
+            },
+        )
+
+
+def _windowed(adjoint: Adjoint, window: int | None, steps: int) -> tuple[Adjoint, int | None]:
+    """The adjoint of a run of random length, of which the last steps are differentiated; and the least."""
+    if window is None or window >= steps:
+        return adjoint, None
+    return Truncated(window, adjoint), window
+
+
+def _look_for_chaos_first(
+    call: str, task: _Task, learned: PyTree, key: Array, checkpoint: str | os.PathLike[str] | None
+) -> None:
+    """Look for chaos where a run is long, and not only goes on."""
+    if task.recipe.steps < LONG or (checkpoint is not None and os.path.exists(checkpoint)):
+        return
+    guard: Any = contextlib.nullcontext()
+    if checkpoint is not None:  # one that cannot be written is found before this work
+        guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
+    with guard:
+        _look_for_chaos(call, task.objective, learned, key, task.recipe.steps)
 
 
 def _meta_rate(t: Any) -> Any:
@@ -305,19 +384,10 @@ def _start(
     return learned
 
 
-def _refuse(
-    call: str,
-    images: np.ndarray,
-    labels: np.ndarray,
-    recipe: Recipe,
-    per_class: int,
-    learn: Sequence[str],
-    start: Any,
-    bases: int | None,
-    window: int | None,
-    real_batch: int | None,
-    held_out: int,
-) -> None:
+def _check_examples(
+    call: str, images: np.ndarray, labels: np.ndarray, start: Any, per_class: int, held_out: int
+) -> int:
+    """Refuse examples that cannot be learned from; the number of their classes."""
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or images.ndim < 2:
         raise ValueError(
             f"{call} with images {images.shape} and labels {labels.shape} of {labels.dtype}: pass images "
@@ -336,31 +406,8 @@ def _refuse(
         raise ValueError(
             f"{call}: the labels must be 0, 1, ... without gaps; missing: {empty}, smallest: {labels.min()}"
         )
-    learnable = ("images", "labels", *NUMBERS)
-    if isinstance(learn, str) or not learn or not set(learn) <= set(learnable):
-        raise ValueError(f"{call}: learn must hold one or more of {learnable}")
-    if any(name in learn and not getattr(recipe, name) > 0 for name in ("l2", "momentum")):
-        raise ValueError(
-            f"{call}: what is learned as a positive number cannot begin at 0; give the recipe a positive "
-            "start for it, such as l2=1e-4"
-        )
-    for name, value in (
-        ("per_class", per_class),
-        ("bases", bases),
-        ("window", window),
-        ("real_batch", real_batch),
-    ):
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise ValueError(f"{call}: {name}={value!r} must be a whole number, at least 1")
-    if window is not None and window > recipe.steps:
-        raise ValueError(
-            f"{call}: window={window} is longer than the {recipe.steps} steps of the recipe; pass a window "
-            "from 1 to that, or None for all"
-        )
-    if bases is not None and (start is not None or "images" not in learn):
-        raise ValueError(
-            f"{call}: bases={bases} are learned for the images; learn them, and leave out start"
-        )
+    if not is_whole(per_class):
+        raise ValueError(f"{call}: per_class={per_class!r} must be a whole number, at least 1")
     wanted = (per_class * classes, *images.shape[1:])
     if start is not None and np.shape(start) != wanted:
         raise ValueError(
@@ -370,6 +417,46 @@ def _refuse(
     if not 0 <= held_out <= len(images) // 2:
         raise ValueError(
             f"{call}: validation={held_out} of {len(images)} examples; hold out from 0 to half of them"
+        )
+    return classes
+
+
+def _check_learned(call: str, recipe: Recipe, learn: Sequence[str], bases: Any, start: Any) -> None:
+    """Refuse what cannot be learned."""
+    learnable = ("images", "labels", *NUMBERS)
+    if isinstance(learn, str) or not learn or not set(learn) <= set(learnable):
+        raise ValueError(f"{call}: learn must hold one or more of {learnable}")
+    if any(name in learn and not getattr(recipe, name) > 0 for name in ("l2", "momentum")):
+        raise ValueError(
+            f"{call}: what is learned as a positive number cannot begin at 0; give the recipe a positive "
+            "start for it, such as l2=1e-4"
+        )
+    if bases is not None and (start is not None or "images" not in learn):
+        raise ValueError(
+            f"{call}: bases={bases} are learned for the images; learn them, and leave out start"
+        )
+
+
+def _check_numbers(call: str, recipe: Recipe, **numbers: int | None) -> None:
+    """Refuse numbers that are not whole, and a window longer than the run."""
+    for name, value in numbers.items():
+        if value is not None and not is_whole(value):
+            raise ValueError(f"{call}: {name}={value!r} must be a whole number, at least 1")
+    window = numbers["window"]
+    if window is not None and window > recipe.steps:
+        raise ValueError(
+            f"{call}: window={window} is longer than the {recipe.steps} steps of the recipe; pass a window "
+            "from 1 to that, or None for all"
+        )
+
+
+def _check_network(call: str, network: Network, image: np.ndarray, classes: int) -> None:
+    """Refuse a network with another number of outputs than there are classes."""
+    found = logits_of(network, image).shape
+    if found != (1, classes):
+        raise ValueError(
+            f"{call}: for one image the network gives logits {found}, and the labels have {classes} "
+            f"classes; pass a network that gives (1, {classes})"
         )
 
 

@@ -1,6 +1,7 @@
 """The outer loop by an optax optimizer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,43 +44,10 @@ def by_optax(
         return jax.tree.map(strong, (raw, state))
 
     state = jax.tree.map(strong, stepper.init(raw))
-    if run.checkpoint is not None:
-        traced, consts, _ = closure_convert(
-            update, raw, state, raw, jnp.zeros(run.row.loss.shape, run.row.loss.dtype)
-        )
-        run = with_entries(
-            run, **{"optimizer (digest)": digest(traced.jaxpr, consts, jax.tree.leaves(state))}
-        )
-        judge = {"select (digest)": run.select_digest, "select_every": str(run.select_every)}
-        run = with_entries(run, **({} if run.score is None else judge))
-        run = with_entries(run, **{"optimizer state": describe_leaves(state)})
-    rows: list[History] = []
+    run = _fingerprinted(run, update, (raw, state))
     # `good` lags one update behind `raw`: the loss and gradient there are known to be sound.
-    at = Reached(0, raw, raw, state, raw, np.zeros((0, 2)))
-    restored = restore(run, at[1:5], run.row)
-    if restored is not None:
-        values, rows, scores = restored
-        if len(rows) > run.steps:
-            raise ValueError(
-                f"optimize(steps={run.steps}, checkpoint={checkpoint_name(run)}): that checkpoint has made "
-                f"{len(rows)} steps already, and does not know where it was after {run.steps}; pass "
-                f"steps={len(rows)} or more (meta_steps of distill and tune), or another file"
-            )
-        at = Reached(len(rows), values[0], values[1], values[2], values[3], scores)
+    at, rows = _restored(run, Reached(0, raw, raw, state, raw, np.zeros((0, 2))))
     saved = len(rows)
-
-    def look(at: Reached) -> Reached:
-        if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
-            return at
-        try:
-            score = run.score(at.raw)
-        except ArithmeticError:
-            if at.made == 0:
-                raise
-            score = math.nan  # training fails there; the next hypergradient will say why
-        better = math.isfinite(score) and not np.any(at.scores[:, 1] < score)
-        scores = np.concatenate([at.scores, [[at.made, score]]])
-        return at._replace(best=at.raw if better else at.best, scores=scores)
 
     def save() -> int:
         nonlocal saved
@@ -92,7 +60,7 @@ def by_optax(
     with progress_bar(run, total=run.steps, initial=saved) as bar, kept_on_exit(run, save):
         for iteration in range(saved, run.steps):
             if iteration % run.select_every == 0:
-                at = look(at)
+                at = _scored(run, at)
             row, gradient, stopped = measure(run, at.raw, iteration, rows)
             if stopped:
                 break
@@ -105,7 +73,51 @@ def by_optax(
                 save()
         save()
         # What only the end looks at is not saved: a run that goes on would not have looked there.
-        end, row = (at, row) if stopped else (look(at), [])
+        end, row = (at, row) if stopped else (_scored(run, at), [])
     chosen = {int(iteration): float(score) for iteration, score in end.scores}
     last = end.good if stopped else end.raw
     return last if run.score is None else end.best, rows + row, stopped, bool(stopped), chosen
+
+
+def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree, PyTree]) -> MetaRun:
+    """The run with what decides its result besides the objective, if there is a checkpoint to tell it."""
+    if run.checkpoint is None:
+        return run
+    raw, state = start
+    loss = jnp.zeros(run.row.loss.shape, run.row.loss.dtype)
+    traced, consts, _ = closure_convert(update, raw, state, raw, loss)
+    optimizer = digest(traced.jaxpr, consts, jax.tree.leaves(state))
+    run = with_entries(run, **{"optimizer (digest)": optimizer})
+    judge = {"select (digest)": run.select_digest, "select_every": str(run.select_every)}
+    run = with_entries(run, **({} if run.score is None else judge))
+    return with_entries(run, **{"optimizer state": describe_leaves(state)})
+
+
+def _restored(run: MetaRun, at: Reached) -> tuple[Reached, list[History]]:
+    """Where the checkpoint was left, and its history; else the start."""
+    restored = restore(run, at[1:5], run.row)
+    if restored is None:
+        return at, []
+    values, rows, scores = restored
+    if len(rows) > run.steps:
+        raise ValueError(
+            f"optimize(steps={run.steps}, checkpoint={checkpoint_name(run)}): that checkpoint has made "
+            f"{len(rows)} steps already, and does not know where it was after {run.steps}; pass "
+            f"steps={len(rows)} or more (meta_steps of distill and tune), or another file"
+        )
+    return Reached(len(rows), values[0], values[1], values[2], values[3], scores), rows
+
+
+def _scored(run: MetaRun, at: Reached) -> Reached:
+    """Where a run is, with the score there, if it is chosen by a score."""
+    if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
+        return at
+    try:
+        score = run.score(at.raw)
+    except ArithmeticError:
+        if at.made == 0:
+            raise
+        score = math.nan  # training fails there; the next hypergradient will say why
+    better = math.isfinite(score) and not np.any(at.scores[:, 1] < score)
+    scores = np.concatenate([at.scores, [[at.made, score]]])
+    return at._replace(best=at.raw if better else at.best, scores=scores)

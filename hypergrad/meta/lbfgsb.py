@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,45 +67,10 @@ def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, lis
     bounds = _bounds(optimizer, raw, start)
     settings = f"LBFGSB({optimizer.corrections}, {optimizer.line_search_steps}, {digest(bounds)})"
     run = with_entries(run._replace(unit="evaluation"), optimizer=settings)
-    like = Evaluation(start, start, run.row)
-    # SciPy's inner state cannot be saved. But SciPy is deterministic: fed the evaluations of the
-    # journal from the start, it comes to where it was.
-    restored = restore(run, (), like)
-    journal: list[Any] = [] if restored is None else restored[1]
-    saved = len(journal)
+    journal = _Journal(run, raw, start)
     if run.steps == 0:
         return raw, [], "", False
-    done: list[Evaluation] = []
     accepted = [start]
-    unused: list[History] = []
-
-    def save() -> int:
-        nonlocal saved
-        if len(journal) > saved:
-            saved = save_run(run, (), like, journal)
-        return len(journal)
-
-    def evaluate(point: Any) -> Any:
-        if len(done) == len(journal):
-            row, gradient, reason = measure(
-                run, _unflat(point, raw), len(done), [entry.row for entry in done]
-            )
-            if reason:
-                unused.extend(row)
-                raise _Explosion(reason)
-            journal.append(Evaluation(point.copy(), _flat(gradient), row[0]))
-            if len(journal) % run.checkpoint_every == 0:
-                save()
-        entry = journal[len(done)]
-        if entry.point.tobytes() != point.tobytes():
-            raise ValueError(
-                f"optimize(checkpoint={checkpoint_name(run)}): replaying its evaluation {len(done)}, SciPy "
-                "asks for other values than it did; resume with the versions of SciPy and NumPy "
-                "and the kind of machine that wrote it, or start again with another file"
-            )
-        done.append(entry)
-        advance(bar, entry.row)
-        return float(entry.row.loss), entry.gradient
 
     def accept(point: np.ndarray) -> None:
         accepted[0] = point.copy()
@@ -117,10 +83,10 @@ def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, lis
         "ftol": optimizer.loss_tolerance,
         "gtol": optimizer.gradient_tolerance,
     }
-    with progress_bar(run) as bar, kept_on_exit(run, save):
+    with progress_bar(run) as bar, kept_on_exit(run, journal.save):
         try:
             result = scipy.optimize.minimize(
-                evaluate,
+                partial(journal.evaluate, bar),
                 start,
                 jac=True,
                 method="L-BFGS-B",
@@ -129,15 +95,63 @@ def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, lis
                 options=options,
             )
             made = f"L-BFGS-B stopped after {result.nit} iterations: {result.message}"
-            stopped = "" if result.nit >= run.steps else made
+            stopped, exploded = "" if result.nit >= run.steps else made, False
         except _Explosion as explosion:
-            stopped = str(explosion)
-            exploded = True
-        else:
-            exploded = False
-        save()
-    rows = [entry.row for entry in done] + unused
+            stopped, exploded = str(explosion), True
+        journal.save()
+    rows = [entry.row for entry in journal.done] + journal.unused
     return _unflat(accepted[0], raw), rows, stopped, exploded
+
+
+class _Journal:
+    """All evaluations of a run.
+
+    SciPy's inner state cannot be saved.  But SciPy is deterministic: fed the evaluations of the journal
+    from the start, it comes to where it was.
+
+    Args:
+      run: the run.
+      raw: the tree that its vectors stand for.
+      start: where it starts.
+    """
+
+    def __init__(self, run: MetaRun, raw: PyTree, start: np.ndarray):
+        self.run, self.raw = run, raw
+        self.like = Evaluation(start, start, run.row)
+        restored = restore(run, (), self.like)
+        self.entries: list[Any] = [] if restored is None else restored[1]
+        self.saved = len(self.entries)
+        self.done: list[Evaluation] = []
+        self.unused: list[History] = []
+
+    def save(self) -> int:
+        """Write what is not saved."""
+        if len(self.entries) > self.saved:
+            self.saved = save_run(self.run, (), self.like, self.entries)
+        return len(self.entries)
+
+    def evaluate(self, bar: Any, point: Any) -> Any:
+        """Loss and gradient at a point: from the journal, or for the first time."""
+        run, entries = self.run, self.entries
+        if len(self.done) == len(entries):
+            rows = [entry.row for entry in self.done]
+            row, gradient, reason = measure(run, _unflat(point, self.raw), len(self.done), rows)
+            if reason:
+                self.unused.extend(row)
+                raise _Explosion(reason)
+            entries.append(Evaluation(point.copy(), _flat(gradient), row[0]))
+            if len(entries) % run.checkpoint_every == 0:
+                self.save()
+        entry = entries[len(self.done)]
+        if entry.point.tobytes() != point.tobytes():
+            raise ValueError(
+                f"optimize(checkpoint={checkpoint_name(run)}): replaying its evaluation {len(self.done)}, "
+                "SciPy asks for other values than it did; resume with the versions of SciPy and NumPy "
+                "and the kind of machine that wrote it, or start again with another file"
+            )
+        self.done.append(entry)
+        advance(bar, entry.row)
+        return float(entry.row.loss), entry.gradient
 
 
 def _bounds(optimizer: LBFGSB, raw: PyTree, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

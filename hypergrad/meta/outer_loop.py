@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,54 +144,28 @@ def optimize(
         hypers, raw = _start(constraints, hypers)
         averaged = not isinstance(optimizer, LBFGSB)
         resample = bool(resample) and averaged
-        # Traced here, so that a bad objective is refused before any work; compiled when first needed.
-        # Data that the objective closes over is passed in, lest the compiler copy it into the program.
-        arguments = (raw, key, np.uint32(0), np.float32(math.inf))
-        with readable_errors():
-            evaluate, data, _ = closure_convert(
-                evaluation_of(objective, constraints, seeds, resample, averaged, has_aux), *arguments
-            )
-        lowered = jax.jit(lambda data, *arguments: evaluate(data, jax.tree.leaves(arguments))).lower(
-            data, *arguments
+        traced = _Traced.of(
+            evaluation_of(objective, constraints, seeds, resample, averaged, has_aux), raw, key
         )
-        row, _, _ = lowered.out_info
         score, judge = (None, "") if select is None else scorer(select, constraints, raw)
-        names = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
         run = MetaRun(
-            compile=functools.cache(lambda: functools.partial(lowered.compile(), data)),
-            row=row,
+            compile=traced.compile,
+            row=traced.row,
             key=key,
             unit="iteration",
             steps=int(steps),
             checkpoint=checkpoint,
             checkpoint_every=int(checkpoint_every),
-            fingerprint={
-                "hypers": describe_leaves(hypers),
-                "starting values (digest)": digest(hypers),
-                "constraints": ", ".join(
-                    leaf.name for leaf in jax.tree.leaves(names, is_leaf=is_constraint)
-                ),
-                "key": f"{jax.random.key_impl(key)} {np.asarray(plain(key)).tolist()}",
-                "seeds": str(seeds),
-                "resample": str(resample),
-                "loss and aux": describe_leaves(row),
-            },
+            fingerprint=_fingerprint(hypers, constraints, key, traced.row)
+            | {"seeds": str(seeds), "resample": str(resample)},
             explosion=explosion,
             progress=progress,
             score=score,
             select_every=int(select_every),
             select_digest=judge,
         )
-        if taken := sorted(set(about or {}) & set(run.fingerprint)):
-            raise ValueError(
-                f"optimize(about=...): {taken} are names of what every checkpoint says; use others"
-            )
-        words = {name: str(said) for name, said in (about or {}).items()}
-        run = run._replace(fingerprint=words | run.fingerprint)  # first, for people to read
-        if checkpoint is not None:
-            exclusion = {"explosion": str(explosion)} if seeds > 1 and averaged else {}
-            run = with_entries(run, **exclusion, **{"objective (digest)": digest(evaluate.jaxpr)})
-            run = with_entries(run, **{"data of the objective (digest)": digest(data)})
+        excluding = {"explosion": str(explosion)} if seeds > 1 and averaged else {}
+        run = traced.told(_about(run, about), excluding)
         scores: dict[int, float] = {}
         if isinstance(optimizer, LBFGSB):
             raw, rows, stopped, exploded = by_lbfgsb(run, optimizer, raw)
@@ -199,7 +173,69 @@ def optimize(
             raw, rows, stopped, exploded, scores = by_optax(run, optimizer, raw)
     if exploded:
         warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
-    return Optimized(constrain(constraints, raw), raw, stack_rows(row, rows), stopped, scores)
+    return Optimized(constrain(constraints, raw), raw, stack_rows(traced.row, rows), stopped, scores)
+
+
+def _fingerprint(hypers: PyTree, constraints: PyTree, key: jax.Array, row: PyTree) -> dict[str, str]:
+    """What decides the result of a run besides the objective, in words that can be compared."""
+    broadcast = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
+    leaves = jax.tree.leaves(broadcast, is_leaf=is_constraint)
+    return {
+        "hypers": describe_leaves(hypers),
+        "starting values (digest)": digest(hypers),
+        "constraints": ", ".join(leaf.name for leaf in leaves),
+        "key": f"{jax.random.key_impl(key)} {np.asarray(plain(key)).tolist()}",
+        "loss and aux": describe_leaves(row),
+    }
+
+
+class _Traced(NamedTuple):
+    """An objective traced once, and compiled when it is first needed.
+
+    Attributes:
+      compile: gives the compiled function of raw values, key, iteration and threshold.
+      row: shapes of the row of history that it returns.
+      jaxpr: of the objective.
+      data: what it closes over.
+    """
+
+    compile: Callable[[], Callable[..., Any]]
+    row: Any
+    jaxpr: Any
+    data: list[Any]
+
+    @staticmethod
+    def of(function: Callable[..., Any], raw: PyTree, key: jax.Array) -> "_Traced":
+        """Traced here, so that a bad objective is refused before any work.
+
+        Data that the objective closes over is passed in, lest the compiler copy it into the program.
+        """
+        arguments = (raw, key, np.uint32(0), np.float32(math.inf))
+        with readable_errors():
+            evaluate, data, _ = closure_convert(function, *arguments)
+        lowered = jax.jit(lambda data, *arguments: evaluate(data, jax.tree.leaves(arguments))).lower(
+            data, *arguments
+        )
+        row, _, _ = lowered.out_info
+        compiled = functools.cache(lambda: functools.partial(lowered.compile(), data))
+        return _Traced(compiled, row, evaluate.jaxpr, data)
+
+    def told(self, run: MetaRun, more: Mapping[str, str]) -> MetaRun:
+        """The run with the objective in its fingerprint, if there is a checkpoint to tell it."""
+        if run.checkpoint is None:
+            return run
+        run = with_entries(run, **more, **{"objective (digest)": digest(self.jaxpr)})
+        return with_entries(run, **{"data of the objective (digest)": digest(self.data)})
+
+
+def _about(run: MetaRun, about: Mapping[str, Any] | None) -> MetaRun:
+    """The run with what the user says of it in its fingerprint: first, for people to read."""
+    if taken := sorted(set(about or {}) & set(run.fingerprint)):
+        raise ValueError(
+            f"optimize(about=...): {taken} are names of what every checkpoint says; use others"
+        )
+    words = {name: str(said) for name, said in (about or {}).items()}
+    return run._replace(fingerprint=words | run.fingerprint)
 
 
 def _refuse_bad_settings(

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from hypergrad.meta.outer_loop import optimize
 from hypergrad.meta.runs import History
 from hypergrad.optimizers.adam import adam
 from hypergrad.optimizers.optax_interop import as_optax
-from hypergrad.program import GenericOptimizer, Optimizer, with_defaults
+from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
 
@@ -40,7 +40,7 @@ class Tuned(NamedTuple):
     """
 
     hypers: dict[str, PyTree]
-    optimizer: Optimizer | GenericOptimizer
+    optimizer: AnyOptimizer
     history: History
     stopped: str
 
@@ -57,7 +57,7 @@ def tune(
     batches: PyTree = None,
     *,
     steps: int,
-    optimizer: Optimizer | GenericOptimizer | None = None,
+    optimizer: AnyOptimizer | None = None,
     validation: Callable[[PyTree], Array] | None = None,
     learn: Sequence[str] | None = None,
     meta_steps: int = 50,
@@ -114,23 +114,9 @@ def tune(
     optimizer = adam() if optimizer is None else optimizer
     call = checked_call("tune", steps, optimizer, adjoint)
     checked_steps(call, steps)
-    if validation is not None:
-        check_callable(call, "validation", validation, "params")
-    for name, made in (("params", params), ("batches", batches)):
-        if is_function(made):
-            check_callable(call, name, made, "key")
+    _check_functions(call, validation, params=params, batches=batches)
     start = with_defaults(call, optimizer, hypers)
-    if unknown := sorted(set(learn or ()) - set(start)):
-        raise ValueError(f"{call}: learn={learn!r}, but {unknown} are none of {list(start)}")
-    inside = {name: _inside(optimizer.domains.get(name), value) for name, value in start.items()}
-    if learn is None:
-        learn = [name for name in start if inside[name] or name in hypers]
-    outside = [name for name in learn if not inside[name]]
-    if outside:
-        raise ValueError(
-            f"{call}: {outside} cannot be learned from {[start[name] for name in outside]}, at the end of "
-            "or outside the domain; begin inside it, or leave them out with learn=[...]"
-        )
+    learn = _learned(call, optimizer, start, hypers if learn is None else None, learn or ())
     constraints = {name: _constraint(optimizer, name, start[name]) for name in learn}
     if adjoint is None:
         adjoint = _adjoint(optimizer, start)
@@ -168,12 +154,42 @@ def tune(
     return Tuned({**held, **result.hypers}, optimizer, result.history, result.stopped)
 
 
+def _check_functions(call: str, validation: Any, **made: Any) -> None:
+    """Refuse functions that cannot be called as they will be."""
+    if validation is not None:
+        check_callable(call, "validation", validation, "params")
+    for name, each in made.items():
+        if is_function(each):
+            check_callable(call, name, each, "key")
+
+
+def _learned(
+    call: str,
+    optimizer: AnyOptimizer,
+    start: Mapping[str, PyTree],
+    given: Mapping[str, PyTree] | None,
+    wanted: Sequence[str],
+) -> list[str]:
+    """The names of what is learned: those wanted or, where values are given instead, all that can be."""
+    if unknown := sorted(set(wanted) - set(start)):
+        raise ValueError(f"{call}: learn={wanted!r}, but {unknown} are none of {list(start)}")
+    inside = {name: _inside(optimizer.domains.get(name), value) for name, value in start.items()}
+    learn = list(wanted) if given is None else [name for name in start if inside[name] or name in given]
+    outside = [name for name in learn if not inside[name]]
+    if outside:
+        raise ValueError(
+            f"{call}: {outside} cannot be learned from {[start[name] for name in outside]}, at the end of "
+            "or outside the domain; begin inside it, or leave them out with learn=[...]"
+        )
+    return learn
+
+
 def _lowest(value: PyTree) -> float:
     """Down to where a factor may fall while it is learned."""
     return min(SMALLEST_FACTOR, 0.5 * min(float(np.min(x)) for x in jax.tree.leaves(value)))
 
 
-def _constraint(optimizer: Optimizer | GenericOptimizer, name: str, value: PyTree) -> Constraint:
+def _constraint(optimizer: AnyOptimizer, name: str, value: PyTree) -> Constraint:
     """What keeps a hyperparameter inside its domain."""
     low, high = optimizer.domains.get(name, (-np.inf, np.inf))
     if not np.isfinite(low):
@@ -198,7 +214,7 @@ def _beyond(end: float, side: int) -> Constraint:
     )
 
 
-def _adjoint(optimizer: Optimizer | GenericOptimizer, start: Mapping[str, PyTree]) -> Adjoint:
+def _adjoint(optimizer: AnyOptimizer, start: Mapping[str, PyTree]) -> Adjoint:
     """Exact reversal where it is possible, with room for the smallest factors that can come up."""
     if not optimizer.reversible:
         return Checkpointed()

@@ -15,7 +15,7 @@ from typing import Any
 
 from jax import Array
 
-from hypergrad.program import Move, Optimizer, Scale, Shift, Variable
+from hypergrad.program import Move, Optimizer, Scale, Shift, Variable, is_optimizer
 
 DOMAIN = (0.0, 1.0)
 
@@ -49,7 +49,7 @@ def with_average(optimizer: Optimizer) -> Optimizer:
     >>> trained.params, trained.state["average"]
     (Array([0.5, 0.5], dtype=float32), Array([0.75, 0.75], dtype=float32))
     """
-    if not isinstance(optimizer, Optimizer):
+    if not (is_optimizer(optimizer) and optimizer.by_moves):
         name = getattr(optimizer, "name", type(optimizer).__name__)
         raise TypeError(
             f"with_average({name}): {name} is no program of moves, to which one could be added; average "

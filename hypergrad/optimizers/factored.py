@@ -21,7 +21,8 @@ Products are element by element.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -133,12 +134,7 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
     changed = [f"{key}={value}" for key, (value, default) in given.items() if value != default]
     name = f"adafactor({', '.join(changed)})"
 
-    def axes(leaf: Any) -> tuple[int, int] | None:
-        """The second longest axis and the longest, if a leaf is factored."""
-        order = np.argsort(leaf.shape, kind="stable")
-        if leaf.ndim < 2 or leaf.shape[order[-2]] < min_dim_size_to_factor:
-            return None
-        return int(order[-2]), int(order[-1])
+    axes = partial(_axes, min_dim_size_to_factor)
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
         rate = number(name, "decay_rate", h.decay_rate)
@@ -158,19 +154,8 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
         def whole(squares: Array) -> Array:
             return _nothing(squares) if axes(squares) else squares
 
-        def normed(s: Any) -> Array:
-            found = axes(s.gradient)
-            if found is None:
-                return s.gradient * _inverse_root(s.nu)
-            second, longest = found
-            axis = second - 1 if second > longest else second
-            rows = jnp.mean(s.nu_row, axis=axis, keepdims=True)
-            by_row = roots.sqrt(rows) * _inverse_root(s.nu_row)
-            by_column = _inverse_root(s.nu_column)
-            return s.gradient * jnp.expand_dims(by_row, longest) * jnp.expand_dims(by_column, second)
-
         def change(s: Any) -> Array:
-            u = normed(s)
+            u = _normed(s, axes(s.gradient))
             size = jnp.maximum(_rms(s.params), SMALLEST_SIZE) if multiply_by_parameter_scale else 1
             clipped = u / jnp.maximum(1, _rms(u) / h.clipping_threshold)
             return (1 - h.momentum) * h.learning_rate * size * clipped
@@ -185,19 +170,10 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
             Shift("params", lambda s: -s.velocity),
         ]
 
-    def without(which: int) -> Any:
-        def init(leaf: Array) -> Array:
-            found = axes(leaf)
-            if found is None:
-                return _nothing(leaf)
-            return jnp.zeros([n for k, n in enumerate(leaf.shape) if k != found[which]], leaf.dtype)
-
-        return init
-
     variables = {
         "velocity": Variable(),
-        "nu_row": SQUARES._replace(init=without(1)),
-        "nu_column": SQUARES._replace(init=without(0)),
+        "nu_row": SQUARES._replace(init=partial(_without, 1, axes)),
+        "nu_column": SQUARES._replace(init=partial(_without, 0, axes)),
         "nu": SQUARES._replace(init=lambda leaf: _nothing(leaf) if axes(leaf) else jnp.zeros_like(leaf)),
     }
     hypers = {
@@ -209,6 +185,35 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
         "eps": 1e-30,
     }
     return Optimizer(name, moves, variables, hypers, DOMAINS)
+
+
+Axes = tuple[int, int] | None  # the second longest axis and the longest, of a leaf that is factored
+
+
+def _axes(shortest: int, leaf: Any) -> Axes:
+    order = np.argsort(leaf.shape, kind="stable")
+    if leaf.ndim < 2 or leaf.shape[order[-2]] < shortest:
+        return None
+    return int(order[-2]), int(order[-1])
+
+
+def _without(which: int, axes: Callable[[Any], Axes], leaf: Array) -> Array:
+    """Zeros for means over one of the two axes; without elements where a leaf is not factored."""
+    found = axes(leaf)
+    if found is None:
+        return _nothing(leaf)
+    return jnp.zeros([n for k, n in enumerate(leaf.shape) if k != found[which]], leaf.dtype)
+
+
+def _normed(s: Any, axes: Axes) -> Array:
+    """The gradient over the root of its second moment."""
+    if axes is None:
+        return s.gradient * _inverse_root(s.nu)
+    second, longest = axes
+    rows = jnp.mean(s.nu_row, axis=second - 1 if second > longest else second, keepdims=True)
+    by_row = roots.sqrt(rows) * _inverse_root(s.nu_row)
+    by_column = _inverse_root(s.nu_column)
+    return s.gradient * jnp.expand_dims(by_row, longest) * jnp.expand_dims(by_column, second)
 
 
 def _nothing(leaf: Array) -> Array:

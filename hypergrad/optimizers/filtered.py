@@ -153,17 +153,7 @@ def filtered(
     >>> bool(jnp.max(jnp.abs(trained.params)) < 0.1)
     True
     """
-    hypers: dict[str, float | None] = {
-        "learning_rate": None if rule is None else 1.0,
-        "gradient_decay": 0.999,
-        "gradient_inflation": 1.0,
-        "curvature_inflation": 1.0,
-        "initial_variance": 1e4,
-    }
-    if preconditioned:
-        hypers["eps"] = 1e-8
-    if rule is not None:
-        hypers |= {"max_step": None, "step_decay": 0.9, "loss_decay": 0.999, "loss_inflation": 1.0}
+    hypers = _hypers(rule, preconditioned)
     domains = {name: SHARE if name.endswith("_decay") else POSITIVE for name in hypers}
 
     def init(params: PyTree) -> Filter:
@@ -201,8 +191,8 @@ def filtered(
             assert state.search is not None
             change = inner(before.mean, δ) + 0.5 * inner(δ, Bδ)
             process = (before.variance + 0.25 * Q) * inner(δ, δ)
-            loss_noise = averaged(state.search.noise, at.loss.average, h["loss_decay"])
-            loss = filter_loss(start(state.search.loss), change, process, at.loss.mean, value(loss_noise))
+            earlier = state.search._replace(loss=start(state.search.loss))
+            loss, loss_noise = _loss_belief(earlier, at.loss, h["loss_decay"], change, process)
             _, Bd, Q = moments(d)
             improvement = Improvement(
                 slope=-inner(d, gradient.mean),
@@ -214,8 +204,7 @@ def filtered(
             steps = averaged(state.search.step, rule(improvement, h["max_step"]), h["step_decay"])
             search, α = Search(loss, loss_noise, steps), value(steps)
 
-        moved = inner(δ, δ) > 0
-        along = jnp.where(moved, inner(δ, Bδ) / jnp.where(moved, inner(δ, δ), 1), 0)
+        along = _curvature_along(δ, Bδ)
         n = jax.tree.leaves(examples.batch)[0].shape[0]
         δ = jax.tree.map(lambda x: h["learning_rate"] * α * x, d)
         diagnosis = Diagnosis(along, n * at.gradient.average, K, α)
@@ -224,6 +213,36 @@ def filtered(
 
     name = "filtered()" if rule is None else f"filtered({getattr(rule, '__name__', 'rule')})"
     return GenericOptimizer(name, init, update, hypers, domains, per_example=True)
+
+
+def _hypers(rule: Rule | None, preconditioned: bool) -> dict[str, float | None]:
+    """Hyperparameters and their defaults."""
+    hypers: dict[str, float | None] = {
+        "learning_rate": None if rule is None else 1.0,
+        "gradient_decay": 0.999,
+        "gradient_inflation": 1.0,
+        "curvature_inflation": 1.0,
+        "initial_variance": 1e4,
+    }
+    if preconditioned:
+        hypers["eps"] = 1e-8
+    if rule is not None:
+        hypers |= {"max_step": None, "step_decay": 0.9, "loss_decay": 0.999, "loss_inflation": 1.0}
+    return hypers
+
+
+def _loss_belief(
+    search: Search, loss: Any, decay: Array, change: Array, process: Array
+) -> tuple[Belief, Average]:
+    """The loss and its noise after a minibatch."""
+    noise = averaged(search.noise, loss.average, decay)
+    return filter_loss(search.loss, change, process, loss.mean, value(noise)), noise
+
+
+def _curvature_along(δ: PyTree, Bδ: PyTree) -> Array:
+    """``δᵀBδ / δᵀδ``, and 0 for a step of length 0."""
+    moved = inner(δ, δ) > 0
+    return jnp.where(moved, inner(δ, Bδ) / jnp.where(moved, inner(δ, δ), 1), 0)
 
 
 def predict(belief: Belief, change: PyTree, process: Array) -> Belief:

@@ -1,7 +1,7 @@
 """Optimizers from optax, and ours for optax."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from hypergrad import program
 from hypergrad._base.dtypes import lenient
 from hypergrad._base.trees import PyTree
 from hypergrad.optimizers.safe_roots import finite
-from hypergrad.program import PARAMS, GenericOptimizer, Optimizer, StepContext, labels_of, with_defaults
+from hypergrad.program import (
+    PARAMS,
+    AnyOptimizer,
+    Examples,
+    FloatStep,
+    GenericOptimizer,
+    Layout,
+    Leaf,
+    StepContext,
+    with_defaults,
+)
 
 NOT_NEGATIVE = (0.0, float("inf"))
 SHARE = (0.0, 1.0)
@@ -63,8 +72,8 @@ def from_optax(
     unknown length has derivatives with ``Forward()`` only.
 
     An elementwise slope that is not finite counts as 0 (see `hypergrad.optimizers.safe_roots`): the square
-    root of a gradient that is always 0, and the branch of a `jax.numpy.where` that is not taken, do not make
-    hypergradients NaN.
+    root of a gradient that is always 0, and the branch of a `jax.numpy.where` that is not taken, do not
+    make hypergradients NaN.
 
     Args:
       build: from keyword arguments, one scalar for each of `hypers`, to an optax transformation; traced at
@@ -199,7 +208,7 @@ class ProgramState(NamedTuple):
 
 
 def as_optax(
-    optimizer: Optimizer | GenericOptimizer, hypers: Mapping[str, PyTree]
+    optimizer: AnyOptimizer, hypers: Mapping[str, PyTree]
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer of `hypergrad.train`, with its learned hyperparameters, as an optax transformation.
 
@@ -251,44 +260,17 @@ def as_optax(
     """
     call = f"as_optax({optimizer.name}, hypers)"
     values = with_defaults(call, optimizer, hypers)
-    if isinstance(optimizer, GenericOptimizer) and optimizer.per_example:
+    if optimizer.per_example:
         raise ValueError(
             f"{call}: {optimizer.name} looks at single examples, and optax has "
             "only their mean gradient for it; use it with hypergrad.train"
         )
-
-    blocks = optimizer.blocks if isinstance(optimizer, Optimizer) else None
-
-    def merge(params: PyTree) -> PyTree:
-        return params if blocks is None else blocks.merge(params)
-
-    def labelled(merged: PyTree, leaves: list[Array]) -> Sequence[str | None]:
-        labels = labels_of(call, optimizer, merged, leaves)
-        return [None] * len(leaves) if labels is None else labels
-
-    def at(step: Array, x: Array) -> Array:
-        x = jnp.asarray(x)
-        return x if x.ndim == 0 else x[jnp.minimum(step, x.shape[0] - 1)]
-
-    def the_same(step: Array) -> dict[str, Array]:
-        """The hyperparameters of an optimizer for which they are the same for all parameters."""
-        return {name: at(step, value) for name, value in values.items()}
+    of_moves = _Moves(call, optimizer, values)
 
     def init(params: PyTree) -> ProgramState:
         step = jnp.zeros((), jnp.int32)
-        if isinstance(optimizer, GenericOptimizer):
-            return ProgramState(step, {"state": optimizer.start(the_same(step), params)})
-        merged = merge(params)
-        leaves = jax.tree.leaves(merged)
-        structure: Any = jax.tree.structure(merged)
-        labels = labelled(merged, leaves)
-        return ProgramState(
-            step,
-            {
-                name: structure.unflatten([optimizer.start_of(name, *each) for each in zip(leaves, labels)])
-                for name in optimizer.variables
-            },
-        )
+        start, layout = of_moves.start(None, of_moves.merged(params), step)
+        return ProgramState(step, optimizer.state_of(start, layout))
 
     def update(
         gradient: PyTree,
@@ -304,52 +286,93 @@ def as_optax(
         if params is None:
             raise ValueError(f"{call}: call update(gradient, state, params)")
         after = optax.safe_increment(state.step)
-        if isinstance(optimizer, GenericOptimizer):
-            context = _here(call, params, meta, batch, value, value_fn)
-            given = the_same(state.step), gradient, state.variables["state"], params, context
-            new, inner = optimizer.update(*given)
-            return jax.tree.map(jnp.subtract, new, params), ProgramState(after, {"state": inner})
-        merged = merge(params)
-        leaves = jax.tree.leaves(merged)
-        structure: Any = jax.tree.structure(merged)
-        if not leaves:  # all of them masked
+        if not jax.tree.leaves(params):  # all of them masked
             return gradient, ProgramState(after, state.variables)
-        now = {
-            name: [at(state.step, x) for x in jax.tree.leaves(jax.tree.broadcast(tree, merged))]
-            for name, tree in values.items()
-        }
-        hypers = [
-            SimpleNamespace(**{k: x[i] for k, x in now.items()}, label=label)
-            for i, label in enumerate(labelled(merged, leaves))
-        ]
-        gradients = jax.tree.leaves(merge(gradient))
-        if optimizer.transform is not None:
-            gradients = list(optimizer.transform(hypers, gradients))
-        observed: Mapping[str, PyTree] = {}
-        if optimizer.observe is not None:
-            observed = optimizer.observe(params, meta, batch, state.step)
-        trees = {name: jax.tree.leaves(tree) for name, tree in observed.items()} | {"gradient": gradients}
-        variables = {name: jax.tree.leaves(tree) for name, tree in state.variables.items()}
-        start = [
-            {PARAMS: leaf} | {name: x[i] for name, x in variables.items()} for i, leaf in enumerate(leaves)
-        ]
-        observations = [{name: x[i] for name, x in trees.items()} for i in range(len(leaves))]
-        moves = [optimizer.moves(h, state.step) for h in hypers]
-        moved = program.step(moves, start, observations)
-        updates = structure.unflatten([new[PARAMS] - old for new, old in zip(moved, leaves)])
-        if blocks is not None:
-            updates = blocks.split(updates, params)
-        kept = {name: structure.unflatten([new[name] for new in moved]) for name in variables}
-        return updates, ProgramState(after, kept)
+        context = _context(call, params, (meta, batch), value, value_fn)
+        updates, variables = of_moves.updates(gradient, state, params, context)
+        return updates, ProgramState(after, variables)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _here(
+class _Moves(NamedTuple):
+    """An optimizer with its hyperparameters, one step of which is made at a time.
+
+    Attributes:
+      call: the user's call, for messages.
+      optimizer: of either kind.
+      values: its hyperparameters by name; schedules have the step as their leading axis.
+    """
+
+    call: str
+    optimizer: AnyOptimizer
+    values: Mapping[str, PyTree]
+
+    def merged(self, params: PyTree) -> PyTree:
+        """The tree that the optimizer moves."""
+        blocks = self.optimizer.blocks
+        return params if blocks is None else blocks.merge(params)
+
+    def hypers(self, step: Array, merged: PyTree) -> list[dict[str, Array]]:
+        """The hyperparameters of a step, by leaf."""
+
+        def at(x: Array) -> Array:
+            x = jnp.asarray(x)
+            return x if x.ndim == 0 else x[jnp.minimum(step, x.shape[0] - 1)]
+
+        like, _ = self.optimizer.shape_of_hypers(merged, [])
+        count = len(jax.tree.leaves(like))
+        now = {
+            name: [at(x) for x in jax.tree.leaves(jax.tree.broadcast(tree, like))]
+            for name, tree in self.values.items()
+        }
+        return [{name: x[i] for name, x in now.items()} for i in range(count)]
+
+    def start(
+        self, variables: Mapping[str, PyTree] | None, merged: PyTree, step: Array
+    ) -> tuple[list[Leaf], Layout]:
+        """The flat state from the optimizer's variables, or the first one."""
+        leaves = self.hypers(step, merged)
+        return self.optimizer.start(self.call, variables, leaves[0] if leaves else {}, merged)
+
+    def updates(
+        self, gradient: PyTree, state: ProgramState, params: PyTree, context: StepContext
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        """What to add to the parameters, and the optimizer's variables behind the step."""
+        optimizer, merged = self.optimizer, self.merged(params)
+        start, layout = self.start(state.variables, merged, state.step)
+        hypers = self.hypers(state.step, merged)
+        by_leaf = [SimpleNamespace(**h, label=None) for h in hypers]
+        for h, label in zip(by_leaf, layout.labels or []):
+            h.label = label
+        gradients = jax.tree.leaves(self.merged(gradient))
+        if optimizer.transform is not None:
+            gradients = list(optimizer.transform(by_leaf, gradients))
+        trees: dict[str, PyTree] = {}
+        if optimizer.observe is not None:
+            trees = dict(optimizer.observe(params, context.meta, context.batch, state.step))
+        observed = {name: jax.tree.leaves(tree) for name, tree in trees.items()} | {"gradient": gradients}
+        at = FloatStep(
+            start,
+            context.value,
+            [{name: x[i] for name, x in observed.items()} for i in range(len(gradients))],
+            lambda: [optimizer.program(self.call).moves(h, state.step) for h in by_leaf],
+            hypers[0],
+            lambda: Examples(lambda params, batch: context.loss(params), context.batch),
+            lambda: context,
+        )
+        new = optimizer.advance(at, layout)
+        moved = layout.params.unflatten([leaf[PARAMS] for leaf in new[: layout.params.num_leaves]])
+        updates = jax.tree.map(jnp.subtract, moved, merged)
+        if optimizer.blocks is not None:
+            updates = optimizer.blocks.split(updates, params)
+        return updates, optimizer.state_of(new, layout)
+
+
+def _context(
     call: str,
     params: PyTree,
-    meta: PyTree,
-    batch: PyTree,
+    data: tuple[PyTree, PyTree],
     value: Any,
     value_fn: Callable[[PyTree], Array] | None,
 ) -> StepContext:
@@ -360,4 +383,4 @@ def _here(
 
     if value is None and value_fn is not None:
         value = value_fn(params)
-    return StepContext(missing if value_fn is None else value_fn, value, meta, batch)
+    return StepContext(missing if value_fn is None else value_fn, value, *data)

@@ -10,7 +10,6 @@ from jax import Array
 from hypergrad.program import (
     PARAMS,
     Assign,
-    GenericOptimizer,
     Keep,
     Labels,
     Move,
@@ -20,6 +19,7 @@ from hypergrad.program import (
     Shift,
     Total,
     Variable,
+    is_optimizer,
 )
 
 PyTree = Any
@@ -178,14 +178,14 @@ def _check(optimizers: Any) -> None:
                 f"{call}: a label must be a name of letters, digits and underscores, as hyperparameters "
                 f"are called label.name; {label!r} is none"
             )
-        if isinstance(each, GenericOptimizer):
+        if not is_optimizer(each):
+            brackets = f", which makes one: add brackets, {shown}()" if callable(each) else ""
+            raise TypeError(f"{call}: {shown} is no optimizer{brackets}")
+        if not each.by_moves:
             raise TypeError(
                 f"{call}: {shown} is no program of moves. For optimizers of optax, pass from_optax a "
                 "function that builds optax.partition({...}, labels) from all hyperparameters"
             )
-        if not isinstance(each, Optimizer):
-            brackets = f", which makes one: add brackets, {shown}()" if callable(each) else ""
-            raise TypeError(f"{call}: {shown} is no optimizer{brackets}")
         for what, why in (
             (each.transform, "changes all gradients together; put it around, clip(partition(...))"),
             (each.observe, "observes the whole network; use it for all parameters, or train in turns"),

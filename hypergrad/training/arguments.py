@@ -5,7 +5,6 @@ Every function takes the user's call as text, which its messages quote.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,14 +13,21 @@ import numpy as np
 import optax
 from jax import Array
 
-from hypergrad._base.checks import check_adjoint, describe, is_function, is_no_adjoint, quoted, shape_of
+from hypergrad._base.checks import (
+    check_adjoint,
+    check_finite,
+    describe,
+    is_function,
+    is_no_adjoint,
+    known_value,
+    quoted,
+    why_no_array,
+)
 from hypergrad._base.dtypes import widened
 from hypergrad._base.errors import DomainError, error_if
 from hypergrad._base.trees import PyTree
-from hypergrad.adjoints.run import kept
-from hypergrad.program import PARAMS, GenericOptimizer, Leaf, Optimizer, with_defaults
+from hypergrad.program import EXACT, STEP, AnyOptimizer, is_optimizer, with_defaults
 
-STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
 Hypers = list[dict[str, Array]]  # for every leaf of the parameters, hyperparameters by name
 
 
@@ -38,7 +44,7 @@ def checked_call(function: str, steps: Any, optimizer: Any, adjoint: Any) -> str
       TypeError: where one of them is something else.
     """
     call = f"{function}(steps={steps!r}, optimizer="
-    if not isinstance(optimizer, Optimizer | GenericOptimizer):
+    if not is_optimizer(optimizer):
         raise TypeError(f"{call}{quoted(optimizer)}): {_no_optimizer(optimizer)}")
     call += optimizer.name
     if adjoint is None:
@@ -85,26 +91,6 @@ def check_scalar(call: str, result: PyTree) -> None:
         )
 
 
-def _no_array(x: Any) -> str:
-    """Why JAX can make no array of something; empty if it can."""
-    try:
-        shape_of(x)
-    except (TypeError, ValueError, OverflowError) as error:
-        return f"{describe(x)}, not an array" if not isinstance(x, int) else f"{x} ({error})"
-    return ""
-
-
-def check_arrays(call: str, name: str, tree: PyTree) -> None:
-    """Refuse a tree with anything in it that is no array: a string, a function, an object."""
-    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if why := _no_array(x):
-            raise TypeError(
-                f"{call}: {name}{jax.tree_util.keystr(path)} is {why}. Pass arrays, numbers and None in "
-                f"{name}; what else the loss needs it may close over, as lambda params, meta, batch: "
-                "loss(params, meta, batch, other)"
-            )
-
-
 def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]:
     """Leaves of the parameters, their structure and the path of every leaf."""
     if is_function(params):
@@ -119,7 +105,7 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
         )
     names = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
     for name, (_, x) in zip(names, paths):
-        if why := _no_array(x):
+        if why := why_no_array(x):
             raise TypeError(f"{call}: {name} is {why}. {_PARTITION.format('pass arrays')}")
     leaves = [jnp.asarray(x) for _, x in paths]
     for name, (_, x), leaf in zip(names, paths, leaves):
@@ -133,7 +119,7 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
                 f"{call}: {name} is {leaf.dtype}; hypergradients of a whole run are noise below float32. "
                 "Pass float32 or float64 parameters (the loss may compute in lower precision inside)"
             )
-        _check_finite(call, name, x)
+        check_finite(call, name, x)
     return leaves, structure, names
 
 
@@ -143,37 +129,11 @@ _PARTITION = (
 )
 
 
-def _known(x: Any) -> Any:
-    """The numbers of an array where they are known, as in ``jax.grad`` outside of ``jit``; else None."""
-    if not isinstance(x, jax.core.Tracer):
-        return x
-    primal = jax.lax.stop_gradient(x)
-    return None if isinstance(primal, jax.core.Tracer) else primal
-
-
-def _check_finite(call: str, name: str, x: Any) -> None:
-    """Refuse NaN and infinity where the numbers are known."""
-    known = _known(x)
-    if known is None:
-        return
-    if isinstance(known, jax.Array):
-        with jax.ensure_compile_time_eval():  # else jit would trace it
-            finite = bool(jnp.all(jnp.isfinite(known)))
-    else:
-        finite = bool(np.all(np.isfinite(known)))
-    if not finite:
-        raise ValueError(
-            f"{call}: {name} has NaN or infinity in it at the start, from where nothing can be learned; "
-            "look at how it was made (by a run that diverged?)"
-        )
-
-
 def flat_hypers(
     call: str,
-    optimizer: Optimizer | GenericOptimizer,
+    optimizer: AnyOptimizer,
     hypers: Mapping[str, PyTree],
     params: PyTree,
-    leaves: list[Array],
     names: list[str],
     steps: int,
 ) -> tuple[Hypers, Hypers]:
@@ -188,60 +148,77 @@ def flat_hypers(
             f"not {describe(hypers)}"
         )
     complete = with_defaults(call, optimizer, hypers)
-    if isinstance(optimizer, GenericOptimizer):  # takes numbers: the same for all parameters
-        params, leaves, names = 0, [jnp.zeros((), leaves[0].dtype)], ["all parameters"]
+    params, paths = optimizer.shape_of_hypers(params, names)
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
     fixed: Hypers = [{} for _ in leaves]
     scheduled: Hypers = [{} for _ in leaves]
     for key, given in complete.items():
-        if given is None:
-            raise ValueError(f"{call}: hypers[{key!r}] is None; give it a number, or leave it out")
-        value = jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), given)
         strong: dict[Any, Array] = {}  # what is one array for several leaves stays one
-        try:
-            spread = jax.tree.leaves(jax.tree.broadcast(value, params))
-        except ValueError as error:
-            raise ValueError(
-                f"{call}: hypers[{key!r}] must be one number or array, or a tree of them that is a prefix "
-                f"of params, and is {describe(given)}{_way_out(given)}: {error}"
-            ) from None
-        for i, (x, leaf, name) in enumerate(zip(spread, leaves, names)):
-            where = f"{call}: hypers[{key!r}] for {name}"
-            domain = optimizer.domains.get(key)
-            if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
-                raise ValueError(f"{where} is {x.dtype}; it must be a real number")
-            if not isinstance(x, jax.core.Tracer):
-                dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
-                x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
-                _check_domain(where, x, domain)
-            else:
-                if (known := _known(x)) is not None:
-                    _check_domain(where, np.asarray(known), domain)
-                # Cotangents are added over the steps in the type of the hyperparameter.
-                dtype = leaf.dtype if x.weak_type and x.ndim == 0 else widened(x).dtype
-                x = strong.setdefault((id(x), dtype), jnp.asarray(x, dtype))
-            _check_promotion(where, x, leaf)
+        domain = optimizer.domains.get(key)
+        for i, (x, leaf) in enumerate(zip(_spread(call, key, given, params), leaves)):
+            where = f"{call}: hypers[{key!r}] for {paths[i]}"
+            x = _typed_hyper(where, x, leaf, domain, strong)
             if x.ndim == 0:
                 fixed[i][key] = x
                 continue
-            if x.shape[0] not in (1, steps):
-                raise ValueError(
-                    f"{where} has shape {list(x.shape)}; a schedule's leading axis is the step and must "
-                    f"have length steps={steps} (or 1, for the same at every step)"
-                )
-            try:
-                fits = np.broadcast_shapes(x.shape[1:], leaf.shape) == leaf.shape
-            except ValueError:
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"{where} has shape {list(x.shape)}; behind the step axis it must broadcast to the "
-                    f"leaf's {list(leaf.shape)}"
-                )
+            _check_schedule(where, x.shape, leaf.shape, steps)
             if x.shape[0] == steps:
                 scheduled[i][key] = x
             else:
                 fixed[i][key] = x[0]
     return checked_hypers(call, optimizer, fixed, scheduled)
+
+
+def _spread(call: str, key: str, given: PyTree, params: PyTree) -> list[Any]:
+    """A hyperparameter for every leaf of the parameters."""
+    if given is None:
+        raise ValueError(f"{call}: hypers[{key!r}] is None; give it a number, or leave it out")
+    value = jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else np.asarray(x), given)
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(value, params))
+    except ValueError as error:
+        raise ValueError(
+            f"{call}: hypers[{key!r}] must be one number or array, or a tree of them that is a prefix "
+            f"of params, and is {describe(given)}{_way_out(given)}: {error}"
+        ) from None
+
+
+def _typed_hyper(
+    where: str, x: Any, leaf: Array, domain: tuple[float, float] | None, strong: dict[Any, Array]
+) -> Any:
+    """A hyperparameter in the type in which it is used; refused where it is known to be no good."""
+    if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"{where} is {x.dtype}; it must be a real number")
+    if not isinstance(x, jax.core.Tracer):
+        dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
+        x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
+        _check_domain(where, x, domain)
+    else:
+        if (known := known_value(x)) is not None:
+            _check_domain(where, np.asarray(known), domain)
+        # Cotangents are added over the steps in the type of the hyperparameter.
+        dtype = leaf.dtype if x.weak_type and x.ndim == 0 else widened(x).dtype
+        x = strong.setdefault((id(x), dtype), jnp.asarray(x, dtype))
+    _check_promotion(where, x, leaf)
+    return x
+
+
+def _check_schedule(where: str, shape: tuple[int, ...], leaf: tuple[int, ...], steps: int) -> None:
+    """Refuse a schedule of another length, or that does not fit its leaf."""
+    if shape[0] not in (1, steps):
+        raise ValueError(
+            f"{where} has shape {list(shape)}; a schedule's leading axis is the step and must "
+            f"have length steps={steps} (or 1, for the same at every step)"
+        )
+    try:
+        fits = np.broadcast_shapes(shape[1:], leaf) == leaf
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{where} has shape {list(shape)}; behind the step axis it must broadcast to the "
+            f"leaf's {list(leaf)}"
+        )
 
 
 def _way_out(given: PyTree) -> str:
@@ -276,7 +253,7 @@ def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None)
 
 
 def checked_hypers(
-    call: str, optimizer: Optimizer | GenericOptimizer, fixed: Hypers, scheduled: Hypers
+    call: str, optimizer: AnyOptimizer, fixed: Hypers, scheduled: Hypers
 ) -> tuple[Hypers, Hypers]:
     """The hyperparameters, refused by the running program where one is outside its domain.
 
@@ -299,7 +276,7 @@ def checked_hypers(
     traced: dict[str, dict[int, Array]] = {}
     for leaf in (*fixed, *scheduled):
         for name, x in leaf.items():
-            if name in optimizer.domains and _known(x) is None:
+            if name in optimizer.domains and known_value(x) is None:
                 traced.setdefault(name, {})[id(x)] = x
     if not traced:
         return fixed, scheduled
@@ -336,49 +313,6 @@ def _first_outside(arrays: Sequence[Array], low: float, high: float) -> Array:
     return first(jnp.stack([first(x) for x in arrays]))
 
 
-def start_of(
-    call: str,
-    optimizer: Optimizer,
-    state: Mapping[str, PyTree] | None,
-    leaves: list[Array],
-    structure: Any,
-    labels: tuple[str, ...] | None,
-) -> list[Leaf]:
-    """Float variables of every leaf at the start, by name."""
-    state = {} if state is None else state
-    _check_state(call, state, optimizer.variables)
-    unknown = sorted(set(state) - {*optimizer.variables, STEP, EXACT})
-    if unknown:
-        raise ValueError(f"{call}: state has {unknown}; {optimizer.name} keeps {list(optimizer.variables)}")
-
-    def begin(name: str, i: int, leaf: Array) -> Array:
-        return optimizer.start_of(name, leaf, None if labels is None else labels[i])
-
-    start: list[Leaf] = [{PARAMS: leaf} for leaf in leaves]
-    for name in optimizer.variables:
-        given = None
-        if name in state:
-            given, other = jax.tree.flatten(state[name])
-            if other != structure:
-                raise ValueError(
-                    f"{call}: state[{name!r}] has the tree structure {other}, params has {structure}"
-                )
-            check_arrays(call, f"state[{name!r}]", state[name])
-        for i, leaf in enumerate(leaves):
-            if given is None:
-                start[i][name] = begin(name, i, leaf)
-                continue
-            default = jax.eval_shape(partial(begin, name, i), leaf)
-            if np.shape(given[i]) != default.shape:
-                raise ValueError(
-                    f"{call}: state[{name!r}] has a leaf of shape {list(np.shape(given[i]))} where "
-                    f"{list(default.shape)} is needed"
-                )
-            start[i][name] = jnp.asarray(given[i], default.dtype)
-            _check_finite(call, f"state[{name!r}]", given[i])
-    return start
-
-
 def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTree]:
     """The step at which a state was left, and the integers behind it."""
     state = {} if state is None else state
@@ -387,38 +321,6 @@ def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTre
         raise ValueError(f"{call}: state[{STEP!r}] must be the number of steps made before, one integer")
     known = not isinstance(first, jax.core.Tracer)
     return np.int32(first) if known else first.astype(jnp.int32), state.get(EXACT)
-
-
-def _check_state(call: str, state: Any, names: Any) -> None:
-    if not isinstance(state, Mapping):
-        raise TypeError(
-            f"{call}: state is {describe(state)}; it must be a dictionary with some of the names "
-            f"{list(names)}, such as the state of what train returned"
-        )
-
-
-def start_of_whole(
-    call: str,
-    optimizer: GenericOptimizer,
-    hypers: Mapping[str, Array],
-    state: Mapping[str, PyTree] | None,
-    params: PyTree,
-    leaves: list[Array],
-) -> tuple[list[Leaf], Any]:
-    """The same for an optimizer with one state for all parameters; also that state's tree structure."""
-    if state is not None:
-        _check_state(call, state, ["state"])
-    if state is not None and set(state) != {"state"}:
-        raise ValueError(f"{call}: state has {sorted(state)}; {optimizer.name} keeps ['state']")
-    initial = optimizer.start(hypers, params)
-    given = initial if state is None else state["state"]
-    like: Any = jax.tree.structure(initial)
-    found: Any = jax.tree.structure(given)
-    if like != found:
-        raise ValueError(
-            f"{call}: state['state'] has the tree structure {found}, and {optimizer.name} keeps {like}"
-        )
-    return [*({PARAMS: leaf} for leaf in leaves), kept(given)], like
 
 
 def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
@@ -437,7 +339,7 @@ def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
         )
     for path, x in paths:
         name = f"batches{jax.tree_util.keystr(path)}"
-        if why := _no_array(x):
+        if why := why_no_array(x):
             raise TypeError(f"{call}: {name} is {why}. {stack}")
         if np.ndim(x) == 0 or np.shape(x)[0] != steps:
             raise ValueError(
@@ -452,7 +354,7 @@ def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
     return batches
 
 
-def check_examples(call: str, optimizer: GenericOptimizer, batch: PyTree) -> None:
+def check_examples(call: str, optimizer: AnyOptimizer, batch: PyTree) -> None:
     """A batch can be taken apart into two or more examples."""
     shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
     counts = {shape[0] if shape else 0 for shape in shapes}

@@ -10,20 +10,17 @@ import numpy as np
 from jax import Array
 
 from hypergrad import schedules
-from hypergrad._base.checks import check_callable, checked_steps, shape_of
+from hypergrad._base.checks import check_arrays, check_callable, checked_steps, shape_of
 from hypergrad._base.dtypes import widened
 from hypergrad._base.rules import has_custom_rule
 from hypergrad._base.tracing import Converted, closure_convert
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
-from hypergrad.adjoints.run import Constants, Inputs, Run, Snapshot
+from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Snapshot
 from hypergrad.adjoints.strategies import Adjoint
 from hypergrad.optimizers.momentum import momentum
-from hypergrad.program import GenericOptimizer, Optimizer, labels_of
+from hypergrad.program import EXACT, STEP, AnyOptimizer
 from hypergrad.training.arguments import (
-    EXACT,
-    STEP,
-    check_arrays,
     check_examples,
     check_scalar,
     checked_batches,
@@ -31,8 +28,6 @@ from hypergrad.training.arguments import (
     continued,
     flat_hypers,
     flat_params,
-    start_of,
-    start_of_whole,
 )
 
 
@@ -63,7 +58,7 @@ def train(
     batches: PyTree = None,
     *,
     steps: int,
-    optimizer: Optimizer | GenericOptimizer | None = None,
+    optimizer: AnyOptimizer | None = None,
     adjoint: Adjoint | None = None,
     state: Mapping[str, PyTree] | None = None,
     watch: Callable[[Snapshot], PyTree] | None = None,
@@ -122,97 +117,120 @@ def train(
     steps = checked_steps(call, steps)
     check_callable(call, "loss", loss, "params", "meta", "batch")
     check_arrays(call, "meta", meta)
+    params, split = _in_blocks(call, optimizer, params)
     leaves, structure, names = flat_params(call, params)
-    given, split = params, lambda merged: merged
-    if isinstance(optimizer, Optimizer) and optimizer.blocks is not None:
-        # The run is one of blocks; the user's functions are shown what they gave.
-        like, blocks = jax.tree.map(shape_of, given), optimizer.blocks
-        params, split = blocks.merge(given), lambda merged: blocks.split(merged, like)
-        leaves, structure, names = flat_params(call, params)
     if isinstance(hypers, Mapping):
         hypers = schedules.values(dict(hypers), steps)
-    fixed, scheduled = flat_hypers(call, optimizer, hypers, params, leaves, names, steps)
-    labels = labels_of(call, optimizer, params, leaves)
-    if isinstance(optimizer, GenericOptimizer):
-        at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
-        start, kept_structure = start_of_whole(call, optimizer, at_start, state, params, leaves)
-        first, exact = np.int32(0), None
-    else:
-        start, kept_structure = start_of(call, optimizer, state, leaves, structure, labels), None
-        first, exact = continued(call, state)
+    fixed, scheduled = flat_hypers(call, optimizer, hypers, params, names, steps)
+    at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
+    start, layout = optimizer.start(call, state, at_start, structure.unflatten(leaves))
+    first, exact = continued(call, state)
     numbers = first + np.arange(steps, dtype=np.int32)
-    if batches is None:
-        batches = numbers
-    batches = checked_batches(call, batches, steps)
-    observes = isinstance(optimizer, Optimizer) and optimizer.observe is not None
-    if observes:
-        batches = (batches, numbers)
-    batch = jax.tree.map(lambda x: x[0], batches)
-    if isinstance(optimizer, GenericOptimizer) and optimizer.per_example:
-        check_examples(call, optimizer, batch)
-        batch = jax.tree.map(lambda x: x[:1], batch)
-
-    def loss_of(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
-        return loss(split(merged), meta, batch[0] if observes else batch)
+    batches, batch = _batches(call, optimizer, batches, numbers)
 
     # The user's functions are traced here, once, on shapes alone; only their jaxprs are used below.
     shapes = jax.tree.map(shape_of, (params, meta, batch))
-    converted, captured, result = closure_convert(loss_of, *shapes)
-    check_scalar(call, result)
-    observe = None
-    if observes:
-        observe, more = _hoist_observe(optimizer, split, *shapes)
-        captured = [*captured, *more]
+    converted, captured, value = _trace_loss(call, optimizer, loss, split, shapes)
+    observe, more = _trace_observe(optimizer, split, shapes)
     run = Run(
         call=call,
         optimizer=optimizer,
         loss=converted,
         watch=None,
-        structure=structure,
-        state=kept_structure,
+        layout=layout,
         steps=steps,
-        captured=len(captured),
+        captured=len(captured) + len(more),
         x64=jnp.result_type(float) == jnp.float64,
         arguments=jax.tree.structure(shapes[1:]),
         observe=observe,
         names=tuple(names),
-        labels=labels,
         custom=has_custom_rule(converted.jaxpr),
     )
-    watch_consts: list[Array] = []
+    of_watch: list[Array] = []
     if watch is not None:
-        check_callable(call, "watch", watch, "snapshot")
-        number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
-        scalar: Any = result
         variables = run.state_of(jax.tree.map(shape_of, start))
-        snapshot = Snapshot(number, shapes[0], variables, scalar, shapes[0])
-
-        def show(snapshot: Snapshot) -> PyTree:
-            shown = {"params": split(snapshot.params), "gradient": split(snapshot.gradient)}
-            return watch(snapshot._replace(**shown))
-
-        converted, watch_consts, _ = closure_convert(show, snapshot)
-        run = replace(run, watch=converted)
+        run, of_watch = _trace_watch(run, watch, split, (shapes[0], variables, value))
     meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(meta)]
-    constants = Constants([*captured, *meta_leaves], fixed, watch_consts, exact)
+    constants = Constants([*captured, *more, *meta_leaves], fixed, of_watch, exact)
     batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
     inputs = Inputs(batch_leaves, scheduled, jnp.asarray(numbers))
     end, outputs = adjoint(run, start, constants, inputs)
     trained = split(structure.unflatten(run.params_of(end)))
-    ended = run.state_of(end)
-    if isinstance(optimizer, Optimizer):
-        ended |= {STEP: jnp.asarray(first + np.int32(steps))}
-        ended |= {} if outputs.exact is None else {EXACT: outputs.exact}
+    ended = run.state_of(end) | (_told(first + np.int32(steps), outputs) if optimizer.by_moves else {})
     return Trained(trained, ended, outputs.loss, outputs.watched)
 
 
-def _hoist_observe(
-    optimizer: Any, split: Callable[[PyTree], PyTree], params: PyTree, meta: PyTree, batch: PyTree
-) -> tuple[Converted, list[Array]]:
-    """What the optimizer observes, hoisted as the loss is, and what it closes over."""
+def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
+    """What a state tells besides the optimizer's variables: the next step, and the integers behind it."""
+    return {STEP: jnp.asarray(step)} | ({} if outputs.exact is None else {EXACT: outputs.exact})
+
+
+Split = Callable[[PyTree], PyTree]  # from what the optimizer moves to the user's parameters
+
+
+def _in_blocks(call: str, optimizer: AnyOptimizer, params: PyTree) -> tuple[PyTree, Split]:
+    """What the optimizer moves, and the way back: the user's functions are shown what they gave."""
+    blocks = optimizer.blocks
+    if blocks is None:
+        return params, lambda merged: merged
+    flat_params(call, params)  # refuses
+    like = jax.tree.map(shape_of, params)
+    return blocks.merge(params), lambda merged: blocks.split(merged, like)
+
+
+def _batches(
+    call: str, optimizer: AnyOptimizer, batches: PyTree, numbers: np.ndarray
+) -> tuple[PyTree, PyTree]:
+    """Batches by step, and the one on which the user's functions are traced."""
+    batches = checked_batches(call, numbers if batches is None else batches, len(numbers))
+    if optimizer.observe is not None:
+        batches = (batches, numbers)
+    batch = jax.tree.map(lambda x: x[0], batches)
+    if optimizer.per_example:
+        check_examples(call, optimizer, batch)
+        batch = jax.tree.map(lambda x: x[:1], batch)
+    return batches, batch
+
+
+def _trace_loss(
+    call: str, optimizer: AnyOptimizer, loss: Callable[..., Any], split: Split, shapes: Any
+) -> tuple[Converted, list[Array], Any]:
+    """The loss as a function of what the optimizer moves; what it closes over; the shape of its value."""
+    observes = optimizer.observe is not None
+
+    def loss_of(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
+        return loss(split(merged), meta, batch[0] if observes else batch)
+
+    converted, captured, value = closure_convert(loss_of, *shapes)
+    check_scalar(call, value)
+    return converted, captured, value
+
+
+def _trace_observe(
+    optimizer: AnyOptimizer, split: Split, shapes: Any
+) -> tuple[Converted | None, list[Array]]:
+    """What the optimizer observes, and what that closes over."""
+    if optimizer.observe is None:
+        return None, []
+    function = optimizer.observe
 
     def observe(merged: PyTree, meta: PyTree, batch: PyTree) -> PyTree:
-        return dict(optimizer.observe(split(merged), meta, *batch))
+        return dict(function(split(merged), meta, *batch))
 
-    converted, captured, _ = closure_convert(observe, params, meta, batch)
+    converted, captured, _ = closure_convert(observe, *shapes)
     return converted, captured
+
+
+def _trace_watch(run: Run, watch: Callable[..., Any], split: Split, shapes: Any) -> tuple[Run, list[Array]]:
+    """The run with what is watched, and what that closes over."""
+    check_callable(run.call, "watch", watch, "snapshot")
+    params, variables, value = shapes
+    number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
+    snapshot = Snapshot(number, params, variables, value, params)
+
+    def show(snapshot: Snapshot) -> PyTree:
+        shown = {"params": split(snapshot.params), "gradient": split(snapshot.gradient)}
+        return watch(snapshot._replace(**shown))
+
+    converted, captured, _ = closure_convert(show, snapshot)
+    return replace(run, watch=converted), captured

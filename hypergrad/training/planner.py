@@ -44,7 +44,7 @@ from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
 from hypergrad.adjoints.strategies import Adjoint, Checkpointed, Stored
 from hypergrad.adjoints.tapes import destroyed_bits
-from hypergrad.program import GenericOptimizer, Leaf, Optimizer
+from hypergrad.program import AnyOptimizer, Leaf
 from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
 
@@ -96,7 +96,7 @@ def plan(
     batches: PyTree = None,
     *,
     steps: int,
-    optimizer: Optimizer | GenericOptimizer | None = None,
+    optimizer: AnyOptimizer | None = None,
     budget: float,
     wrt: tuple[str, ...] = ("hypers",),
 ) -> Plan:
@@ -142,60 +142,83 @@ def plan(
     captured: list[Any] = []
 
     def spy(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-        captured.append((run, start, constants, inputs))
+        captured.append((run, (start, constants, inputs)))
         return start, Outputs(jnp.zeros(run.steps), None)
 
     train(loss, params, hypers, meta, batches, steps=steps, optimizer=optimizer, adjoint=spy)
-    run, start, constants, inputs = captured[0]
+    run, arrays = captured[0]
+    sizes = _Sizes(run, arrays, wrt)
+    estimates = [sizes.estimate(name, make) for name, make in _candidates(run, arrays)]
+    estimates.sort(key=lambda estimate: estimate.time)
+    return Plan(fastest(estimates, budget), tuple(estimates), int(budget))
 
-    state = sum(x.nbytes for leaf in start for x in leaf.values())
-    integers = 8 * sum(x.size for leaf in start for x in leaf.values())
-    schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
-    short = min(SHORT, run.steps)
 
-    @functools.cache  # every figure costs a compilation
-    def measured(adjoint: Adjoint, steps: int) -> int:
-        return _temporary(adjoint, replace(run, steps=steps), start, constants, inputs, wrt)
-
-    stored = measured(Stored(), short)
-    kept = (stored - measured(Stored(), short // 2)) // (short - short // 2) if short > 1 else stored
-
-    def grows(adjoint: Adjoint, steps: int) -> int:
-        """The bytes that depend on the steps."""
-        if isinstance(adjoint, Stored):
-            return steps * kept
-        if isinstance(adjoint, Checkpointed):
-            segments = adjoint.segments or 1
-            return segments * state + -(-steps // segments) * kept
-        assert isinstance(adjoint, Reversible)
-        tape = adjoint.tape_bytes(replace(run, steps=steps), start, constants, inputs)
-        cotangents = steps * schedules
-        if adjoint.segments == 1:
-            return tape + cotangents
-        # A segment has the cotangents of its schedules in arrays of its own.
-        own = adjoint.length(steps) * schedules
-        return tape + cotangents + own + adjoint.segments * integers
-
-    candidates: list[tuple[str, Callable[[int], Any]]] = [
+def _candidates(run: Run, arrays: Any) -> list[tuple[str, Callable[[int], Any]]]:
+    """The adjoints that could be taken, by the number of their segments."""
+    found: list[tuple[str, Callable[[int], Any]]] = [
         ("Stored", lambda segments: Stored()),
         ("Checkpointed", Checkpointed),
     ]
     with contextlib.suppress(ReversalError):  # not every program can be reversed
-        rates = destroyed_bits(run, start, constants, inputs)
+        rates = destroyed_bits(run, *arrays)
         bits = {name: min(7.0, float(f"{SPARE * rate:.2g}") + 1e-3) for name, rate in rates.items()}
-        candidates += [
+        found += [
             ("Reversible", lambda segments: Reversible(bits)),
             ("Reversible in segments", lambda segments: Reversible(bits, segments=segments)),
         ]
-    estimates = []
-    for name, make in candidates:
-        choices = dict.fromkeys(make(S) for S in _divisions(run.steps))  # some are the same for any S
-        best = min(choices, key=lambda adjoint: grows(adjoint, run.steps))
+    return found
+
+
+class _Sizes:
+    """Bytes that the adjoints of one run need: measured on a few steps, and what grows with them.
+
+    Args:
+      run: the user's.
+      arrays: its start, constants and inputs.
+      wrt: what will be differentiated.
+    """
+
+    def __init__(self, run: Run, arrays: Any, wrt: tuple[str, ...]):
+        self.run, self.arrays, self.wrt = run, arrays, wrt
+        start, _, inputs = arrays
+        self.state = sum(x.nbytes for leaf in start for x in leaf.values())
+        self.schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
+        self.short = min(SHORT, run.steps)
+        self.measured = functools.cache(self._measured)  # every figure costs a compilation
+
+    def _measured(self, adjoint: Adjoint, steps: int) -> int:
+        return _temporary(adjoint, replace(self.run, steps=steps), self.arrays, self.wrt)
+
+    @functools.cached_property
+    def kept(self) -> int:
+        """What `Stored` keeps of a step."""
+        stored, half = self.measured(Stored(), self.short), self.short // 2
+        return (stored - self.measured(Stored(), half)) // (self.short - half) if half else stored
+
+    def grows(self, adjoint: Adjoint, steps: int) -> int:
+        """The bytes that depend on the steps."""
+        if isinstance(adjoint, Stored):
+            return steps * self.kept
+        if isinstance(adjoint, Checkpointed):
+            segments = adjoint.segments or 1
+            return segments * self.state + -(-steps // segments) * self.kept
+        assert isinstance(adjoint, Reversible)
+        run = replace(self.run, steps=steps)
+        tape, cotangents = adjoint.tape_bytes(run, *self.arrays), steps * self.schedules
+        if adjoint.segments == 1:
+            return tape + cotangents
+        # A segment has the cotangents of its schedules in arrays of its own.
+        own = adjoint.length(steps) * self.schedules
+        return tape + cotangents + own + adjoint.segments * adjoint.state_bytes(run, *self.arrays)
+
+    def estimate(self, name: str, make: Callable[[int], Any]) -> Estimate:
+        """The best of an adjoint with any number of segments."""
+        steps, short = self.run.steps, self.short
+        choices = dict.fromkeys(make(S) for S in _divisions(steps))  # some are the same for any S
+        best = min(choices, key=lambda adjoint: self.grows(adjoint, steps))
         few = make(2) if short > 1 else make(1)
-        workspace = measured(few, short) - grows(few, short)
-        estimates.append(Estimate(best, workspace + grows(best, run.steps), TIMES[name]))
-    estimates.sort(key=lambda estimate: estimate.time)
-    return Plan(fastest(estimates, budget), tuple(estimates), int(budget))
+        workspace = self.measured(few, short) - self.grows(few, short)
+        return Estimate(best, workspace + self.grows(best, steps), TIMES[name])
 
 
 def fastest(estimates: Sequence[Estimate], budget: float) -> Adjoint:
@@ -226,14 +249,10 @@ def _divisions(steps: int) -> list[int]:
 
 
 def _temporary(
-    adjoint: Adjoint,
-    run: Run,
-    start: list[Leaf],
-    constants: Constants,
-    inputs: Inputs,
-    wrt: tuple[str, ...],
+    adjoint: Adjoint, run: Run, arrays: tuple[list[Leaf], Constants, Inputs], wrt: tuple[str, ...]
 ) -> int:
     """Bytes that a compiled hypergradient needs beside arguments and results."""
+    start, constants, inputs = arrays
 
     def floats(part: str, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: part in wrt and jnp.issubdtype(x.dtype, jnp.floating), tree)

@@ -15,6 +15,17 @@ from hypergrad.optimizers.kfac.damping import AXES, damped, factor_start, invers
 from hypergrad.optimizers.kfac.layers import Fisher, Network
 from hypergrad.program import GenericOptimizer, StepContext
 
+HYPERS = {
+    "damping": 1.0,
+    "min_damping": 1e-8,
+    "omega": 0.95,
+    "l2": 0.0,
+    "gamma": 1.0,
+    "decay": 0.95,
+    "pi": 1.0,
+}
+DOMAINS = {name: (0.0, float("inf")) for name in HYPERS} | {"decay": (0.0, 1.0)}
+
 
 class AdaptiveState(NamedTuple):
     """What `adaptive_kfac` keeps.
@@ -144,17 +155,7 @@ def adaptive_kfac(
         scale = jax.lax.cond((t + 1) % adapt == 0, adapted, lambda: state.scale)
         return new, AdaptiveState(t + 1, factors, B, δ, scale)
 
-    hypers = {
-        "damping": 1.0,
-        "min_damping": 1e-8,
-        "omega": 0.95,
-        "l2": 0.0,
-        "gamma": 1.0,
-        "decay": 0.95,
-        "pi": 1.0,
-    }
-    domains = {name: (0.0, float("inf")) for name in hypers} | {"decay": (0.0, 1.0)}
-    return GenericOptimizer(call, init, update, hypers, domains)
+    return GenericOptimizer(call, init, update, HYPERS, DOMAINS)
 
 
 def _inner_products(left: list[list[Array]], right: list[list[Array]]) -> Array:

@@ -103,17 +103,6 @@ def kfac(
             one_number(call, name, getattr(h, name)) for name in ("decay", "damping", "pi")
         )
 
-        def averaged(name: str) -> list[Move]:
-            if not τ_s:
-                shift = Shift(name, lambda s: (1 - decay) * getattr(s, f"{name}_now"))
-                return [Scale(name, decay), shift]
-            ring = f"{name}_late"
-            keep = Assign(
-                ring, lambda s: late.written(getattr(s, ring), t, lambda: getattr(s, f"{name}_now"))
-            )
-            shift = Shift(name, lambda s: (1 - decay) * late.read(getattr(s, ring), t, τ_s))
-            return [keep, Scale(name, decay), shift]
-
         def damped_factors(s: Any) -> tuple[Array, ...]:
             averages = [getattr(s, name) for name in AXES[s.params.ndim]]
             return damped([unbiased(average, decay, t) for average in averages], damping, pi)
@@ -137,12 +126,11 @@ def kfac(
             if not norm_constraint:
                 return preconditioned(s)
             c = one_number(call, "norm_constraint", h.norm_constraint)
-            longer = s.size > c
-            return preconditioned(s) * jnp.where(longer, jnp.sqrt(c / jnp.where(longer, s.size, 1)), 1)
+            return preconditioned(s) * _shortening(s.size, c)
 
         size = Total("size", lambda s: jnp.sum(h.learning_rate**2 * s.gradient * preconditioned(s)))
         return [
-            *(move for name in names for move in averaged(name)),
+            *(move for name in names for move in _averaged(name, decay, t, τ_s)),
             *([kept(name) for name in names] if asynchrony.keeps_inverses else []),
             *([size] if norm_constraint else []),
             Scale("velocity", h.momentum),
@@ -150,17 +138,40 @@ def kfac(
             Shift("params", lambda s: -h.learning_rate * s.velocity),
         ]
 
-    variables = {name: Variable(partial(factor_start, name)) for name in names}
-    if τ_s:
-        variables |= {f"{name}_late": Variable(partial(_ring, name, τ_s, 1)) for name in names}
-    if asynchrony.keeps_inverses:
-        variables |= {f"{name}_inverse": Variable(partial(_ring, name, τ_i, P)) for name in names}
-    variables["velocity"] = Variable()
+    variables = _variables(names, asynchrony)
     hypers = {"learning_rate": None, "momentum": 0.9, "damping": 1e-2, "decay": 0.95, "pi": 1.0}
     if norm_constraint:
         hypers |= {"norm_constraint": None}
     blocks = layers.blocks(call, doubly)
     return Optimizer(call, moves, variables, hypers, DOMAINS, blocks=blocks, observe=observe)
+
+
+def _averaged(name: str, decay: Array, t: Array, delay: int) -> list[Move]:
+    """The running average of a factor, from statistics that may be late."""
+    if not delay:
+        shift = Shift(name, lambda s: (1 - decay) * getattr(s, f"{name}_now"))
+        return [Scale(name, decay), shift]
+    ring = f"{name}_late"
+    keep = Assign(ring, lambda s: late.written(getattr(s, ring), t, lambda: getattr(s, f"{name}_now")))
+    shift = Shift(name, lambda s: (1 - decay) * late.read(getattr(s, ring), t, delay))
+    return [keep, Scale(name, decay), shift]
+
+
+def _shortening(size: Array, most: Array) -> Array:
+    """By what a step is multiplied, so that its size is not above the most."""
+    longer = size > most
+    return jnp.where(longer, jnp.sqrt(most / jnp.where(longer, size, 1)), 1)
+
+
+def _variables(names: Sequence[str], asynchrony: Asynchrony) -> dict[str, Variable]:
+    """Factors, those of them that are late, their inverses where those are kept, and the velocity."""
+    P, τ_s, τ_i = asynchrony.refresh, asynchrony.statistics_delay, asynchrony.inverse_delay
+    variables = {name: Variable(partial(factor_start, name)) for name in names}
+    if τ_s:
+        variables |= {f"{name}_late": Variable(partial(_ring, name, τ_s, 1)) for name in names}
+    if asynchrony.keeps_inverses:
+        variables |= {f"{name}_inverse": Variable(partial(_ring, name, τ_i, P)) for name in names}
+    return variables | {"velocity": Variable()}
 
 
 def _ring(name: str, delay: int, period: int, block: Array) -> Array:

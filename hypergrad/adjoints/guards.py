@@ -1,0 +1,89 @@
+"""How much rounding takes from what is added to the integers, watched along the run."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import bundles, exact
+from hypergrad._base.compiler import in_place
+from hypergrad.adjoints.integers import LARGEST_LOSS, Exact, Stepped
+from hypergrad.program import PARAMS
+
+
+class Guard(NamedTuple):
+    """How coarse the shifts of one variable of one leaf were so far, and since what step too much so.
+
+    Attributes:
+      total: by row, see `exact.coarseness`.
+      since: -1 for none.
+    """
+
+    total: Array
+    since: Array
+
+
+Guards = list[dict[str, Guard]]  # by leaf and variable
+
+
+def is_guarded(step: Array) -> Array:
+    """Whether rounding is looked at in a step: in the first ones and in every eighth, as all are alike."""
+    return (step < 8) | (step % 8 == 0)
+
+
+def weighed(guards: Guards, now: Stepped, at: tuple[Array, Array], steps: int) -> Guards:
+    """The guards after one more step.
+
+    Looked at is what was added up to now: later steps may be large only because an earlier one was lost.
+    What has decayed is no longer there: parameters that were large excuse nothing once they are small.
+
+    Args:
+      guards: before the step.
+      now: after it.
+      at: the step, and whether it was guarded.
+      steps: of the run.
+    """
+    step, guarded = at
+    new = [dict(each) for each in guards]
+    for name in dict.fromkeys(name for each in now.coarse for name in each):
+        places = [i for i, each in enumerate(now.coarse) if name in each]
+        totals = [guards[i][name].total for i in places]
+        if name == PARAMS:
+            totals = [total * now.faded[i] for total, i in zip(totals, places)]
+        totals = [total + now.coarse[i][name] for total, i in zip(totals, places)]
+        since = jnp.stack([guards[i][name].since for i in places])
+        doubted = jnp.stack([jnp.any(total > 0) for total in totals])
+        doubted = guarded & jnp.any(doubted & (since < 0))
+
+        def judged(_: Array, doubted: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Array:
+            return bundles.matters(doubted, totals, numbers, LARGEST_LOSS, steps)
+
+        numbers = [now.leaves[i].numbers[name] for i in places]
+        none = jnp.zeros(len(places), bool)
+        found = in_place(doubted, judged, none, doubted, totals, numbers)
+        since = jnp.where((since < 0) & found, step, since)
+        for k, i in enumerate(places):
+            new[i][name] = Guard(totals[k], since[k])
+    return new
+
+
+def failed_by_rounding(failed: Array, guards: Guards, integers: Exact) -> Array:
+    """The first failure of a run, rounding that took too much included; see `Health.failed`."""
+    for i, leaf in enumerate(guards):
+        for name, guard in leaf.items():
+            trouble = integers.troubles().index(("rounding", name))
+            found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
+            failed = jnp.where((failed[0] < 0) & (guard.since >= 0), found, failed)
+    return failed
+
+
+def failed_by_range(numbers: Sequence[dict[str, exact.Fixed]], step: Array, integers: Exact) -> Array:
+    """The first failure at a start, where numbers may be too large already; see `Health.failed`."""
+    failed = jnp.array([-1, 0, 0], jnp.int32)
+    for i, leaf in enumerate(numbers):
+        for name, x in leaf.items():
+            trouble = integers.troubles().index(("range", name))
+            wrong = jnp.stack([step, jnp.int32(trouble), jnp.int32(i)])
+            failed = jnp.where(exact.fits(x) | (failed[0] >= 0), failed, wrong)
+    return failed

@@ -1,0 +1,246 @@
+"""Second derivatives of the inner loss: what a step needs to be differentiated.
+
+========  ====================  ==============================================================
+symbol    name                  meaning
+========  ====================  ==============================================================
+``L``     loss                  inner loss, a function of ``w`` and ``θ``
+``w``     params                parameters before the step
+``θ``     wanted                what else of the loss is differentiated: meta, closures, batches
+``g``     gradient              ``∂L/∂w``
+``S``     observed              what else the optimizer evaluates, a function of ``w`` and ``θ`` too
+``u``     direction             cotangents of ``g`` and ``S``: ``u_g`` and ``u_S``
+``l``     loss_cotangent        cotangent of the loss along the run
+========  ====================  ==============================================================
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Var
+
+from hypergrad._base.compiler import noinline
+from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, prevent_dce, thaw
+from hypergrad._base.trees import PyTree, scatter, split
+from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
+from hypergrad.program import Leaf, Observed
+
+Gradient = Callable[..., tuple[Array, list[Observed]]]
+
+
+def gradient_of(run: Run) -> Gradient:
+    """Loss and gradient, whose derivative in reverse mode is that of `linearise`.
+
+    An optimizer that looks at single examples leaves this gradient to ``watch``.  Where nobody watches
+    JAX drops it, which it would not if its derivative had a rule of its own.
+    """
+    return run.plain_gradient if run.optimizer.per_example else partial(_gradient, run)
+
+
+def _gradient(
+    run: Run, params: list[Array], loss_constants: list[Array], batch: list[Array]
+) -> tuple[Array, list[Observed]]:
+    """`Run.plain_gradient` with the rule of `linearise`."""
+
+    @jax.custom_vjp
+    def evaluate(
+        params: list[Array], theta: tuple[list[Array], list[Array]]
+    ) -> tuple[Array, list[Observed]]:
+        return run.plain_gradient(params, *theta)
+
+    def forward(params: Any, theta: Any) -> Any:
+        flags = perturbed(theta)
+        params, theta = jax.tree.map(lambda x: x.value, (params, theta))
+        linearised = linearise(run, params, theta, flags)
+        saved = (linearised.primal, linearised.residuals)
+        return linearised.primal[:2], (saved, Static(linearised.jaxprs), freeze(flags))
+
+    def backward(residual: Any, cotangent: Any) -> Any:
+        saved, jaxprs, flags = residual
+        primal, residuals = saved
+        loss_cotangent, direction = cotangent
+        if isinstance(loss_cotangent, SymbolicZero):
+            loss_cotangent = None
+        linearised = Linearised(primal, residuals, jaxprs.value)
+        products = linearised.transposed(loss_cotangent, instantiate(direction))
+        return products.params, scatter(thaw(flags), products.wanted)
+
+    evaluate.defvjp(forward, backward, symbolic_zeros=True)
+    return evaluate(params, (loss_constants, batch))
+
+
+def in_segments(
+    run: Run,
+    segments: int,
+    start: list[Leaf],
+    constants: Constants,
+    inputs: Inputs,
+    gradient: Gradient | None = None,
+) -> Solution:
+    """A run in so many segments, each of which is computed again on the way back; see `Run.step`."""
+    gradient = gradient_of(run) if gradient is None else gradient
+    length = -(-run.steps // max(1, min(segments, run.steps)))
+    whole = run.steps // length
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def segment(leaves: list[Leaf], x: Inputs) -> Solution:
+        return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient), leaves, x)
+
+    cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)
+    leaves, outputs = jax.lax.scan(segment, start, cut)
+    outputs = jax.tree.map(lambda x: x.reshape(whole * length, *x.shape[2:]), outputs)
+    if whole * length == run.steps:
+        return leaves, outputs
+    leaves, rest = segment(leaves, jax.tree.map(lambda x: x[whole * length :], inputs))
+    return leaves, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)
+
+
+class Products(NamedTuple):
+    """Cotangents that pass through loss and gradient: of the parameters and of what else is wanted."""
+
+    params: list[Array]
+    wanted: list[Array]
+
+
+class Linearised(NamedTuple):
+    """Loss, gradient and what is observed at a point, with what is needed for their derivatives there.
+
+    Attributes:
+      primal: ``(loss, observations, first)``: ``observations`` are ``∂L/∂w`` and ``S``, by leaf, and
+        ``first`` is what the first linear map needs besides its argument.
+      residuals: what the second needs.
+      jaxprs: the linear maps from ``l`` to ``l ∂L/∂θ``; and from a direction ``(u_g, u_S)`` by leaf to
+        ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
+    """
+
+    primal: tuple[Array, list[Observed], list[Array]]
+    residuals: list[Array]
+    jaxprs: tuple[Any, Any]
+
+    def transposed(self, loss_cotangent: Array | None, direction: Sequence[Observed]) -> Products:
+        """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``; None is ``l = 0``."""
+        first, second = (
+            jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, given))
+            for jaxpr, given in zip(self.jaxprs, (self.primal[2], self.residuals))
+        )
+        total = second(*jax.tree.leaves(list(direction)))
+        _, observations, _ = self.primal
+        if loss_cotangent is not None:
+            used = loss_cotangent != 0  # at a step that is masked, ∂L/∂θ need not be a number
+            along = [*(loss_cotangent * g for g in gradients(observations)), *first(loss_cotangent)]
+            total = [jnp.where(used, x, 0).astype(y.dtype) + y for x, y in zip(along, total)]
+        return Products(total[: len(observations)], total[len(observations) :])
+
+
+def linearise(
+    run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Array | None = None
+) -> Linearised:
+    """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
+
+    Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
+    directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.  Where the loss holds
+    derivative rules of the user's own, ``g`` need be no gradient and ``∂g/∂w`` not symmetric: then reverse
+    over reverse.
+
+    Args:
+      run: the run.
+      params: flat parameters.
+      theta: what else the loss is a function of: `Constants.loss` and `Inputs.batch`.
+      flags: which arrays of ``theta`` are wanted.
+      always_true: true, at run time: evaluate apart (see `hypergrad._base.compiler`), so that the same bits
+        come out in both directions.  None where that does not matter.
+    """
+    linear_maps: list[tuple[Any, Any]] = []
+
+    def evaluate(params: list[Array], theta: PyTree) -> Any:
+        wanted, merge = split(flags, theta)
+
+        def loss(w: list[Array], wanted: list[Array]) -> Array:
+            return run.loss_at(w, *merge(wanted))
+
+        second: Callable[[list[Array]], Any]
+        if run.custom:
+            value_and_gradient = jax.value_and_grad(loss)
+            gradient, second, value = jax.vjp(
+                lambda w, wanted: value_and_gradient(w, wanted)[::-1], params, wanted, has_aux=True
+            )
+            first_theta = jax.grad(loss, argnums=1)(params, wanted)
+        else:
+
+            def both(w: list[Array]) -> tuple[Array, list[Array], list[Array]]:
+                value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(w, wanted)
+                return value, *gradients
+
+            (value, gradient, first_theta), linear = jax.linearize(both, params)
+            second = lambda u: linear(u)[1:]  # noqa: E731
+        observed, pull_back = jax.vjp(
+            lambda params, wanted: run.observed_at(params, *merge(wanted)), params, wanted
+        )
+        observations = [{"gradient": g, **each} for g, each in zip(gradient, observed)]
+
+        def products(direction: list[Observed]) -> list[Array]:
+            along = jax.tree.leaves(second(gradients(direction)))
+            if run.observe is None:
+                return along
+            leaf_cotangents = [{name: u[name] for name in each} for u, each in zip(direction, observed)]
+            return jax.tree.map(jnp.add, along, jax.tree.leaves(pull_back(leaf_cotangents)))
+
+        first = jax.make_jaxpr(lambda bar: [bar * x for x in first_theta])(value)
+        if always_true is None and wanted:
+            # What is kept at every step may be less: of the weights of examples, those in the batch.
+            _, pull = jax.vjp(lambda wanted: loss(params, wanted), wanted)
+            other = jax.make_jaxpr(lambda bar: pull(bar)[0])(value)
+            given = {id(x) for x in jax.tree.leaves((params, theta))}
+            if sum(x.size for x in other.consts if id(x) not in given) < sum(x.size for x in first_theta):
+                first = other
+        second_map = jax.make_jaxpr(products)(observations)
+        linear_maps.append((first.jaxpr, second_map.jaxpr))
+        return (value, observations), (list(first.consts), list(second_map.consts))
+
+    if always_true is None:
+        primal, (first, residuals) = evaluate(params, theta)
+    else:
+        primal, (first, residuals) = _first_apart(always_true, evaluate, params, theta)
+    return Linearised((*primal, first), residuals, linear_maps[-1])
+
+
+def _first_apart(always_true: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
+    """Evaluate a function that returns ``((loss, seen), second)``, the first in isolation.
+
+    Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler
+    that is let know what goes unused makes another computation of what is left.  A gradient keeps all else
+    alive, as it is used in both directions; the loss is not on the way back.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
+    split_at = len(jax.tree.leaves(shapes[0]))
+    first_outputs, second_outputs = jaxpr.outvars[:split_at], jaxpr.outvars[split_at:]
+    _, observations = jax.tree.unflatten(jax.tree.structure(shapes[0]), first_outputs)
+    always = gradients(observations)
+
+    needed = {v for v in first_outputs if isinstance(v, Var)}
+    first, second = [], []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            first.append(eqn)
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+        else:
+            second.append(eqn)
+    made = {v for eqn in first for v in eqn.outvars}
+    used = [*first_outputs, *(v for eqn in second for v in eqn.invars), *second_outputs]
+    handed = list(dict.fromkeys(v for v in used if isinstance(v, Var) and v in made))
+
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    given = [*closed.consts, *jax.tree.leaves(arguments)]
+    results = noinline(always_true, part(jaxpr, inputs, reversed(first), handed), *given)
+    # An array of no elements, such as the gradient of one, would keep nothing alive.
+    sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
+    smallest = sizes.index(min(sizes))
+    results[smallest] = prevent_dce(always_true, results, results[smallest])
+    outputs = part(jaxpr, [*inputs, *handed], reversed(second), jaxpr.outvars)(*given, *results)
+    return jax.tree.unflatten(structure, outputs)

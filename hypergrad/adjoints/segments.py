@@ -1,0 +1,164 @@
+"""A run as one segment or as many: two strategies to play it.
+
+One segment keeps its tapes for the way back.  Of many only the starts are kept, as integers, and each is
+played forwards again before it is played backwards; memory is that of the tapes of one.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import exact
+from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding
+from hypergrad.adjoints.integers import ExactLeaf
+from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Played, Player, Span
+from hypergrad.adjoints.run import Outputs
+from hypergrad.adjoints.starts import on_new_tapes, same_state
+
+
+class Recorded(NamedTuple):
+    """What the way back needs.
+
+    Attributes:
+      last: the last segment, its tapes and records included where it is the only one.
+      starts: of all segments: the long ones in one array, and the shorter last one if there is one.
+    """
+
+    last: Played
+    starts: list[list[ExactLeaf]]
+
+
+class Strategy(Protocol):
+    """How the segments of a run are played."""
+
+    def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
+        """The run forwards: what the way back needs, what it gives out, and the length of tape needed."""
+
+    def backwards(
+        self,
+        player: Player,
+        recorded: Recorded,
+        sums_and_broken: tuple[list[Array], Array],
+        given: Cotangents,
+    ) -> tuple[Backwards, Any, Array]:
+        """The run backwards: where it is, the cotangents of its inputs, and whether it was recovered."""
+
+
+def strategy_of(steps: int, length: int) -> Strategy:
+    """One segment where it holds all steps, else many."""
+    return OneSegment(steps) if length == steps else ManySegments(*divmod(steps, length), length)
+
+
+def _begun(player: Player) -> Forwards:
+    """Where a run forwards begins."""
+    leaves, guards = player.begin()
+    failed = failed_by_range([leaf.numbers for leaf in leaves], player.inputs.step[0], player.integers)
+    return Forwards(leaves, guards, failed)
+
+
+def _ended(player: Player, played: Played) -> Played:
+    """A run forwards, with rounding among its failures."""
+    now = played.now
+    failed = failed_by_rounding(now.failed, now.guards, player.integers)
+    return played._replace(now=now._replace(failed=failed))
+
+
+def _tape_needed(leaves: list[ExactLeaf]) -> list[Array]:
+    """Length of tape that was needed, by what is taped."""
+    return [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
+
+
+class OneSegment(NamedTuple):
+    """The whole run, with its tapes."""
+
+    steps: int
+
+    def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
+        """See `Strategy`."""
+        played = player.play(_begun(player), Span(jnp.int32(0), self.steps), taping=True)
+        played, outputs = _ended(player, played), played.outputs
+        return Recorded(played, []), outputs, _tape_needed(played.now.leaves)
+
+    def backwards(
+        self,
+        player: Player,
+        recorded: Recorded,
+        sums_and_broken: tuple[list[Array], Array],
+        given: Cotangents,
+    ) -> tuple[Backwards, Any, Array]:
+        """See `Strategy`."""
+        now = Backwards(recorded.last.now.leaves, given.end, *sums_and_broken)
+        now, of_inputs = player.replay(recorded.last, now, given, Span(jnp.int32(0), self.steps))
+        return now, of_inputs, player.recovered(now.leaves)
+
+
+class ManySegments(NamedTuple):
+    """``full`` segments of one length, and a shorter one at the end if ``rest`` is not 0."""
+
+    full: int
+    rest: int
+    length: int
+
+    def firsts(self) -> Array:
+        """The first steps of the segments of one length."""
+        return self.length * jnp.arange(self.full, dtype=jnp.int32)
+
+    def last(self) -> Array:
+        """The first step of the shorter one."""
+        return jnp.int32(self.full * self.length)
+
+    def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
+        """See `Strategy`."""
+
+        def segment(carry: Any, first: Array, length: int = self.length) -> Any:
+            now, needed = carry
+            played = player.play(now, Span(first, length), taping=False)
+            needed = [jnp.maximum(*pair) for pair in zip(needed, _tape_needed(played.now.leaves))]
+            end = played.now._replace(leaves=on_new_tapes(played.now.leaves))
+            return (end, needed), (now.leaves, played.outputs)
+
+        carry = (_begun(player), [jnp.int64(0) for leaf in player.taped for _ in leaf])
+        carry, (starts, outputs) = jax.lax.scan(segment, carry, self.firsts())
+        outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+        recorded = [starts]
+        if self.rest:
+            carry, (starts, ended) = segment(carry, self.last(), self.rest)
+            recorded.append(starts)
+            outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
+        now, needed = carry
+        return Recorded(_ended(player, Played(now, [], [], outputs)), recorded), outputs, needed
+
+    def backwards(
+        self,
+        player: Player,
+        recorded: Recorded,
+        sums_and_broken: tuple[list[Array], Array],
+        given: Cotangents,
+    ) -> tuple[Backwards, Any, Array]:
+        """See `Strategy`."""
+        _, guards = jax.eval_shape(player.begin)
+        fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), guards)  # not looked at again
+
+        def segment(carry: Any, at: Any, length: int = self.length) -> Any:
+            now, recovered = carry
+            start, first = at
+            span, unharmed = Span(first, length), jnp.array([-1, 0, 0], jnp.int32)
+            played = player.play(Forwards(start, fresh, unharmed), span, taping=True)
+            again = same_state(now.leaves, on_new_tapes(played.now.leaves))
+            now = now._replace(leaves=played.now.leaves)
+            now, of_inputs = player.replay(played, now, given, span)
+            recovered = recovered & again & same_state(start, now.leaves)
+            return (now._replace(leaves=start), recovered), of_inputs
+
+        end = on_new_tapes(recorded.last.now.leaves)
+        carry = (Backwards(end, given.end, *sums_and_broken), jnp.asarray(True))
+        ended = []
+        if self.rest:
+            carry, of_inputs = segment(carry, (recorded.starts[1], self.last()), self.rest)
+            ended.append(of_inputs)
+        xs = (recorded.starts[0], self.firsts())
+        (now, recovered), of_inputs = jax.lax.scan(segment, carry, xs, reverse=True)
+        joined = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_inputs)
+        return now, jax.tree.map(lambda *parts: jnp.concatenate(parts), joined, *ended), recovered

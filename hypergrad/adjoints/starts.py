@@ -1,0 +1,158 @@
+"""The integers with which a run begins: made from floats, or handed on by an earlier run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import bundles, exact
+from hypergrad._base.compiler import in_place
+from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.guards import Guard, Guards
+from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
+from hypergrad.adjoints.tapes import Taped
+from hypergrad.program import PARAMS, Leaf, Variable
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the integers of a run begin.
+
+    Attributes:
+      variables: of the optimizer, by name.
+      radix: binary digits that the user asks for, by variable.
+      taped: what is taped of every leaf.
+    """
+
+    variables: Mapping[str, Variable]
+    radix: Mapping[str, int]
+    taped: Sequence[Sequence[Taped]]
+
+    def begin(
+        self, start: list[Leaf], earlier: PyTree, always_true: Array
+    ) -> tuple[list[ExactLeaf], Guards]:
+        """The start as integers, and what rounding took from it.
+
+        Args:
+          start: in floats.
+          earlier: what an earlier run has `packed`, or None.
+          always_true: see `hypergrad._base.compiler`.
+        """
+        before, totals = (None, None) if earlier is None else unpacked(earlier)
+        numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
+        guards: Guards = [{} for _ in start]
+        for name in (PARAMS, *self.variables):
+            given = [leaf[name] for leaf in start]
+            fresh = self.rounded(name, given, always_true)
+            for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
+                number = fresh[i]
+                if before is not None and totals is not None:
+                    # The integers behind the start, where it is still what an earlier run left: that is
+                    # not rounded again.
+                    left = before[i].numbers[name]
+                    known = jnp.all(exact.to_float(left, given[i].dtype) == given[i])
+                    number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
+                    coarse = jnp.where(known, totals[i][name], coarse)
+                numbers[i][name] = number
+                guards[i][name] = Guard(coarse, jnp.int32(-1))
+        return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
+
+    def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
+        """Those with which the run begins: empty, or as an earlier run left them."""
+        if before is not None:
+            return [leaf.buffers for leaf in before]
+        return [[exact.empty(s.shape, s.factor_shape) for s in leaf] for leaf in self.taped]
+
+    def rounded(self, name: str, given: list[Array], always_true: Array) -> list[exact.Fixed]:
+        """A variable of all leaves as integers."""
+        radix = self.radix.get(name, exact.UNSET)
+        words = 1 if name == PARAMS else self.variables[name].words
+        return bundles.shift(always_true, [exact.zero(x.shape, words, radix) for x in given], given)
+
+    def recovered(
+        self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Array
+    ) -> Array:
+        """Whether the run backwards arrived at its start; looked at one variable after the other."""
+        before = None if earlier is None else unpacked(earlier)[0]
+        same = []
+        for name in (PARAMS, *self.variables):
+            given = [leaf[name] for leaf in start]
+            numbers = [leaf.numbers[name] for leaf in found]
+
+            def alike(_: Array, numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
+                again = self.rounded(name, given, always_true)
+                equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
+                if before is not None:
+                    left = [leaf.numbers[name] for leaf in before]
+                    known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given)]
+                    kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
+                    equal = [jnp.where(*each) for each in zip(known, kept, equal)]
+                return jnp.all(jnp.stack(equal))
+
+            same.append(in_place(always_true, alike, jnp.asarray(False), numbers, given))
+        same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(before)))
+        return jnp.all(jnp.stack(same))
+
+
+def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Array:
+    """Whether two states are the same bits.  The radix of an array of zeros does not count."""
+
+    def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
+        return [(_bits([*leaf.numbers.values()]), leaf.buffers) for leaf in leaves]
+
+    return _all_equal(bits(a), bits(b))
+
+
+def on_new_tapes(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
+    """A state to go on from on new tapes."""
+    return [ExactLeaf(leaf.numbers, [exact.torn_off(b) for b in leaf.buffers]) for leaf in leaves]
+
+
+def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -> PyTree:
+    """An exact state as arrays of at most 32 bits, which survive with JAX's 64-bit mode off.
+
+    How coarse its shifts were goes with it: a run that goes on where training has all but ended adds
+    little to numbers that are little by now, and is no coarser for it than one run of all steps.
+    """
+    with jax.enable_x64(True):
+
+        def narrow(x: Array) -> Array:
+            if x.dtype == jnp.float64:
+                x = jax.lax.bitcast_convert_type(x, jnp.int64)
+            if x.dtype != jnp.int64:
+                return x
+            return jnp.stack([(x >> 32).astype(jnp.uint32), x.astype(jnp.uint32)])
+
+        totals = [{name: guard.total for name, guard in each.items()} for each in guards]
+        return jax.tree.map(narrow, [(*leaf, each) for leaf, each in zip(on_new_tapes(leaves), totals)])
+
+
+def unpacked(state: PyTree) -> tuple[list[ExactLeaf], list[dict[str, Array]]]:
+    """Undo `packed`: the state, and how coarse its shifts were."""
+    with jax.enable_x64(True):
+
+        def wide(x: Array) -> Array:
+            return ((x[0].astype(jnp.uint64) << 32) | x[1].astype(jnp.uint64)).astype(jnp.int64)
+
+        leaves = [
+            ExactLeaf(
+                {name: exact.Fixed(wide(x.high), x.low, x.radix) for name, x in numbers.items()},
+                [exact.Buffer(b.register, wide(b.bits)) for b in buffers],
+            )
+            for numbers, buffers, _ in state
+        ]
+        double = lambda x: jax.lax.bitcast_convert_type(wide(x), jnp.float64)  # noqa: E731
+        return leaves, [{name: double(x) for name, x in totals.items()} for _, _, totals in state]
+
+
+def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
+    """Numbers without their radix, which does not count where they are zeros."""
+    return [number[:2] for number in numbers]
+
+
+def _all_equal(a: PyTree, b: PyTree) -> Array:
+    same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
+    return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(same)]))
