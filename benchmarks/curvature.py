@@ -56,7 +56,8 @@ from benchmarks.machine import (
     timed_call,
     versions,
 )
-from hypergrad import curvature, nets, plots
+from experiments.common import figures
+from hypergrad import curvature, nets
 
 RESULTS = Path(__file__).parent / "results"
 AGREEMENT = 1e-3  # relative difference of products below which contestants did the same
@@ -334,12 +335,12 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
     """Time and memory in gradients against the number of parameters: a row of axes for each network."""
     networks = list(dict.fromkeys(r["network"] for r in rows))
     names = [n for n in dict.fromkeys(r["contestant"] for r in rows) if n != GRADIENT]
-    figure, axes = plots.figure(len(networks), 2, width=4.6)
+    figure, axes = figures.figure(len(networks), 2, width=4.6)
     for places, network in zip(axes, networks):
         for k, name in enumerate(names):
             own = [r for r in rows if (r["network"], r["contestant"]) == (network, name)]
             style = {"marker": "oPDsv^<>Xdph"[k], "label": name, "linewidth": 0.9, "markersize": 4}
-            style |= {"color": plots.GREYS[k // 4], "linestyle": plots.LINES[k % 4]}
+            style |= {"color": figures.COLOURS[k // 4], "linestyle": figures.LINES[k % 4]}
             for place, measure in zip(places, ("time_ratio", "memory_ratio")):
                 points = [(r["parameters"], r[measure]) for r in own if r[measure] is not None]
                 place.loglog(*zip(*points) if points else ((), ()), **style)
@@ -418,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = {"config": config, "machine": machine | {"packages": versions(("jaxlib",))}, "rows": rows}
         path = args.output / f"curvature-{slug(machine['name'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(draw(rows, machine["name"]), path, report)
+        figures.save(draw(rows, machine["name"]), path, report)
         say(f"\nwritten: {path} and {path.with_suffix('.json').name}")
     return 0 if agreed else 1
 

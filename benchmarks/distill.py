@@ -41,7 +41,8 @@ from benchmarks.machine import (
     timed_call,
     versions,
 )
-from hypergrad import data, nets, plots
+from experiments.common import figures
+from hypergrad import data, nets
 from hypergrad.distillation.distilled import standardised
 from hypergrad.distillation.recipe import Network
 
@@ -219,16 +220,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["machine"] = machine | {"packages": versions(("jaxlib",))}
         path = args.output / f"distill-{slug(machine['name'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(draw(rows, machine["name"]), path, report)
+        figures.save(draw(rows, machine["name"]), path, report)
         say(f"written: {path} and {path.with_suffix('.json').name}")
     return 0 if agreed else 1
 
 
 def draw(rows: Sequence[dict[str, Any]], machine: str) -> Any:
     """The outer losses while learning."""
-    figure, axes = plots.figure(1, 1, width=7.0)
+    figure, axes = figures.figure(1, 1, width=7.0)
     curves = {f"{r['data']}, {r['per_class']} a class": r["learned"]["history"] for r in rows}
-    plots.lines(axes[0, 0], curves, linewidth=0.8)
+    figures.lines(axes[0, 0], curves, linewidth=0.8)
     axes[0, 0].set(xlabel="meta-step", ylabel="loss on real images after training, nats", yscale="log")
     axes[0, 0].set_title(f"ConvNet distillation, {machine}", fontsize="medium")
     return figure

@@ -61,7 +61,8 @@ from benchmarks.machine import (
     timed_call,
     versions,
 )
-from hypergrad import nets, plots
+from experiments.common import figures
+from hypergrad import nets
 from hypergrad.program import Optimizer
 
 MOMENTUM, B1, B2, EPS = 0.9, 0.9, 0.999, 1e-8
@@ -589,13 +590,13 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
     """Memory and time against T, a line per contestant: a row of axes for each optimizer."""
     optimizers = list(dict.fromkeys(r["optimizer"] for r in rows))
     names = list(dict.fromkeys(r["contestant"] for r in rows if r["contestant"] != PLAIN))
-    figure, axes = plots.figure(len(optimizers), 2, width=4.6)
+    figure, axes = figures.figure(len(optimizers), 2, width=4.6)
     for row, optimizer in zip(axes, optimizers):
         for k, name in enumerate(names):
             own = [r for r in rows if (r["optimizer"], r["contestant"]) == (optimizer, name)]
             ours = name in (REVERSIBLE, SEGMENTS)
             style = {"marker": "oPDsv^<>Xdph"[k], "label": name, "linewidth": 2 if ours else 0.8}
-            style |= {"color": "black" if ours else "0.45", "linestyle": plots.LINES[k % 4]}
+            style |= {"color": "black" if ours else "0.45", "linestyle": figures.LINES[k % 4]}
             style |= {"markerfacecolor": "black" if ours else "white"}
             for place, value, unit in zip(row, ("temp_bytes", "time_ratio"), (MIB, 1)):
                 points = [(r["steps"], r[value] / unit) for r in own if r[value] is not None]
@@ -694,7 +695,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report |= {"rows": rows, "bits_per_step": bits, "verdict": aims}
         path = args.output / f"hypergradient-{slug(machine['name'])}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.save(draw(rows, machine["name"]), path, report)
+        figures.save(draw(rows, machine["name"]), path, report)
         say(f"\nwritten: {path} and {path.with_suffix('.json').name}")
     return 0 if agreed and all(x["bit_exact"] for x in exactness) else 1
 

@@ -74,7 +74,7 @@ def slug(name: str) -> str:
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
-    """Versions of packages, beside those that `hypergrad.plots.save` adds."""
+    """Versions of packages, beside those that `experiments.common.figures.save` adds."""
     found = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     return {"python": platform.python_version(), **found}
 

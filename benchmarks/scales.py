@@ -346,7 +346,7 @@ def outer(name: str, steps: int, adjoint: Any, factors: PyTree, cell: Cell, orac
     """The outer loss, as a function of factors of everything, all of them 1."""
     scaled = OPTIMIZERS[name]
     optimizer = scaled.optimizer
-    if not isinstance(optimizer, Optimizer):
+    if callable(optimizer):  # one that needs the loss
         optimizer = optimizer(inner_loss)
     dtype = cell.p.dtype
     at = {k: jnp.asarray(x, dtype) for k, x in start(name).items()}
@@ -487,7 +487,7 @@ def measure(name: str, steps: int, pairs: Sequence[tuple[float, float]]) -> list
             jax.vmap(lambda cell, factors: one(factors, cell), in_axes=(0, None)), dtype, *arguments
         )
 
-    reversible = not isinstance(scaled.optimizer, Optimizer) or scaled.optimizer.reversible
+    reversible = callable(scaled.optimizer) or scaled.optimizer.reversible
     rows = judge(name, steps, run, reversible)
     return [row | {"p": p, "g": g} for row, (p, g) in zip(rows, pairs)]
 

@@ -19,19 +19,17 @@ directly: it is training without hyperparameter optimisation.
     python -m experiments.bilevel --fast     # digits, to see that it runs
 """
 
-import argparse
 import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import scipy.optimize
@@ -39,14 +37,12 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad import bilevel, data, implicit, nets, plots
+from experiments.common import cli, figures, records, statistics, workloads
+from experiments.common.workloads import linear
+from hypergrad import bilevel, data, implicit, nets
 
 # Seeds of the grid, used for nothing else: rates are the best for the first, and must not diverge for any.
 TUNED_ON = tuple(range(1000, 1010))
-
-# Where a grid goes on beyond its ends.
-LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 8) for digit in (1, 3))
-
 
 METHODS: dict[str, Callable[..., bilevel.Solver]] = {
     "DARTS, order 1": partial(bilevel.darts, order=1),
@@ -70,7 +66,7 @@ class Config:
     examples: tuple[int, int]  # of the inner and the outer function
     batch_size: int
     budget: int  # gradients of single examples in a run
-    rates: tuple[float, ...]  # neighbours on the ladder
+    rates: tuple[float, ...]  # neighbours on `statistics.LADDER`
     hyper_rates: tuple[float, ...]
     reversible_steps: int
     widened: int = 8  # how often the grid may grow
@@ -180,11 +176,7 @@ class Task(NamedTuple):
 def cleaning(config: Config) -> Task:
     """A weight for every training example."""
 
-    def logits(w: nets.Dense, inputs: Array) -> Array:
-        return inputs @ w.weights + w.biases[None]
-
-    def losses(w: nets.Dense, inputs: Array, labels: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(w, inputs), labels)
+    losses = partial(workloads.losses, linear)
 
     def start(e: Examples) -> tuple[nets.Dense, Array]:
         zero = nets.Dense(jnp.zeros((e.inputs.shape[1], 10)), jnp.zeros(10))
@@ -205,7 +197,7 @@ def cleaning(config: Config) -> Task:
 
     def quality(e: Examples, w: nets.Dense, theta: Array) -> dict[str, Array]:
         tuned = clean(e, w)
-        error = nets.error_rate(logits(w, e.test_inputs), e.test_labels)
+        error = nets.error_rate(linear(w, e.test_inputs), e.test_labels)
         return {"tuned": tuned, "shown": jnp.where(jnp.isfinite(tuned), error, jnp.nan)}
 
     @jax.jit
@@ -220,7 +212,7 @@ def cleaning(config: Config) -> Task:
             return float(value), np.asarray(ravel_pytree(found)[0], np.float64)
 
         found = scipy.optimize.minimize(evaluate, np.asarray(zero, np.float64), jac=True, method="L-BFGS-B")
-        error = nets.error_rate(logits(unravel(jnp.float32(found.x)), e.test_inputs), e.test_labels)
+        error = nets.error_rate(linear(unravel(jnp.float32(found.x)), e.test_inputs), e.test_labels)
         return {"clean examples alone": float(error)}
 
     return Task(start, inner, outer, jax.jit(quality), references)
@@ -320,11 +312,7 @@ def examples(config: Config, directory: str | None, seed: int) -> Examples:
         inputs, labels = table.train_inputs, table.train_labels
         test = table.test_inputs, table.test_labels
     else:
-        loaded = data.digits() if config.data == "digits" else data.mnist(directory)
-        inputs, labels = loaded.train_images.reshape(len(loaded.train_images), -1), loaded.train_labels
-        mean = inputs.mean(axis=0)
-        inputs = inputs - mean
-        test = loaded.test_images.reshape(len(loaded.test_images), -1) - mean, loaded.test_labels
+        inputs, labels, *test = workloads.flat(workloads.load(config.data, directory))
     n, m = config.examples
     if config.task == "regularisation":  # the same two sets for all seeds, and so the same least loss
         labels, test = (labels > 0).astype(np.int32), (test[0], (test[1] > 0).astype(np.int32))
@@ -443,35 +431,15 @@ def tune(config: Config, run: Runs, directory: str | None) -> dict[str, Tuned]:
             seed, e = (first, *others)[place]
             return timed(e, pair, seed, whole=False).tuned
 
-        axes = [config.rates, config.hyper_rates]
-        for widened in range(config.widened + 1):
-            ranked = sorted(itertools.product(*axes), key=reached)
-            stable = (p for p in ranked if all(reached(p, 1 + k) < np.inf for k in range(len(others))))
-            best = next(stable, ranked[0])
-            wider = [beyond(values, k, best, reached) for k, values in enumerate(axes)]
-            if wider == axes or widened == config.widened:
-                break
-            axes = wider
+        def stable(pair: Pair, reached: Any = reached) -> bool:
+            return all(reached(pair, 1 + k) < np.inf for k in range(len(others)))
+
+        axes = (config.rates, config.hyper_rates)
+        best, axes, inside = statistics.widening(axes, reached, stable, config.widened)
         found[name] = Tuned(best, *axes)
-        edge = "" if wider == axes else ", at the edge of the grid"
+        edge = "" if inside else ", at the edge of the grid"
         print(f"{config.task}: {name:<20} rates {best}, tuned to {reached(best):.5f}{edge}", flush=True)
     return found
-
-
-def beyond(
-    values: tuple[float, ...], axis: int, best: Pair, reached: Callable[[Pair], float]
-) -> tuple[float, ...]:
-    """The values of an axis, and one more if the best is the last and better than the one before.
-
-    An axis of one value is held.
-    """
-    for end, step in ((0, -1), (-1, 1)) if len(values) > 1 else ():
-        other = list(best)
-        other[axis] = values[end - step]
-        if best[axis] == values[end] and not reached(best) >= reached((other[0], other[1])):
-            new = LADDER[LADDER.index(values[end]) + step]
-            return (new, *values) if step < 0 else (*values, new)
-    return values
 
 
 def compare(
@@ -500,26 +468,23 @@ def summary(config: Config, result: Result) -> dict[str, Any]:
         # One of the seeds, so that a run that diverged, infinite from there, is not averaged with another.
         low, median, high = np.quantile(shown, (0.25, 0.5, 0.75), axis=0, method="nearest")
         methods[name] = {
-            "rates": list(result.rates[name].pair),
-            "grid": {k: list(getattr(result.rates[name], k)) for k in ("rates", "hyper_rates")},
-            "evaluations": curves[0].evaluations.tolist(),
-            "seconds": np.median([curve.seconds for curve in curves], axis=0).tolist(),
-            "median": _numbers(median),
-            "quartiles": [_numbers(low), _numbers(high)],
-            "diverged": int(np.isinf(shown[:, -1]).sum()),
+            "rates": result.rates[name].pair,
+            "grid": {k: getattr(result.rates[name], k) for k in ("rates", "hyper_rates")},
+            "evaluations": curves[0].evaluations,
+            "seconds": np.median([curve.seconds for curve in curves], axis=0),
+            "median": median,
+            "quartiles": [low, high],
+            "diverged": np.isinf(shown[:, -1]).sum(),
         }
-    references = {name: float(np.median(each)) for name, each in result.references.items()}
-    return {
-        "config": asdict(config),
-        "cores": os.cpu_count(),
-        "least": result.least,
-        "references": references,
-        "methods": methods,
-    }
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [float(x) if np.isfinite(x) else None for x in values]
+    return records.plain(
+        {
+            "config": config,
+            "cores": os.cpu_count(),
+            "least": result.least,
+            "references": {name: np.median(each) for name, each in result.references.items()},
+            "methods": methods,
+        }
+    )
 
 
 def main(
@@ -545,25 +510,25 @@ def main(
         for reference, value in each["references"].items():
             print(f"{reference:<20}{value:>10.3g}")
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         draw(Path(output) / "bilevel.png", record)
     return record
 
 
 def draw(path: Path, record: dict[str, Any]) -> None:
     """A row for every problem; by gradient evaluations and by time."""
-    figure, axes = plots.figure(len(record), 2, width=5.6, height=3.7)
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(ALL)))
+    figure, axes = figures.figure(len(record), 2, width=5.6, height=3.7)
+    shades = figures.shades(len(ALL))
     for row, (name, each) in zip(axes, record.items()):
         for method, found in each["methods"].items():
             k = ALL.index(method)
-            look = {"color": shades[k], "linestyle": plots.LINES[k % len(plots.LINES)], "linewidth": 1.3,
-                    "marker": "osv^Dx+*P"[k], "markersize": 4}  # fmt: skip
+            look = figures.look(
+                k, color=shades[k], linewidth=1.3, marker="osv^Dx+*P"[k], markersize=4, label=method
+            )
             # Without the start, which is the same for all; a run that diverged ends.
             by = np.array(found["evaluations"])[1:] / 1e6, np.array(found["seconds"])[1:]
             low, median, high = np.array([found["median"], *found["quartiles"]], float)[[1, 0, 2], 1:]
             for place, x in zip(row, by):
-                place.plot(x, median, label=method, **look)
+                place.plot(x, median, **look)
                 place.fill_between(x, low, high, color=shades[k], alpha=0.15, linewidth=0)
         for (reference, value), place in itertools.product(each["references"].items(), row):
             place.axhline(value, color="0.3", linewidth=0.9, linestyle=(0, (6, 4)), label=reference)
@@ -581,19 +546,13 @@ def draw(path: Path, record: dict[str, Any]) -> None:
         label: line for place in axes[:, 0] for line, label in zip(*place.get_legend_handles_labels())
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
-    plots.save(figure, path, record)
+    figures.save(figure, path, record)
 
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bilevel", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data-dir", help="folder with mnist/ and libsvm/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--fast", action="store_true", help="digits and few steps, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    output = given.output or (None if given.fast else "figures")
-    return main(FAST if given.fast else FULL, given.data_dir, output)
+    configs, run = cli.parse("bilevel", __doc__, FULL, arguments, fast=lambda _: FAST, flags=("data_dir",))
+    return main(configs, run.data_dir, run.output)
 
 
 if __name__ == "__main__":

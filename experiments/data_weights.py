@@ -10,9 +10,8 @@ compared with the training loss of an example, which needs no clean ones.
     python -m experiments.data_weights --data digits    # 1,437, in seconds
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,10 @@ import optax
 from jax import Array
 from sklearn import metrics
 
-from hypergrad import data, implicit, nets, plots
+from experiments.common import cli, figures, workloads
+from experiments.common.workloads import NoisyLabels as Examples
+from experiments.common.workloads import linear
+from hypergrad import implicit, nets
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,12 @@ class Config:
     """What to run; see `--help`."""
 
     data: str = "mnist"
-    wrong: float = 0.3  # share of the training labels that are replaced by another one
+    wrong: float = cli.option(0.3, "share of the training labels that are replaced by another one")
     penalty: float = 1e-3
     tolerance: float = 1e-3  # of the norm of the gradient of f, and relative, of the linear system
     outer_steps: int = 10
     outer_step: float = 1.0  # of gradient descent in s, times n
     seed: int = 0
-
-
-class Examples(NamedTuple):
-    """The data: arguments of the compiled functions, not constants inside them."""
-
-    images: Array  # (n, pixels), centred
-    labels: Array  # (n,), some of them wrong
-    clean_images: Array  # for the outer loss
-    clean_labels: Array
-    test_images: Array
-    test_labels: Array
 
 
 class Found(NamedTuple):
@@ -71,24 +62,7 @@ class Found(NamedTuple):
     outer_loss: np.ndarray
 
 
-def examples(config: Config, directory: str | None) -> tuple[Examples, np.ndarray]:
-    """The data, half of the test set being the clean examples; and which training labels are wrong."""
-    loaded = data.digits() if config.data == "digits" else data.mnist(directory)
-    images, test = (x.reshape(len(x), -1) for x in (loaded.train_images, loaded.test_images))
-    mean, half, n = images.mean(axis=0), len(test) // 2, len(images)
-    rng = np.random.default_rng(config.seed)
-    wrong = np.zeros(n, bool)
-    wrong[rng.permutation(n)[: round(config.wrong * n)]] = True
-    others = (loaded.train_labels + rng.integers(1, loaded.classes, n)) % loaded.classes
-    labels = np.where(wrong, others, loaded.train_labels)
-    arrays = (images - mean, labels, test[:half] - mean, loaded.test_labels[:half],
-              test[half:] - mean, loaded.test_labels[half:])  # fmt: skip
-    return Examples(*map(jnp.asarray, arrays)), wrong
-
-
-def losses(w: Any, images: Array, labels: Array) -> Array:
-    """Cross-entropy of every example, nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(images @ w.weights + w.biases[None], labels)
+losses = partial(workloads.losses, linear)
 
 
 def inner(config: Config, e: Examples, w: Any, s: Array) -> Array:
@@ -172,7 +146,7 @@ def retrain(config: Config, e: Examples, w: Any, s: Array) -> Any:
 
 def main(config: Config, directory: str | None = None, output: str | None = None) -> Found:
     """Run the experiment; write the figure and its record if there is a folder for it."""
-    e, wrong = examples(config, directory)
+    e, wrong = workloads.wrong_labels(config.data, directory, config.wrong, config.seed)
     pixels, classes = e.images.shape[1], int(e.test_labels.max()) + 1
     zero = nets.Dense(jnp.zeros((pixels, classes)), jnp.zeros(classes))
     minimum, gradient = suspicions(config, e, zero)
@@ -189,7 +163,7 @@ def main(config: Config, directory: str | None = None, output: str | None = None
         scores=scores,
         area={name: float(metrics.roc_auc_score(wrong, score)) for name, score in scores.items()},
         test_error={
-            name: float(nets.error_rate(e.test_images @ w.weights + w.biases[None], e.test_labels))
+            name: float(nets.error_rate(linear(w, e.test_images), e.test_labels))
             for name, w in models.items()
         },
         test_loss={
@@ -203,7 +177,6 @@ def main(config: Config, directory: str | None = None, output: str | None = None
     for name, error in found.test_error.items():
         print(f"weights {name}: test error {error:.4f}, test loss {found.test_loss[name]:.3f} nats")
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         suffix = "" if config.data == "mnist" else f"_{config.data}"
         draw(Path(output) / f"data_weights{suffix}.png", config, found)
     return found
@@ -211,46 +184,36 @@ def main(config: Config, directory: str | None = None, output: str | None = None
 
 def draw(path: Path, config: Config, found: Found) -> None:
     """Hypergradients of right and wrong labels, ROC curves, and the learning of the weights."""
-    figure, axes = plots.figure(1, 3)
+    figure, axes = figures.figure(1, 3)
     gradient = found.scores["hypergradient"]
     edges = np.linspace(*np.quantile(gradient, (0.005, 0.995)), 80)
-    for name, chosen, line in (("right labels", ~found.wrong, 0), ("wrong labels", found.wrong, 1)):
-        style = {"linestyle": plots.LINES[line], "color": plots.GREYS[line]}
-        axes[0, 0].hist(gradient[chosen], edges, density=True, histtype="step", label=name, **style)
+    for k, (name, chosen) in enumerate((("right labels", ~found.wrong), ("wrong labels", found.wrong))):
+        style = figures.look(k, label=name)
+        axes[0, 0].hist(gradient[chosen], edges, density=True, histtype="step", **style)
     axes[0, 0].set(title="Hypergradients, all weights 1", ylabel="density",
                    xlabel="n × d(validation loss)/d(weight), nats")  # fmt: skip
     axes[0, 0].legend(fontsize="small")
     for k, (name, score) in enumerate(found.scores.items()):
         false, true, _ = metrics.roc_curve(found.wrong, score)
-        style = {"linestyle": plots.LINES[k], "color": plots.GREYS[k]}
-        axes[0, 1].plot(false, true, label=f"{name}: area {found.area[name]:.3f}", **style)
+        axes[0, 1].plot(false, true, **figures.look(k, label=f"{name}: area {found.area[name]:.3f}"))
     axes[0, 1].set(title="Wrong labels found", xlabel="share of the right labels suspected",
                    ylabel="share of the wrong labels suspected")  # fmt: skip
     axes[0, 1].grid(alpha=0.25)
     axes[0, 1].legend(fontsize="small", loc="lower right")
-    plots.lines(axes[0, 2], {"on clean examples": found.outer_loss})
+    figures.lines(axes[0, 2], {"on clean examples": found.outer_loss})
     axes[0, 2].set(title="Learning the weights", xlabel="outer step", ylabel="validation loss, nats")
     axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-    results = {"area": found.area, "test_error": found.test_error, "test_loss": found.test_loss}
-    plots.save(
-        figure, path, {"config": asdict(config)} | results | {"outer_loss": found.outer_loss.tolist()}
-    )
+    kept = ("area", "test_error", "test_loss", "outer_loss")
+    figures.save(figure, path, {"config": config} | {name: getattr(found, name) for name in kept})
 
 
 def command(arguments: Sequence[str] | None = None) -> Found:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.data_weights", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", choices=("mnist", "digits"), default="mnist")
-    parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fast", action="store_true", help="digits and few steps, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = Config(data=given.data, seed=given.seed)
-    if given.fast:
-        config = replace(config, data="digits", outer_steps=5)
-    return main(config, given.data_dir, given.output or (None if given.fast else "figures"))
+    config, run = cli.parse(
+        "data_weights", __doc__, {"mnist": Config(), "digits": Config("digits")}, arguments,
+        fast=lambda config: replace(config, data="digits", outer_steps=5), flags=("data_dir",),
+    )  # fmt: skip
+    return main(config, run.data_dir, run.output)
 
 
 if __name__ == "__main__":

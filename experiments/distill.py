@@ -8,9 +8,9 @@ A validation split chooses among the sets on the way; the test set is looked at 
 result is one file, `figures/distill.npz`, that `hypergrad.load_distilled` reads and plain NumPy too.
 """
 
-import argparse
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,31 +20,43 @@ import numpy as np
 import optax
 
 import hypergrad as hg
-from hypergrad import data, nets, plots
+from experiments.common import cli, figures, workloads
+from experiments.common.cli import option
+from experiments.common.statistics import plus_minus
+from hypergrad import data, nets
 from hypergrad.distillation.baselines import class_means
 from hypergrad.distillation.distilled import centred
 from hypergrad.distillation.recipe import Network
+
+
+def inits(word: str) -> int | None:
+    """How many initial weights there are: 1 is fixed, None is random, between them a pool."""
+    if not word.isdigit() and word not in ("random", "fixed"):
+        raise ArgumentTypeError(f"{word}: pass random, fixed, or a number of initial weights")
+    return int(word) if word.isdigit() else {"random": None, "fixed": 1}[word]
 
 
 @dataclass(frozen=True)
 class Config:
     """What to run; see `--help`."""
 
-    data: str = "digits"
-    model: str = "mlp"
-    per_class: int = 1
-    inits: int | None = None  # 1 is fixed, None is random, between them a pool
-    learn: tuple[str, ...] = ("images", "learning_rate")
-    steps: int = 20
-    learning_rate: float = 1.0  # at first
+    data: str = option("digits", "", choices=workloads.NAMES)
+    model: str = option("mlp", "", choices=("logistic", "mlp", "convnet"))
+    per_class: int = option(1, "learned images for every class")
+    inits: int | None = option(
+        None, "random, fixed, or the size of a pool (default random)", flag="init", type=inits
+    )
+    learn: tuple[str, ...] = option(("images", "learning_rate"), "see hypergrad.distill")
+    steps: int = option(20, "of the inner training")
+    learning_rate: float = option(1.0, "at first")
     meta_steps: int = 1000
-    meta_step: float = 0.02  # of Adam, decayed to 0
-    meta_eps: float = 1e-8  # of Adam; a large one spares pixels whose gradients are small as they are rare
-    start: str = "real"  # the first images: real ones, or the means of their classes
+    meta_step: float = option(0.02, "of Adam, decayed to 0")
+    meta_eps: float = option(1e-8, "of Adam; a large one spares pixels that are rarely used")
+    start: str = option("real", "images, or means of their classes", choices=("real", "means"))
     real_batch: int = 2000
-    runs: int = 1
-    window: int | None = None
-    seeds: int = 20  # new trainings in the evaluation
+    runs: int = option(1, "inner trainings for each meta-step")
+    window: int | None = option(None, "differentiate only so many steps, anywhere in the run")
+    seeds: int = option(20, "new trainings in the evaluation")
     seed: int = 0
 
 
@@ -105,12 +117,6 @@ def network(model: str, shape: Sequence[int], classes: int) -> Network:
     return nets.convnet(sides, classes, width=32 if small else 128, depth=2 if small else 3)
 
 
-def load(name: str, directory: str | None) -> data.Dataset:
-    """A data set by name."""
-    loaders = {"digits": lambda _: data.digits(), "mnist": data.mnist, "fashion-mnist": data.fashion_mnist}
-    return loaders[name](directory)
-
-
 def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -> hg.Distilled:
     """Distill as a configuration says."""
     means = class_means(loaded.train_images, loaded.train_labels, loaded.classes)
@@ -159,28 +165,25 @@ def main(
     full: bool = True,
 ) -> dict[str, Any]:
     """Distill, evaluate and print; where there is an output, write figure, record and the set itself."""
-    loaded = load(config.data, directory)
+    loaded = workloads.load(config.data, directory)
     distilled = learn(config, loaded, checkpoint)
     models = list(dict.fromkeys([config.model, "logistic", "mlp"])) if full else [config.model]
     table = evaluate(config, loaded, distilled, models, full)
     print(f"{config.data}: {len(distilled.images)} images, learned with the model {config.model}")
     print(table)
     if output is not None:
+        made = "" if config == Config() else f"_{config.data}_{config.model}_{len(distilled.images)}"
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
-        made = "" if config == Config() else f"_{config.data}_{config.model}_{len(distilled.images)}"
         table.noted(distilled).save(folder / f"distill{made}.npz")
-        record = {"config": asdict(config), "scores": recorded(table)}
+        record = {"config": config, "scores": recorded(table)}
         draw(folder / f"distill{made}.png", loaded, distilled, record)
     return {"distilled": distilled, "table": table}
 
 
 def recorded(table: hg.Evaluation) -> list[dict[str, Any]]:
-    """Scores as JSON takes them."""
-    return [
-        s._asdict() | {"accuracies": s.accuracies.tolist(), "mean": s.mean, "std": s.std}
-        for s in table.scores
-    ]
+    """Scores with their means and standard deviations."""
+    return [s._asdict() | {"mean": s.mean, "std": s.std} for s in table.scores]
 
 
 def figure7(loaded: data.Dataset) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def figure7(loaded: data.Dataset) -> dict[str, Any]:
 
 def gates(directory: str | None = None, output: str | None = None, fast: bool = False) -> dict[str, Any]:
     """Run every gate, print what was reached, and where there is an output write figure and record."""
-    mnist = load("mnist", directory)
+    mnist = workloads.load("mnist", directory)
     seven = figure7(mnist)
     low, high = seven["pixels"]
     passed = (
@@ -242,7 +245,7 @@ def gates(directory: str | None = None, output: str | None = None, fast: bool = 
     record: dict[str, Any] = {"Figure 7 of 2015, fixed init": seven | {"reached": passed}}
     for name, gate in GATES.items():
         config = replace(gate.config, meta_steps=3, seeds=2) if fast else gate.config
-        loaded = mnist if config.data == "mnist" else load(config.data, directory)
+        loaded = mnist if config.data == "mnist" else workloads.load(config.data, directory)
         distilled = sets[name] = learn(config, loaded)
         table = evaluate(config, loaded, distilled, [config.model], full=not fast)
         score = table.score("distilled", "own")
@@ -250,98 +253,58 @@ def gates(directory: str | None = None, output: str | None = None, fast: bool = 
         ok = score.mean >= max(gate.accuracy, random + gate.above_random) and score.std <= gate.std
         stretch = f", stretch {100 * gate.stretch:.1f}" if gate.stretch else ""
         print(
-            f"{name}: {100 * score.mean:.2f} ± {100 * score.std:.2f} on {score.inits} inits "
+            f"{name}: {plus_minus(100 * score.mean, 100 * score.std)} on {score.inits} inits "
             f"(accept {100 * gate.accuracy:.1f}{stretch}; random real images {100 * random:.1f}): "
             f"{'reached' if ok else 'MISSED'}"
         )
         print(table)
-        record[name] = {"config": asdict(config), "scores": recorded(table), "reached": ok}
+        record[name] = {"config": config, "scores": recorded(table), "reached": ok}
     if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_gates(folder / "distill_gates.png", sets, record)
+        draw_gates(Path(output) / "distill_gates.png", sets, record)
     return record
 
 
 def draw(path: Path, loaded: data.Dataset, distilled: hg.Distilled, record: Mapping[str, Any]) -> None:
     """The learned images as the network sees them, and how they were learned."""
-    made, axes = plots.figure(2, 3, width=3.6, height=2.6)
+    made, axes = figures.figure(2, 3, width=3.6, height=2.6)
     for place in axes[0]:
         place.remove()
     top = made.add_subplot(axes[0, 0].get_gridspec()[0, :])
     names = [str(c) for c in range(loaded.classes)]
     some = np.asarray(distilled.inputs)[: 2 * loaded.classes]
-    plots.images(top, some, columns=loaded.classes, names=names, label="pixel - mean")
+    figures.images(top, some, columns=loaded.classes, names=names, label="pixel - mean")
     top.set(title="Learned images, one class a column", xlabel="label")
-    plots.lines(axes[1, 0], {"loss on real images": distilled.history["loss"]}, linewidth=0.7)
+    figures.lines(axes[1, 0], {"loss on real images": distilled.history["loss"]}, linewidth=0.7)
     axes[1, 0].set(title="Learning the images", xlabel="meta-step", ylabel="loss after training, nats")
     axes[1, 0].set_yscale("log")
     where, errors = np.asarray(distilled.history["validation_error"]).T
     axes[1, 1].plot(where, 100 * errors, "k.-")
     axes[1, 1].set(title="Choosing among them", xlabel="meta-step", ylabel="error on held-out images, %")
     axes[1, 1].grid(alpha=0.25)
-    plots.lines(axes[1, 2], {"learned with the images": distilled.recipe.rates()})
+    figures.lines(axes[1, 2], {"learned with the images": distilled.recipe.rates()})
     axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learning rate")
-    plots.save(made, path, record)
+    figures.save(made, path, record)
 
 
 def draw_gates(path: Path, sets: Mapping[str, hg.Distilled], record: Mapping[str, Any]) -> None:
     """The first ten learned images of every gate."""
-    made, axes = plots.figure(len(sets), 1, width=9.0, height=1.5)
+    made, axes = figures.figure(len(sets), 1, width=9.0, height=1.5)
     for place, (name, distilled) in zip(axes[:, 0], sets.items()):
-        plots.images(place, np.asarray(distilled.inputs)[:10], label="pixel - mean")
+        figures.images(place, np.asarray(distilled.inputs)[:10], label="pixel - mean")
         place.set_title(name, fontsize="medium")
-    plots.save(made, path, record)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.distill", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", choices=("digits", "mnist", "fashion-mnist"), default="digits")
-    parser.add_argument("--model", choices=("logistic", "mlp", "convnet"), default="mlp")
-    parser.add_argument("--per-class", type=int, default=1, help="learned images for every class")
-    parser.add_argument("--init", default="random", help="random, fixed, or the size of a pool")
-    parser.add_argument("--learn", nargs="+", default=list(Config().learn), help="see hypergrad.distill")
-    parser.add_argument("--steps", type=int, default=Config().steps, help="of the inner training")
-    parser.add_argument("--window", type=int, help="differentiate only so many steps, anywhere in the run")
-    parser.add_argument("--meta-steps", type=int, default=Config().meta_steps)
-    parser.add_argument("--runs", type=int, default=1, help="inner trainings for each meta-step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gates", action="store_true", help="run the published settings instead")
-    parser.add_argument(
-        "--data-dir", help="folder with mnist/ and fashion-mnist/ (default $HYPERGRAD_DATA)"
-    )
-    parser.add_argument("--checkpoint", help="file to save progress to and resume from")
-    parser.add_argument("--fast", action="store_true", help="a few meta-steps, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    return parser.parse_args(arguments)
+    figures.save(made, path, record)
 
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    given = parse(arguments)
-    output = given.output or (None if given.fast else "figures")
-    if given.gates:
-        return gates(given.data_dir, output, given.fast)
-    inits = {"random": None, "fixed": 1}.get(given.init) if not given.init.isdigit() else int(given.init)
-    if inits is None and given.init != "random":
-        raise SystemExit(f"--init {given.init}: pass random, fixed, or a number of initial weights")
-    config = Config(
-        data=given.data,
-        model=given.model,
-        per_class=given.per_class,
-        inits=inits,
-        learn=tuple(given.learn),
-        steps=given.steps,
-        window=given.window,
-        meta_steps=given.meta_steps,
-        runs=given.runs,
-        seed=given.seed,
-    )
-    if given.fast:
-        config = replace(config, meta_steps=5, seeds=2)
-    return main(config, given.data_dir, given.checkpoint, output, full=not given.fast)
+    config, run = cli.parse(
+        "distill", __doc__, Config(), arguments,
+        fast=lambda config: replace(config, meta_steps=5, seeds=2), flags=("data_dir", "checkpoint"),
+        gates={"action": "store_true", "help": "run the published settings instead"},
+    )  # fmt: skip
+    if run.gates:
+        return gates(run.data_dir, run.output, run.fast)
+    return main(config, run.data_dir, run.checkpoint, run.output, full=not run.fast)
 
 
 if __name__ == "__main__":

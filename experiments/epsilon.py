@@ -26,11 +26,9 @@ that its tuner has found for the optimizers it contains, so that not to find the
     python -m experiments.epsilon                    # a quarter of an hour on two cores, mostly compiling
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +40,10 @@ import scipy.stats
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import constraints, data, files, nets, plots
+from experiments.common import cli, figures, records, workloads
+from experiments.common.cli import option
+from experiments.common.statistics import paired, plus_minus, standard_error
+from hypergrad import constraints, data, files, nets
 
 UNSEEN = 10_000  # seeds from here on are used by neither tuner
 CHANCE = 0.9  # error of a run that diverged
@@ -121,11 +122,11 @@ class Config:
 
     workloads: tuple[Workload, ...] = WORKLOADS
     contestants: tuple[str, ...] = CONTESTANTS
-    first_runs: int = 8  # of the search, the best of which is where the hypergradients start
+    first_runs: int = option(8, "of the search, the best of which is where the hypergradients start")
     meta_steps: int = 16
-    meta_step: float = 0.3  # of Adam in the logarithms, decayed to 0
-    hypergradient_cost: int = 4  # in plain trainings, what the longer search takes it to be
-    tuning_seeds: int = 2  # every run of a tuner is so many trainings
+    meta_step: float = option(0.3, "of Adam in the logarithms, decayed to 0")
+    hypergradient_cost: int = option(4, "in plain trainings, what the longer search takes it to be")
+    tuning_seeds: int = option(2, "every run of a tuner is so many trainings")
     judged_on: int = 8
     seed: int = 0
 
@@ -248,15 +249,13 @@ def quasi_random(name: str, count: int, seed: int) -> dict[str, np.ndarray]:
 
 def verdict(special: np.ndarray, general: np.ndarray) -> Verdict:
     """Compare errors ``(n,)`` seed by seed: worse, or better, by more than two standard errors?"""
-    difference = np.asarray(general, np.float64) - special
-    mean = float(difference.mean())
-    error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
-    return Verdict(mean, error, mean > 2 * error, mean < -2 * error)
+    found = paired(general, special)
+    return Verdict(*found, found.sign() > 0, found.sign() < 0)
 
 
 def setting(workload: Workload, directory: str | None) -> Setting:
     """Load the data, centre it, and make the network."""
-    loaded = data.digits() if workload.data == "digits" else data.fashion_mnist(directory)
+    loaded = workloads.load(workload.data, directory)
     images, test = loaded.train_images, loaded.test_images[: workload.test]
     if workload.net == "MLP":
         init, apply = nets.mlp([images[0].size, 32 if workload.data == "digits" else 50, loaded.classes])
@@ -282,9 +281,8 @@ def starts(workload: Workload, s: Setting, keys: Array) -> Start:
     @jax.jit
     @jax.vmap
     def start(key: Array) -> Start:
-        weights, batches = jax.random.split(key)
-        rows = data.minibatches(batches, workload.train, workload.batch_size, workload.steps)
-        return Start(s.init(weights), rows)
+        sizes = workload.train, workload.batch_size, workload.steps
+        return Start(*workloads.start_and_rows(s.init, key, *sizes))
 
     return start(keys)
 
@@ -295,20 +293,11 @@ def trainer(workload: Workload, s: Setting, optimizer: Any, adjoint: Any) -> Cal
 
     def run(examples: Examples, hypers: dict[str, Array], start: Start) -> Any:
         def loss(params: Any, meta: Any, rows: Array) -> Array:
-            return nets.cross_entropy(s.apply(params, examples.images[rows]), examples.labels[rows])
+            return workloads.minibatch_loss(s.apply, params, examples, rows)
 
         hypers = {**hypers, "learning_rate": hypers["learning_rate"] * shape}
-        trained = hg.train(
-            loss,
-            start.params,
-            hypers,
-            None,
-            start.rows,
-            steps=workload.steps,
-            optimizer=optimizer,
-            adjoint=adjoint,
-        )
-        return trained.params
+        options = {"steps": workload.steps, "optimizer": optimizer, "adjoint": adjoint}
+        return hg.train(loss, start.params, hypers, None, start.rows, **options).params
 
     return run
 
@@ -485,7 +474,7 @@ Cells = dict[str, dict[str, dict[str, Outcome]]]  # by workload, contestant, tun
 
 def compare(config: Config, directory: str | None = None, checkpoint: str | None = None) -> Cells:
     """All contestants on all workloads; finished cells are saved to, and taken from, the checkpoint."""
-    about = json.loads(json.dumps(asdict(config)))
+    about = records.plain(config)
     done: Cells = {}
     if checkpoint is not None and Path(checkpoint).exists():
         tree, found = files.load(checkpoint)
@@ -533,16 +522,9 @@ def report(place: str, row: Mapping[str, Mapping[str, Outcome]]) -> None:
     for name, outcomes in row.items():
         entries = []
         for tuner in TUNERS:
-            errors = (outcomes[tuner].validation_error, outcomes[tuner].test_error)
-            entries.append(
-                "  ".join(f"{100 * x.mean():.2f} ± {100 * standard_error(x):.2f}" for x in errors)
-            )
+            errors = 100 * outcomes[tuner].validation_error, 100 * outcomes[tuner].test_error
+            entries.append("  ".join(plus_minus(x.mean(), standard_error(x)) for x in errors))
         print(f"{name:<12}" + "".join(f"{entry:>32}" for entry in entries), flush=True)
-
-
-def standard_error(x: np.ndarray) -> float:
-    """Of the mean of ``(n,)``."""
-    return float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 def verdicts(cells: Cells) -> list[dict[str, Any]]:
@@ -572,7 +554,7 @@ def conclude(config: Config, cells: Cells, found: Sequence[Mapping[str, Any]]) -
     print("\nmore general less special optimizer, test error in per cent, by workload:")
     for v in found:
         says = "worse" if v["worse"] else "better" if v["better"] else "no difference"
-        numbers = f"{100 * v['difference']:+.2f} ± {100 * v['standard_error']:.2f}"
+        numbers = plus_minus(100 * v["difference"], 100 * v["standard_error"], "+.2f")
         pair = f"{v['special']} ⊆ {v['general']}"
         print(f"{v['tuner']:<16}{pair:<24}{v['workload']:<24}{numbers:>15}  {says}")
     print()
@@ -619,43 +601,26 @@ def main(
     found = verdicts(cells)
     conclude(config, cells, found)
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         record = {
-            "config": asdict(config),
+            "config": config,
             "ranges": {"rate": RATE, "eps": EPS, "1 - momentum": FALL},
             "judged on seeds": list(range(UNSEEN, UNSEEN + config.judged_on)),
-            "results": jax.tree.map(
-                lambda o: {k: jax.tree.map(listed, x) for k, x in o._asdict().items()},
-                cells,
-                is_leaf=lambda node: isinstance(node, Outcome),
-            ),
+            "results": cells,
             "verdicts": found,
         }
         draw(Path(output) / "epsilon.png", cells, record)
     return {"cells": cells, "verdicts": found}
 
 
-def listed(x: Any) -> Any:
-    """As JSON can hold it: infinity, which it has not, becomes None."""
-    return np.where(np.isfinite(x), x, None).tolist()
-
-
 def draw(path: Path, cells: Cells, record: dict[str, Any]) -> None:
     """Test errors by workload, contestant and tuner."""
-    figure, axes = plots.figure(2, 2, width=6.0)
-    looks = {
-        "hypergradients": {"marker": "o", "color": "0.0"},
-        "search": {"marker": "s", "color": "0.4"},
-        "longer search": {"marker": "^", "color": "0.6", "fillstyle": "none"},
-    }
+    figure, axes = figures.figure(2, 2, width=6.0)
     for place, (name, row) in zip(axes.flat, cells.items()):
         for k, tuner in enumerate(TUNERS):
             errors = [100 * o[tuner].test_error for o in row.values()]
             x = np.arange(len(row)) + 0.22 * (k - 1)
-            place.errorbar(
-                x, [e.mean() for e in errors], [standard_error(e) for e in errors], linestyle="none",
-                capsize=2, markersize=5, label=tuner, **looks[tuner],
-            )  # fmt: skip
+            style = figures.look(k, linestyle="none", marker="os^"[k], markersize=5, capsize=2, label=tuner)
+            place.errorbar(x, [e.mean() for e in errors], [standard_error(e) for e in errors], **style)
         for k, contestant in enumerate(row):
             if contestant.endswith(TUNED_EPS):
                 place.axvspan(k - 0.5, k + 0.5, color="0.93", zorder=0)
@@ -665,7 +630,7 @@ def draw(path: Path, cells: Cells, record: dict[str, Any]) -> None:
         place.legend(fontsize="small")
     for place in axes.flat[len(cells) :]:
         place.set_axis_off()
-    plots.save(figure, path, record)
+    figures.save(figure, path, record)
 
 
 FAST = Config(
@@ -679,18 +644,9 @@ FAST = Config(
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.epsilon", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data-dir", help="folder with fashion-mnist/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", help="file to save finished cells to and resume from")
-    parser.add_argument("--fast", action="store_true", help="one workload, three optimizers, few steps")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = replace(FAST if given.fast else Config(), seed=given.seed)
-    return main(
-        config, given.data_dir, given.checkpoint, given.output or (None if given.fast else "figures")
-    )
+    flags = ("data_dir", "checkpoint")
+    config, run = cli.parse("epsilon", __doc__, Config(), arguments, fast=lambda _: FAST, flags=flags)
+    return main(config, run.data_dir, run.checkpoint, run.output)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ Chen, Choi, Balles, Duvenaud and Hennig (2020).  Four parts:
     python -m experiments.gradient_filter                    # some minutes on two cores
 """
 
-import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,11 @@ import optax
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import constraints, data, meta, nets, plots
-from hypergrad.optimizers.filtered import Diagnosis
+from experiments.common import cli, figures, workloads
+from experiments.common.statistics import Difference, paired, plus_minus, standard_error
+from experiments.common.workloads import Examples
+from hypergrad import constraints, data, meta, nets
+from hypergrad.optimizers.kalman_filter import Diagnosis
 from hypergrad.optimizers.step_rules import probability_of_improvement
 from hypergrad.program import GenericOptimizer
 
@@ -60,13 +62,13 @@ class Config:
     runs: int = 3
     switches: tuple[int, ...] = (0, 300, 700)
     caps: tuple[float, ...] = (FAR, 2.0)
-    steps: int = 320  # of the runs whose knobs are learned
-    horizons: tuple[int, ...] = (1, 5, 20, 80)  # and the whole run
-    tried: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)  # caps and rates set by hand
+    steps: int = cli.option(320, "of the runs whose knobs are learned")
+    horizons: tuple[int, ...] = cli.option((1, 5, 20, 80), "of the learning, beside the whole run")
+    tried: tuple[float, ...] = cli.option((0.1, 0.2, 0.4, 0.8, 1.6), "caps and rates set by hand")
     controls: tuple[str, ...] = ("gradient descent", "filter")
     meta_steps: int = 30
     learners: int = 4
-    seeds: int = 2  # runs for a hypergradient
+    seeds: int = cli.option(2, "runs for a hypergradient")
     judged: int = 16
     seed: int = 0
 
@@ -134,7 +136,7 @@ def quadratic_run(problem: Quadratic, optimizer: Any, hypers: Mapping[str, float
 
     def watch(s: hg.Snapshot) -> Any:
         exact = 0.5 * s.params @ H @ s.params
-        if not isinstance(optimizer, GenericOptimizer):
+        if optimizer.by_moves:
             return exact, jnp.nan, jnp.nan, jnp.nan
         state = s.state["state"]
         mine = jnp.linalg.norm(state.gradient.mean - H @ (s.params - state.displacement))
@@ -152,39 +154,31 @@ def quadratic_run(problem: Quadratic, optimizer: Any, hypers: Mapping[str, float
 class Digits(NamedTuple):
     """A network, its data, and draws of starts and minibatches."""
 
-    apply: Callable[..., Array]
     start: Callable[[Array], PyTree]
-    images: Array
-    labels: Array
-    test_images: Array
-    test_labels: Array
+    apply: Callable[..., Array]
+    examples: Examples
 
     def loss(self, w: PyTree, meta: Any, rows: Array) -> Array:
         """Of a minibatch."""
-        return nets.cross_entropy(self.apply(w, self.images[rows]), self.labels[rows])
+        return workloads.minibatch_loss(self.apply, w, self.examples, rows)
 
     def full(self, w: PyTree) -> Array:
         """Of all training data."""
-        return nets.cross_entropy(self.apply(w, self.images), self.labels)
+        return nets.cross_entropy(self.apply(w, self.examples.images), self.examples.labels)
 
     def error(self, w: PyTree) -> Array:
         """Share of the test images taken for another digit."""
-        return nets.error_rate(self.apply(w, self.test_images), self.test_labels)
+        return nets.error_rate(self.apply(w, self.examples.test_images), self.examples.test_labels)
 
     def rows(self, key: Array, steps: int, examples: int = 64) -> Array:
         """Minibatches, every row drawn by itself."""
-        return jax.random.randint(key, (steps, examples), 0, len(self.labels))
+        return jax.random.randint(key, (steps, examples), 0, len(self.examples.labels))
 
 
 def digits() -> Digits:
     """scikit-learn's digits and a network of 32 hidden units."""
-    found = data.digits()
-    init, apply = nets.mlp(SIZES)
-    flat = (jnp.asarray(x.reshape(len(x), -1)) for x in (found.train_images, found.test_images))
-    images, test_images = flat
-    return Digits(
-        apply, init, images, jnp.asarray(found.train_labels), test_images, jnp.asarray(found.test_labels)
-    )
+    flat = workloads.flat(data.digits(), centred=False)
+    return Digits(*nets.mlp(SIZES), Examples(*map(jnp.asarray, flat)))
 
 
 class Constant(NamedTuple):
@@ -291,9 +285,8 @@ class Judged(NamedTuple):
     @property
     def error(self) -> float:
         """Standard error of the mean: over learners or, where there is one, over runs."""
-        return standard_error(
-            self.log_losses.mean(axis=1) if len(self.log_losses) > 1 else self.log_losses[0]
-        )
+        each = self.log_losses.mean(axis=1) if len(self.log_losses) > 1 else self.log_losses[0]
+        return float(standard_error(each))
 
 
 class Learning(NamedTuple):
@@ -302,11 +295,6 @@ class Learning(NamedTuple):
     by_hand: dict[float, Judged]  # by cap
     learned: dict[int, Judged]  # by horizon
     controls: dict[str, Judged]  # constant rates learned over whole runs
-
-
-def standard_error(x: np.ndarray) -> float:
-    """Of the mean of independent numbers."""
-    return float(np.std(x, ddof=1) / math.sqrt(len(x)))
 
 
 # All but the variance at the start, which later parts of a run do not know of.
@@ -333,8 +321,9 @@ class Noisy(NamedTuple):
     def loss(self, w: PyTree, meta: Any, batch: tuple[Array, Array]) -> Array:
         """Of a minibatch: rows, and noise."""
         rows, noise = batch
+        examples = self.digits.examples
         return nets.cross_entropy(
-            self.digits.apply(w, self.digits.images[rows] + noise), self.digits.labels[rows]
+            self.digits.apply(w, examples.images[rows] + noise), examples.labels[rows]
         )
 
     def batches(self, key: Array, steps: int) -> tuple[Array, Array]:
@@ -345,83 +334,90 @@ class Noisy(NamedTuple):
 
     def log_loss(self, w: PyTree) -> Array:
         """What is to be small."""
-        return jnp.log(nets.cross_entropy(self.digits.apply(w, self.judge), self.digits.labels))
+        return jnp.log(nets.cross_entropy(self.digits.apply(w, self.judge), self.digits.examples.labels))
 
 
 def noisy(problem: Digits) -> Noisy:
     """With the judging noise drawn."""
-    images = problem.images
+    images = problem.examples.images
     return Noisy(problem, images + 0.3 * jax.random.normal(jax.random.key(UNSEEN), images.shape))
+
+
+def go(
+    problem: Noisy,
+    optimizer: Any,
+    hypers: Any,
+    key: Array,
+    steps: int,
+    watch: Any = None,
+    start: Any = None,
+) -> hg.Trained:
+    """Train from the beginning, or from given parameters and state."""
+    first, second = jax.random.split(key)
+    params, state = (problem.digits.start(first), None) if start is None else start
+    options = {"steps": steps, "optimizer": optimizer, "state": state, "watch": watch}
+    batches = problem.batches(second, steps)
+    return hg.train(problem.loss, params, hypers, None, batches, adjoint=hg.Checkpointed(), **options)
+
+
+def judge(config: Config, problem: Noisy, optimizer: Any) -> Callable[[Mapping[str, Any]], Judged]:
+    """From knobs of one learner or more to whole runs with them, on unseen keys."""
+
+    def size(s: hg.Snapshot) -> Array:
+        return jnp.ones(()) if optimizer.by_moves else s.state["state"].diagnosis.step
+
+    def outcome(hypers: Any, key: Array) -> tuple[Array, Array]:
+        trained = go(problem, optimizer, hypers, key, config.steps, size)
+        return problem.log_loss(trained.params), hypers["learning_rate"] * jnp.mean(trained.watched[1:])
+
+    keys = jax.random.split(jax.random.key(UNSEEN + config.seed), config.judged)
+    many = jax.jit(jax.vmap(outcome, in_axes=(None, 0)))
+
+    def judged(hypers: Mapping[str, Any]) -> Judged:
+        values = {name: np.atleast_1d(np.asarray(x, np.float32)) for name, x in hypers.items()}
+        learners = (dict(zip(values, each)) for each in zip(*values.values()))
+        log_losses, steps = zip(*(many(each, keys) for each in learners))
+        return Judged(values, np.fmin(np.asarray(log_losses, np.float64), GUESSING), np.asarray(steps))
+
+    return judged
+
+
+def learn(config: Config, objective: Any, hypers: Mapping[str, float]) -> dict[str, Any]:
+    """All learners at once, each with keys of its own: every knob has one value for each."""
+
+    def together(hypers: Any, key: Array) -> Array:
+        return jnp.mean(jax.vmap(objective)(hypers, jax.random.split(key, config.learners)))
+
+    return meta.optimize(
+        together,
+        {name: jnp.full(config.learners, x, jnp.float32) for name, x in hypers.items()},
+        # Where a run is chaotic its hypergradient is huge and says nothing.
+        optimizer=optax.chain(optax.clip(0.3 / config.learners), optax.adam(0.1)),
+        steps=config.meta_steps,
+        constraints={name: KNOBS[name] for name in hypers},
+        key=jax.random.key(config.seed),
+        seeds=config.seeds,
+        progress=False,
+        explosion=math.inf,
+    ).hypers
 
 
 def learning(config: Config, problem: Noisy) -> Learning:
     """Knobs by hand and by hypergradients, each judged after whole runs on the same unseen keys."""
 
-    def go(
-        optimizer: Any, hypers: Any, key: Array, steps: int, watch: Any = None, start: Any = None
-    ) -> hg.Trained:
-        first, second = jax.random.split(key)
-        params, state = (problem.digits.start(first), None) if start is None else start
-        options = {"steps": steps, "optimizer": optimizer, "state": state, "watch": watch}
-        batches = problem.batches(second, steps)
-        return hg.train(problem.loss, params, hypers, None, batches, adjoint=hg.Checkpointed(), **options)
-
-    def judge(optimizer: Any) -> Callable[[Mapping[str, Any]], Judged]:
-        def outcome(hypers: Any, key: Array) -> tuple[Array, Array]:
-            def size(s: hg.Snapshot) -> Array:
-                return (
-                    s.state["state"].diagnosis.step
-                    if isinstance(optimizer, GenericOptimizer)
-                    else jnp.ones(())
-                )
-
-            trained = go(optimizer, hypers, key, config.steps, size)
-            return problem.log_loss(trained.params), hypers["learning_rate"] * jnp.mean(trained.watched[1:])
-
-        keys = jax.random.split(jax.random.key(UNSEEN + config.seed), config.judged)
-        many = jax.jit(jax.vmap(outcome, in_axes=(None, 0)))
-
-        def judged(hypers: Mapping[str, Any]) -> Judged:
-            values = {name: np.atleast_1d(np.asarray(x, np.float32)) for name, x in hypers.items()}
-            learners = [
-                {name: x[k] for name, x in values.items()} for k in range(len(values["learning_rate"]))
-            ]
-            log_losses, steps = zip(*(many(each, keys) for each in learners))
-            return Judged(values, np.fmin(np.asarray(log_losses, np.float64), GUESSING), np.asarray(steps))
-
-        return judged
-
-    def learn(objective: Any, hypers: Mapping[str, float]) -> dict[str, Any]:
-        """All learners at once, each with keys of its own: every knob has one value for each."""
-
-        def together(hypers: Any, key: Array) -> Array:
-            return jnp.mean(jax.vmap(objective)(hypers, jax.random.split(key, config.learners)))
-
-        found = meta.optimize(
-            together,
-            {name: jnp.full(config.learners, x, jnp.float32) for name, x in hypers.items()},
-            # Where a run is chaotic its hypergradient is huge and says nothing.
-            optimizer=optax.chain(optax.clip(0.3 / config.learners), optax.adam(0.1)),
-            steps=config.meta_steps,
-            constraints={name: KNOBS[name] for name in hypers},
-            key=jax.random.key(config.seed),
-            seeds=config.seeds,
-            progress=False,
-            explosion=math.inf,
-        )
-        return found.hypers
-
     def whole(optimizer: Any) -> Callable[[Any, Array], Array]:
-        return lambda hypers, key: problem.log_loss(go(optimizer, hypers, key, config.steps).params)
+        return lambda hypers, key: problem.log_loss(
+            go(problem, optimizer, hypers, key, config.steps).params
+        )
 
-    judged = judge(BY_PROBABILITY)
+    judged = judge(config, problem, BY_PROBABILITY)
     defaults = {name: BY_PROBABILITY.hypers[name] for name in KNOBS}
     by_hand = {cap: judged(defaults | {"max_step": cap}) for cap in config.tried}
     begin = defaults | {"max_step": config.tried[1]}
 
     # Where short horizons begin: anywhere in runs with the knobs that all begin with.
     def along(key: Array) -> PyTree:
-        return go(BY_PROBABILITY, begin, key, config.steps, lambda s: (s.params, s.state)).watched
+        return go(problem, BY_PROBABILITY, begin, key, config.steps, lambda s: (s.params, s.state)).watched
 
     every = max(1, config.steps // 8)
     pool = jax.jit(jax.vmap(along))(jax.random.split(jax.random.key(config.seed + 1), 4))
@@ -432,37 +428,37 @@ def learning(config: Config, problem: Noisy) -> Learning:
         def objective(hypers: Any, key: Array) -> Array:
             which, key = jax.random.split(key)
             start = jax.tree.map(lambda x: x[jax.random.randint(which, (), 0, size)], pool)
-            return problem.log_loss(go(BY_PROBABILITY, hypers, key, horizon, start=start).params)
+            trained = go(problem, BY_PROBABILITY, hypers, key, horizon, start=start)
+            return problem.log_loss(trained.params)
 
         return objective
 
-    learned = {h: judged(learn(ahead(h), begin)) for h in config.horizons}
-    learned[config.steps] = judged(learn(whole(BY_PROBABILITY), begin))
+    learned = {h: judged(learn(config, ahead(h), begin)) for h in config.horizons}
+    learned[config.steps] = judged(learn(config, whole(BY_PROBABILITY), begin))
     controls = {}
     for control in config.controls:
         optimizer = {"gradient descent": hg.sgd(), "filter": hg.filtered()}[control]
         names = [name for name in KNOBS if name in optimizer.hypers]
         own = {k: optimizer.hypers[k] for k in names} | {"learning_rate": config.tried[1]}
-        controls[control] = judge(optimizer)(learn(whole(optimizer), own))
+        controls[control] = judge(config, problem, optimizer)(learn(config, whole(optimizer), own))
     return Learning(by_hand, learned, controls)
 
 
 # ---- all of it
 
 
-def compared(a: Judged, b: Judged) -> tuple[float, float, str]:
-    """Mean difference of the log losses on the same keys, its standard error over learners, and in words.
+def compared(a: Judged, b: Judged) -> tuple[Difference, str]:
+    """Difference of the log losses on the same keys, its standard error over learners, and in words.
 
     Different is what is 3 standard errors apart.  Since one learner whose runs diverge can hide everything
     in the mean, it is also what every learner of the one does better than every learner of the other.
     """
-    difference = np.mean(a.log_losses - b.log_losses, axis=1)
-    mean, error = float(difference.mean()), standard_error(difference)
     mine, theirs = a.log_losses.mean(axis=1), b.log_losses.mean(axis=1)
+    found = paired(np.mean(a.log_losses - b.log_losses, axis=1), 0.0)
     apart = len(theirs) > 1 and (mine.max() < theirs.min() or mine.min() > theirs.max())
-    if abs(mean) <= 3 * error and not apart:
-        return mean, error, "as good as"
-    return mean, error, "better than" if mean < 0 else "worse than"
+    if not (apart or found.sign(errors=3)):
+        return found, "as good as"
+    return found, "better than" if found.mean < 0 else "worse than"
 
 
 def answer(config: Config, found: Learning) -> list[str]:
@@ -472,8 +468,8 @@ def answer(config: Config, found: Learning) -> list[str]:
     lines = []
 
     def verdict(name: str, other: Judged) -> str:
-        mean, error, word = compared(long, other)
-        lines.append(f"  learned over {config.steps} steps: {word} {name} ({mean:+.4f} ± {error:.4f})")
+        difference, word = compared(long, other)
+        lines.append(f"  learned over {config.steps} steps: {word} {name} ({difference})")
         return word
 
     short = {h: verdict(f"learned over {h}", found.learned[h]) for h in config.horizons}
@@ -572,7 +568,8 @@ def fourth_part(config: Config, problem: Noisy) -> tuple[Learning, dict[str, Jud
         knob = {k: float(np.exp(np.mean(np.log(x)))) for k, x in judged.hypers.items()}
         shown = ", ".join(f"{k} {x:.3g}" for k, x in knob.items()) if "learned" in name else ""
         print(
-            f"  {name:<31} {judged.mean:>7.3f} ± {judged.error:.3f} {np.mean(judged.steps):>6.3f}  {shown}"
+            f"  {name:<31} {plus_minus(judged.mean, judged.error, '7.3f')} "
+            f"{np.mean(judged.steps):>6.3f}  {shown}"
         )
     lines = answer(config, knobs)
     print("\n".join(lines), flush=True)
@@ -587,28 +584,19 @@ def main(config: Config, output: str | None = None) -> dict[str, Any]:
     on_switch = third_part(config, mlp)
     knobs, rows, lines = fourth_part(config, noisy(mlp))
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         record = {
-            "config": asdict(config),
-            "quadratic": {name: float(s.loss[-1]) for name, s in on_quadratic.items()},
+            "config": config,
+            "quadratic": {name: s.loss[-1] for name, s in on_quadratic.items()},
             "digits": [
-                {
-                    "rate": rate,
-                    "descent": each.descent[:, -1].tolist(),
-                    "filter": each.filtered[:, -1].tolist(),
-                }
+                {"rate": rate, "descent": each.descent[:, -1], "filter": each.filtered[:, -1]}
                 for rate, each in zip(config.rates, at_rates)
             ],
             "switched": [
-                {"cap": f.cap, "switch": f.switch, "losses": f.losses.tolist(), "errors": f.errors.tolist()}
+                {"cap": f.cap, "switch": f.switch, "losses": f.losses, "errors": f.errors}
                 for f in on_switch
             ],
             "knobs": {
-                name: {
-                    "hypers": {k: x.tolist() for k, x in j.hypers.items()},
-                    "log losses": j.log_losses.tolist(),
-                    "steps": j.steps.mean(1).tolist(),
-                }
+                name: {"hypers": j.hypers, "log losses": j.log_losses, "steps": j.steps.mean(1)}
                 for name, j in rows.items()
             },
             "answer": lines,
@@ -627,78 +615,68 @@ def draw(
     record: Mapping[str, Any],
 ) -> None:
     """Losses on the quadratic, gradient errors, the filter's own series, and losses by horizon."""
-    figure, axes = plots.figure(2, 3)
+    figure, axes = figures.figure(2, 3)
     (losses, gains, errors), (curvature, variance, horizons) = axes
     for k, (name, series) in enumerate(on_quadratic.items()):
-        look = {"linestyle": plots.LINES[k % len(plots.LINES)], "color": plots.GREYS[k % len(plots.GREYS)]}
         every = np.unique(np.geomspace(1, len(series.loss), 300).astype(int)) - 1
-        losses.loglog(every + 1, series.loss[every], label=name, linewidth=1.2, **look)
+        losses.loglog(every + 1, series.loss[every], **figures.look(k, label=name, linewidth=1.2))
     losses.set(title="Noisy quadratic", xlabel="training step", ylabel="loss", ylim=(1e-7, 1e4))
     gain = on_quadratic["filter, α = 0.5"].gain
     t = np.arange(1, len(gain) + 1)
-    gains.loglog(t, gain, "-", color="0.6", linewidth=4, label="filter, variance estimated")
+    gains.loglog(t, gain, **figures.look(3, linestyle="-", linewidth=4, label="filter, variance estimated"))
     gains.loglog(t, 1 / t, ":", color="0", label="1 / (t + 1)")
     gains.set(title="Gain on the noisy quadratic", xlabel="t + 1, steps", ylabel="gain $K_t$")
-    found = at_rates[0]
-    plots.lines(errors, {"minibatch": found.theirs[0], "filter": found.mine[0]}, linewidth=0.8)
-    errors.set(title=f"Digits, constant steps of {config.rates[0]:g}", xlabel="training step", yscale="log",
-               ylabel="error of the gradient, norm")  # fmt: skip
-    shown = [f for f in on_switch if f.switch in (config.switches[-1], config.network_steps)]
-    width = max(1, config.network_steps // 60)
-    for part, name in ((curvature, "curvature"), (variance, "gradient_variance")):
-        for f, dashes, grey in zip(shown, plots.LINES, plots.GREYS):
-            series = np.median(getattr(f.diagnosis, name), axis=0)[1:]
-            series = series[: len(series) // width * width].reshape(-1, width)
-            label = (
-                "constant"
-                if f.switch == config.network_steps
-                else "no cap"
-                if f.cap == FAR
-                else f"cap {f.cap:g}"
-            )
-            middle = np.arange(len(series)) * width + width / 2
-            part.semilogy(middle, np.median(series, axis=1), linestyle=dashes, color=grey, label=label)
-        part.axvline(config.switches[-1], color="0.8", linewidth=1)
-        part.set(xlabel="training step")
+    for rate, found in list(zip(config.rates, at_rates))[:1]:
+        figures.lines(errors, {"minibatch": found.theirs[0], "filter": found.mine[0]}, linewidth=0.8)
+        errors.set(title=f"Digits, constant steps of {rate:g}", xlabel="training step", yscale="log")
+        errors.set(ylabel="error of the gradient, norm")
+    draw_series(curvature, config, on_switch, "curvature")
     curvature.set(title="Digits, adaptive steps from the line on", ylim=(3e-4, 3.0))
     curvature.set(ylabel="curvature along the step, δᵀBδ / δᵀδ")
+    draw_series(variance, config, on_switch, "gradient_variance")
     variance.set(title="The same", ylabel="gradient variance, one example")
-    for h, judged in knobs.learned.items():
-        every = judged.log_losses.mean(axis=1)
-        horizons.plot(np.full(len(every), h), every, "o", color="0", fillstyle="none", markersize=5)
-    means = [judged.mean for judged in knobs.learned.values()]
-    horizons.plot(list(knobs.learned), means, "-", color="0", label="knobs learned over the horizon, mean")
-    best = min(knobs.by_hand.values(), key=lambda judged: judged.mean)
-    others = {
-        "best cap by hand": best,
-        **{f"{name}, constant rate learned": judged for name, judged in knobs.controls.items()},
-    }
-    for (name, judged), dashes in zip(others.items(), plots.LINES[1:]):
-        horizons.axhline(judged.mean, linestyle=dashes, color="0.4", label=name)
-    horizons.axhline(GUESSING, linestyle=plots.LINES[4], color="0.7", label="guessing")
-    horizons.set(title=f"Noisy digits after {config.steps} steps", xscale="log", ylabel="log loss")
-    horizons.set(xlabel="horizon over which the knobs were learned, steps")
+    draw_horizons(horizons, config, knobs)
     for part in axes.flat:
         part.grid(alpha=0.25)
         part.legend(fontsize="x-small", handlelength=3)
-    plots.save(figure, path, record)
+    figures.save(figure, path, record)
+
+
+def draw_series(part: Any, config: Config, on_switch: Sequence[Switched], name: str) -> None:
+    """What the filter says of itself, in runs with the last switch and without one."""
+    shown = [f for f in on_switch if f.switch in (config.switches[-1], config.network_steps)]
+    width = max(1, config.network_steps // 60)
+    for k, f in enumerate(shown):
+        series = np.median(getattr(f.diagnosis, name), axis=0)[1:]
+        series = series[: len(series) // width * width].reshape(-1, width)
+        label = "no cap" if f.cap == FAR else f"cap {f.cap:g}"
+        label = "constant" if f.switch == config.network_steps else label
+        middle = np.arange(len(series)) * width + width / 2
+        part.semilogy(middle, np.median(series, axis=1), **figures.look(k, label=label))
+    part.axvline(config.switches[-1], color="0.8", linewidth=1)
+    part.set(xlabel="training step")
+
+
+def draw_horizons(part: Any, config: Config, knobs: Learning) -> None:
+    """Losses by the horizon over which the knobs were learned."""
+    for h, judged in knobs.learned.items():
+        every = judged.log_losses.mean(axis=1)
+        part.plot(np.full(len(every), h), every, "o", color="0", fillstyle="none", markersize=5)
+    means = [judged.mean for judged in knobs.learned.values()]
+    part.plot(list(knobs.learned), means, "-", color="0", label="knobs learned over the horizon, mean")
+    best = min(knobs.by_hand.values(), key=lambda judged: judged.mean)
+    others = {"best cap by hand": best.mean}
+    others |= {f"{name}, constant rate learned": judged.mean for name, judged in knobs.controls.items()}
+    for k, (name, mean) in enumerate((others | {"guessing": GUESSING}).items()):
+        part.axhline(mean, **figures.look(k + 1, label=name))
+    part.set(title=f"Noisy digits after {config.steps} steps", xscale="log", ylabel="log loss")
+    part.set(xlabel="horizon over which the knobs were learned, steps")
 
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gradient_filter", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--meta-steps", type=int, default=Config.meta_steps)
-    parser.add_argument(
-        "--fast", action="store_true", help="few and short runs of some parts, to see that it works"
-    )
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = Config(seed=given.seed, meta_steps=given.meta_steps)
-    if given.fast:
-        config = replace(FAST, seed=given.seed)
-    return main(config, given.output or (None if given.fast else "figures"))
+    config, run = cli.parse("gradient_filter", __doc__, Config(), arguments, fast=lambda _: FAST)
+    return main(config, run.output)
 
 
 FAST = Config(

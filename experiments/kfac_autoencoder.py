@@ -18,12 +18,12 @@ entropy of the pixels, below which nothing can get.  Three questions:
     python -m experiments.kfac_autoencoder --data mnist --data-dir folder
 """
 
-import argparse
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,10 @@ import optax
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import constraints, curvature, data, meta, nets, plots
+from experiments.common import cli, figures, workloads
+from experiments.common.cli import option
+from experiments.common.statistics import edges, grid, paired, plus_minus, ranked, standard_error
+from hypergrad import constraints, curvature, meta, nets
 
 SHOWN = (0, 10, 25, 50, 100, 200, 300, 1000)
 UNSEEN = 20_000  # seeds from here on are used by neither the learning nor the searches
@@ -50,19 +53,19 @@ class Config:
 
     data: str = "digits"
     sizes: tuple[int, ...] = SIZES["digits"]
-    examples: int | None = None  # the first so many; None for all
-    steps: int = 301
-    baseline_steps: int = 1001
-    batch_sizes: tuple[int, ...] = (128, 512)  # and all examples
-    short: int = 100  # iterations of the comparison of batch sizes
+    examples: int | None = option(None, "the first so many images (default all)")
+    steps: int = option(301, "of K-FAC in the contest")
+    baseline_steps: int = option(1001, "of the others in the contest")
+    batch_sizes: tuple[int, ...] = option((128, 512), "beside all examples")
+    short: int = option(100, "iterations of the comparison of batch sizes")
     learned_steps: int = 40
     learned_batch: int = 256
-    meta_iterations: int = 24
-    meta_step: float = 0.03  # of Adam in the logarithms and log-odds, decayed to 0
-    finalists: int = 10  # of a search: the best on one seed, judged again
-    finals: int = 5  # seeds on which they are
+    meta_iterations: int = option(24, "of the learning")
+    meta_step: float = option(0.03, "of Adam in the logarithms and log-odds, decayed to 0")
+    finalists: int = option(10, "of a search: the best on one seed, judged again")
+    finals: int = option(5, "seeds on which they are")
     judged_on: int = 10
-    thin: int = 1  # of the grids, one in so many
+    thin: int = option(1, "of the grids, one in so many")
     penalty: float = 1e-5
     timings: int = 1
     seed: int = 0
@@ -141,11 +144,6 @@ def entropy(images: np.ndarray) -> float:
     return float(each.sum(axis=1).mean())
 
 
-def grid(**values: Sequence[float]) -> list[dict[str, float]]:
-    """All combinations."""
-    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
-
-
 def adaptive(config: Config, **options: Any) -> Contestant:
     """K-FAC that sets its rate, momentum and damping itself."""
     optimizer = hg.adaptive_kfac(first_half, curvature.bernoulli(), **options)
@@ -184,9 +182,7 @@ def variants(config: Config) -> dict[str, Contestant]:
 
 def start_and_rows(config: Config, images: Array, batch_size: int, steps: int, key: Array) -> Any:
     """Initial weights, and the rows of every minibatch, by one key."""
-    weights, order = jax.random.split(key)
-    rows = data.minibatches(order, len(images), min(batch_size, len(images)), steps)
-    return init(config.sizes, weights), rows
+    return workloads.start_and_rows(partial(init, config.sizes), key, len(images), batch_size, steps)
 
 
 # ---- the contest, and batch sizes
@@ -225,7 +221,7 @@ def tune(
 
 def best(trials: Sequence[Trial], step: int = -1) -> Trial:
     """The trial with the least loss after so many steps, by default all, and the least time of any."""
-    found = min(trials, key=lambda trial: np.nan_to_num(trial.excess[step], nan=np.inf))
+    found = ranked(trials, lambda trial: trial.excess[step])[0]
     return found._replace(milliseconds=min(trial.milliseconds for trial in trials))
 
 
@@ -248,7 +244,7 @@ class Judged(NamedTuple):
     @property
     def standard_error(self) -> float:
         """Of the mean."""
-        return float(self.excess.std(ddof=1) / np.sqrt(len(self.excess)))
+        return float(standard_error(self.excess))
 
 
 class Learned(NamedTuple):
@@ -272,15 +268,6 @@ class Learned(NamedTuple):
 Run = Callable[[Any, Array], Any]  # from hyperparameters and key to loss
 
 
-def ranked(run: Run, tried: Sequence[dict[str, float]], keys: Sequence[Array]) -> list[dict[str, float]]:
-    """Those tried, best first by the mean over keys, and last what diverges."""
-
-    def score(hypers: dict[str, float]) -> float:
-        return float(np.nan_to_num(np.mean([float(run(hypers, key)) for key in keys]), nan=np.inf))
-
-    return sorted(tried, key=score)
-
-
 def search(
     config: Config, run: Run, order: Sequence[dict[str, float]], further: Sequence[Array]
 ) -> tuple[dict[str, float], int]:
@@ -289,13 +276,8 @@ def search(
     What is best on one seed owes that to luck in part; the mean over further seeds does not.
     """
     finalists = order[: config.finalists]
-    return ranked(run, finalists, further)[0], len(order) + len(finalists) * len(further)
-
-
-def edges(chosen: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> list[str]:
-    """The hyperparameters whose chosen value is the least or largest of those tried."""
-    values = {name: [hypers[name] for hypers in tried] for name in chosen}
-    return [name for name, value in chosen.items() if value in (min(values[name]), max(values[name]))]
+    best = ranked(finalists, lambda hypers: np.mean([float(run(hypers, key)) for key in further]))[0]
+    return best, len(order) + len(finalists) * len(further)
 
 
 def seconds(call: Callable[[], Any], calls: int = 5) -> float:
@@ -335,7 +317,7 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
     momenta = (0.5, 0.1, 0.25, 0.9)
     tried = grid(momentum=momenta, learning_rate=rates, damping=dampings)
     thinned = tried[:: config.thin]
-    order = ranked(run, thinned, [searching])
+    order = ranked(thinned, lambda hypers: run(hypers, searching))
     constants, searched = search(config, run, order, further)
     # Learning starts from the best at the first momentum, on one seed: fewer runs than the search.
     part = tried[: len(tried) // len(momenta) : config.thin]
@@ -373,7 +355,7 @@ def learn(config: Config, images: Array, checkpoint: str | None) -> Learned:
     for name, batch_size in (("minibatches", config.learned_batch), ("all images", len(images))):
         contestant = adaptive(config)
         run = plain(contestant.optimizer, batch_size)
-        order = ranked(run, contestant.grid[:: config.thin], [searching])
+        order = ranked(contestant.grid[:: config.thin], lambda hypers, run=run: run(hypers, searching))
         hand_set, runs = search(config, run, order, further)
         judged[f"adaptive, {name}"] = judge(run, hand_set, runs)
     return Learned(optimized, constants, edges(constants, thinned), each, judged)
@@ -386,7 +368,7 @@ def main(
     config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
 ) -> dict[str, Any]:
     """Run, print tables, and where there is an output write figure and record."""
-    loaded = data.mnist(directory) if config.data == "mnist" else data.digits()
+    loaded = workloads.load(config.data, directory)
     parts = [loaded.train_images] + ([loaded.test_images] if config.data == "digits" else [])
     images = jnp.asarray(np.concatenate(parts).reshape(-1, config.sizes[0])[: config.examples])
     general = contestants(config)
@@ -446,7 +428,7 @@ def print_learned(config: Config, learned: Learned) -> None:
         f"images, mean ± standard error over {config.judged_on} seeds not seen before"
     )
     for name, result in learned.judged.items():
-        mean = f"{result.excess.mean():.3f} ± {result.standard_error:.3f}"
+        mean = plus_minus(result.excess.mean(), result.standard_error, ".3f")
         print(f"{name:<24}{mean:>18}   after {result.runs} runs, the work of {result.work:.0f}")
     print(
         f"work is in plain training runs; one with a hypergradient is {learned.hypergradient:.1f} of them"
@@ -454,10 +436,9 @@ def print_learned(config: Config, learned: Learned) -> None:
     at_edge = ", ".join(learned.edges) or "nothing"
     print(f"best constants: {about(learned.constants)}; at an edge of the grid: {at_edge}")
     for name in ("best constants", "adaptive, minibatches", "adaptive, all images"):
-        gain = learned.judged[name].excess - learned.judged["learned"].excess
-        error = gain.std(ddof=1) / np.sqrt(len(gain))
-        verdict = "beat" if gain.mean() > 2 * error else "did not beat"
-        print(f"the learned {verdict} {name}: by {gain.mean():.3f} ± {error:.3f} on the same seeds")
+        gain = paired(learned.judged[name].excess, learned.judged["learned"].excess)
+        verdict = "beat" if gain.sign() > 0 else "did not beat"
+        print(f"the learned {verdict} {name}: by {plus_minus(*gain, '.3f')} on the same seeds")
 
 
 def draw(
@@ -468,33 +449,49 @@ def draw(
     learned: Learned,
 ) -> None:
     """Loss by iteration, by time and by batch size; what was learned, and what it is worth."""
-    figure, axes = plots.figure(2, 3)
-    for place in axes[0, :2]:
-        plots.lines(place, {name: best.excess for name, best in contest.items()})
+    figure, axes = figures.figure(2, 3)
+    draw_contest(axes[0], config, contest, by_size)
+    draw_learned(axes[1], config, learned)
+    figures.save(figure, path, recorded(config, contest, by_size, learned))
+
+
+def draw_contest(
+    axes: Any,
+    config: Config,
+    contest: Mapping[str, Trial],
+    by_size: Mapping[int, Mapping[str, Trial]],
+) -> None:
+    """Loss by iteration, by time and by batch size."""
+    for place in axes[:2]:
+        figures.lines(place, {name: best.excess for name, best in contest.items()})
         place.set(yscale="log", ylabel="excess loss, nats per image")
-    axes[0, 0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
-    axes[0, 0].set_xlim(left=0)
-    for line, best in zip(axes[0, 1].get_lines(), contest.values()):
+    axes[0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
+    axes[0].set_xlim(left=0)
+    for line, best in zip(axes[1].get_lines(), contest.values()):
         line.set_xdata(1e-3 * best.milliseconds * np.arange(len(best.excess)))
-    axes[0, 1].relim()
-    axes[0, 1].autoscale()
-    axes[0, 1].set(title="By time, on the machine of the record", xlabel="seconds")
-    plots.lines(
-        axes[0, 2],
+    axes[1].relim()
+    axes[1].autoscale()
+    axes[1].set(title="By time, on the machine of the record", xlabel="seconds")
+    figures.lines(
+        axes[2],
         {n: [best[n].excess[config.short] for best in by_size.values()] for n in by_size[max(by_size)]},
         marker="o",
     )
-    axes[0, 2].set(title=f"After {config.short} iterations", xlabel="batch size", yscale="log")
-    axes[0, 2].set(xticks=range(len(by_size)), xticklabels=[str(size) for size in by_size])
-    axes[0, 2].set_ylabel("excess loss, nats per image")
+    axes[2].set(title=f"After {config.short} iterations", xlabel="batch size", yscale="log")
+    axes[2].set(xticks=range(len(by_size)), xticklabels=[str(size) for size in by_size])
+    axes[2].set_ylabel("excess loss, nats per image")
+
+
+def draw_learned(axes: Any, config: Config, learned: Learned) -> None:
+    """What was learned, and what it is worth."""
     hypers = learned.optimized.hypers
     schedules = {name: hypers[name] for name in ("learning_rate", "momentum", "damping")}
-    plots.lines(axes[1, 0], {name.replace("_", " "): values for name, values in schedules.items()})
-    axes[1, 0].set(title="Learned schedules of K-FAC", xlabel="iteration", ylabel="value", yscale="log")
-    plots.lines(axes[1, 1], {"π of every layer": hypers["pi"]}, marker="o")
-    axes[1, 1].set(title=f"Learned π; ρ = {float(hypers['decay']):.3f}", xlabel="layer", ylabel="π")
+    figures.lines(axes[0], {name.replace("_", " "): values for name, values in schedules.items()})
+    axes[0].set(title="Learned schedules of K-FAC", xlabel="iteration", ylabel="value", yscale="log")
+    figures.lines(axes[1], {"π of every layer": hypers["pi"]}, marker="o")
+    axes[1].set(title=f"Learned π; ρ = {float(hypers['decay']):.3f}", xlabel="layer", ylabel="π")
     places = range(len(learned.judged))
-    axes[1, 2].errorbar(
+    axes[2].errorbar(
         [result.excess.mean() for result in learned.judged.values()],
         places,
         xerr=[result.standard_error for result in learned.judged.values()],
@@ -502,30 +499,37 @@ def draw(
         color="0.0",
         capsize=3,
     )
-    axes[1, 2].set(yticks=places, yticklabels=list(learned.judged), xlabel="excess loss, nats per image")
-    axes[1, 2].set_title(f"After {config.learned_steps} iterations, unseen seeds")
-    axes[1, 2].invert_yaxis()
-    axes[1, 2].grid(alpha=0.25)
+    axes[2].set(yticks=places, yticklabels=list(learned.judged), xlabel="excess loss, nats per image")
+    axes[2].set_title(f"After {config.learned_steps} iterations, unseen seeds")
+    axes[2].invert_yaxis()
+    axes[2].grid(alpha=0.25)
+
+
+def recorded(
+    config: Config,
+    contest: Mapping[str, Trial],
+    by_size: Mapping[int, Mapping[str, Trial]],
+    learned: Learned,
+) -> dict[str, Any]:
+    """What is written beside the figure."""
 
     def summary(best: Trial) -> dict[str, Any]:
         shown = {str(i): best.excess[i] for i in SHOWN if i < len(best.excess)}
         return best._asdict() | {"excess": shown | {"final": best.excess[-1]}}
 
-    record = {
-        "config": asdict(config),
+    return {
+        "config": config,
         "contest": {name: summary(best) for name, best in contest.items()},
         "batch sizes": {
             size: {n: {"hypers": t.hypers, "final": t.excess[config.short]} for n, t in best.items()}
             for size, best in by_size.items()
         },
-        "learned": jax.tree.map(lambda x: np.asarray(x).tolist(), hypers),
+        "learned": learned.optimized.hypers,
         "constants": learned.constants,
         "constants at an edge": learned.edges,
         "hypergradient": learned.hypergradient,
-        "judged": {n: j._asdict() | {"excess": j.excess.tolist()} for n, j in learned.judged.items()},
+        "judged": learned.judged,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plots.save(figure, path, record)
 
 
 FAST = Config(
@@ -536,33 +540,15 @@ FAST = Config(
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.kfac_autoencoder", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", choices=tuple(SIZES), default="digits")
-    parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--examples", type=int, help="the first so many images (default all)")
-    parser.add_argument("--iterations", type=int, help="of every run (default as the tables say)")
-    parser.add_argument("--thin", type=int, default=1, help="of the grids, one in so many (default 1)")
-    parser.add_argument("--meta-iterations", type=int, help="of the learning")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", help="file to save the learning's progress to and resume from")
-    parser.add_argument("--fast", action="store_true", help="a few iterations, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    sizes = SIZES[given.data]
-    sizes = (sizes[0], 6, sizes[0]) if given.fast else sizes
-    config = replace(FAST if given.fast else Config(), data=given.data, sizes=sizes, seed=given.seed)
-    if given.thin > 1:
-        config = replace(config, thin=given.thin)
-    if given.examples is not None:
-        config = replace(config, examples=given.examples)
-    if given.meta_iterations is not None:
-        config = replace(config, meta_iterations=given.meta_iterations)
-    if (n := given.iterations) is not None:
+    config, run = cli.parse(
+        "kfac_autoencoder", __doc__, {name: Config(name, SIZES[name]) for name in SIZES}, arguments,
+        fast=lambda c: replace(FAST, data=c.data, sizes=(c.sizes[0], 6, c.sizes[0])),
+        flags=("data_dir", "checkpoint"),
+        iterations={"type": int, "help": "of every run (default as the tables say)"},
+    )  # fmt: skip
+    if (n := run.iterations) is not None:
         config = replace(config, steps=n, baseline_steps=n, short=n, learned_steps=n)
-    return main(
-        config, given.data_dir, given.checkpoint, given.output or (None if given.fast else "figures")
-    )
+    return main(config, run.data_dir, run.checkpoint, run.output)
 
 
 if __name__ == "__main__":

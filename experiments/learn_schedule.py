@@ -9,10 +9,8 @@ decay that a search finds with the same number of training runs.
     python -m experiments.learn_schedule --data mnist       # the paper's setting
 """
 
-import argparse
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +21,11 @@ import optax
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import constraints, data, files, meta, nets, plots
+from experiments.common import cli, figures, records, statistics, workloads
+from experiments.common.cli import option
+from experiments.common.statistics import plus_minus
+from experiments.common.workloads import Examples
+from hypergrad import constraints, files, meta, nets
 
 HIDDEN = (50, 50, 50)
 UNSEEN = 10_000  # seeds from here on are used by neither the learning nor the searches
@@ -40,8 +42,8 @@ class Config:
     meta_step: float  # of Adam in the logarithm of the rates and the log-odds of the momenta, decayed to 0
     momentum: float = 0.9
     examples: int = 10_000
-    meta_iterations: int = 50
-    judged_on: int = 10
+    meta_iterations: int = option(50, "and runs of each search")
+    judged_on: int = option(10, "unseen seeds")
     seed: int = 0
 
 
@@ -51,15 +53,6 @@ SETTINGS = {
     "mnist": Config("mnist", **PAPER),
     "fashion-mnist": Config("fashion-mnist", **PAPER),
 }
-
-
-class Examples(NamedTuple):
-    """The data: arguments of the compiled functions, not constants inside them."""
-
-    images: Array  # (n, pixels), centred
-    labels: Array  # (n,)
-    test_images: Array
-    test_labels: Array
 
 
 class Setting(NamedTuple):
@@ -83,19 +76,11 @@ class Judged(NamedTuple):
 
 def setting(config: Config, directory: str | None) -> Setting:
     """Load the data, centre it, and make the network."""
-    loaders = {
-        "digits": lambda: data.digits(),
-        "mnist": lambda: data.mnist(directory),
-        "fashion-mnist": lambda: data.fashion_mnist(directory),
-    }
-    loaded = loaders[config.data]()
-    images = loaded.train_images.reshape(len(loaded.train_images), -1)
-    test = loaded.test_images.reshape(len(loaded.test_images), -1)
-    mean = images.mean(axis=0)
-    init, apply = nets.mlp([images.shape[1], *HIDDEN, loaded.classes])
-    few = slice(config.examples)
-    arrays = (images - mean)[few], loaded.train_labels[few], test - mean, loaded.test_labels
-    return Setting(Examples(*map(jnp.asarray, arrays)), init, apply)
+    loaded = workloads.load(config.data, directory)
+    images, labels, *test = workloads.flat(loaded)
+    few = images[: config.examples], labels[: config.examples]
+    network = nets.mlp([images.shape[1], *HIDDEN, loaded.classes])
+    return Setting(Examples(*map(jnp.asarray, (*few, *test))), *network)
 
 
 def trainer(config: Config, s: Setting, adjoint: Any = None) -> Callable[..., hg.Trained]:
@@ -103,18 +88,17 @@ def trainer(config: Config, s: Setting, adjoint: Any = None) -> Callable[..., hg
 
     def run(examples: Examples, hypers: Any, key: Array) -> hg.Trained:
         def loss(params: Any, meta: Any, rows: Array) -> Array:
-            return nets.cross_entropy(s.apply(params, examples.images[rows]), examples.labels[rows])
+            return workloads.minibatch_loss(s.apply, params, examples, rows)
 
-        weights, batches = jax.random.split(key)
         count = len(examples.images)
-        rows = data.minibatches(batches, count, min(config.batch_size, count), config.steps)
-        return hg.train(loss, s.init(weights), hypers, None, rows, steps=config.steps, adjoint=adjoint)
+        start, rows = workloads.start_and_rows(s.init, key, count, config.batch_size, config.steps)
+        return hg.train(loss, start, hypers, None, rows, steps=config.steps, adjoint=adjoint)
 
     return run
 
 
-def judge(config: Config, s: Setting, hypers: Any, seeds: Sequence[int]) -> Judged:
-    """Train with given hyperparameters from several seeds."""
+def judge(config: Config, s: Setting, hypers: Any) -> Judged:
+    """Train with given hyperparameters from unseen seeds."""
     run = trainer(config, s)
 
     @jax.jit
@@ -123,28 +107,48 @@ def judge(config: Config, s: Setting, hypers: Any, seeds: Sequence[int]) -> Judg
         error = nets.error_rate(s.apply(params, examples.test_images), examples.test_labels)
         return s.loss(params, examples), error
 
+    seeds = range(UNSEEN, UNSEEN + config.judged_on)
     pairs = [results(s.examples, hypers, jax.random.key(seed)) for seed in seeds]
     return Judged(*(np.asarray(column, np.float64) for column in zip(*pairs)))
 
 
-def search(config: Config, s: Setting, shape: Callable[[float], Array], runs: int) -> dict[str, float]:
+def search(config: Config, s: Setting, shape: Callable[[float], Array]) -> dict[str, float]:
     """The best constant momentum and rate (times a shape over the steps), by as many runs on a grid."""
     momenta = (0.5, 0.8, 0.9, 0.95, 0.98)
-    rates = np.geomspace(0.03, 30.0, max(1, runs // len(momenta)))
+    rates = np.geomspace(0.03, 30.0, max(1, config.meta_iterations // len(momenta))).tolist()
     run = trainer(config, s, hg.Stored())  # floats may overflow here: a diverged run just loses
 
     @jax.jit
-    def final(examples: Examples, rate: Array, momentum: Array, key: Array) -> Array:
-        hypers = {"learning_rate": rate, "momentum": momentum}
+    def final(examples: Examples, hypers: Any, key: Array) -> Array:
         return s.loss(run(examples, hypers, key).params, examples)
 
-    key = jax.random.key(config.seed)
-    trials = {
-        (rate, momentum): float(final(s.examples, shape(rate), jnp.float32(momentum), key))
-        for rate, momentum in itertools.product(rates, momenta)
+    def loss(hypers: dict[str, float]) -> Array:
+        return final(s.examples, shaped(hypers, shape), jax.random.key(config.seed))
+
+    tried = statistics.grid(learning_rate=rates, momentum=momenta)
+    return statistics.ranked(tried, loss)[0] | {"runs": len(tried)}
+
+
+def shaped(hypers: dict[str, float], shape: Callable[[float], Array]) -> dict[str, Array]:
+    """A constant momentum, and a rate for every step."""
+    return {
+        "learning_rate": shape(hypers["learning_rate"]),
+        "momentum": jnp.float32(hypers["momentum"]),
     }
-    rate, momentum = min(trials, key=lambda k: np.nan_to_num(trials[k], nan=np.inf))
-    return {"learning_rate": float(rate), "momentum": momentum, "runs": len(trials)}
+
+
+def learn(config: Config, s: Setting, start: Any, checkpoint: str | None) -> meta.Optimized:
+    """Follow hypergradients of the training loss, with a new key at every meta-iteration."""
+    run = trainer(config, s)
+    return meta.optimize(
+        lambda hypers, key: s.loss(run(s.examples, hypers, key).params, s.examples),
+        start,
+        optimizer=optax.adam(optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)),
+        steps=config.meta_iterations,
+        constraints={"learning_rate": constraints.positive, "momentum": constraints.unit},
+        key=jax.random.key(config.seed),
+        checkpoint=checkpoint,
+    )
 
 
 def main(
@@ -157,112 +161,76 @@ def main(
         name: jax.tree.map(lambda _, v=value: jnp.full(config.steps, v), structure)
         for name, value in (("learning_rate", config.learning_rate), ("momentum", config.momentum))
     }
-    run = trainer(config, s)
-
-    def objective(hypers: Any, key: Array) -> Array:
-        return s.loss(run(s.examples, hypers, key).params, s.examples)
-
-    learned = meta.optimize(
-        objective,
-        constant,
-        optimizer=optax.adam(optax.cosine_decay_schedule(config.meta_step, config.meta_iterations)),
-        steps=config.meta_iterations,
-        constraints={"learning_rate": constraints.positive, "momentum": constraints.unit},
-        key=jax.random.key(config.seed),
-        checkpoint=checkpoint,
-    )
-
+    learned = learn(config, s, constant, checkpoint)
     steps = jnp.arange(config.steps)
     shapes = {
         "best constant": lambda rate: jnp.full(config.steps, rate, jnp.float32),
         "best cosine decay": lambda rate: rate * jnp.cos(0.5 * jnp.pi * steps / config.steps) ** 2,
     }
-    found = {name: search(config, s, shape, config.meta_iterations) for name, shape in shapes.items()}
+    found = {name: search(config, s, shape) for name, shape in shapes.items()}
     contestants = {"before": constant, "learned": learned.hypers} | {
-        name: {
-            "learning_rate": shape(found[name]["learning_rate"]),
-            "momentum": jnp.float32(found[name]["momentum"]),
-        }
-        for name, shape in shapes.items()
+        name: shaped(found[name], shape) for name, shape in shapes.items()
     }
-    unseen = range(UNSEEN, UNSEEN + config.judged_on)
-    judged = {name: judge(config, s, hypers, unseen) for name, hypers in contestants.items()}
-
-    print(
-        f"{config.data}, {config.steps} steps: mean ± standard deviation over {config.judged_on} new seeds"
-    )
-    print(f"{'schedule':<20}{'training loss':>20}{'test error, %':>20}   runs")
-    runs = {"before": 0, "learned": config.meta_iterations} | {k: int(v["runs"]) for k, v in found.items()}
-    for name, result in judged.items():
-        loss = f"{result.loss.mean():.4f} ± {result.loss.std():.4f}"
-        error = f"{100 * result.error.mean():.2f} ± {100 * result.error.std():.2f}"
-        print(f"{name:<20}{loss:>20}{error:>20}{runs[name]:>7}")
-    for name, best in found.items():
-        print(f"{name}: learning rate {best['learning_rate']:.3g}, momentum {best['momentum']}")
-    print("a run of 'learned' is a hypergradient, which takes about as long as four plain training runs")
-
+    judged = {name: judge(config, s, hypers) for name, hypers in contestants.items()}
+    report(config, judged, found)
     if output is not None:
-        key = jax.random.key(UNSEEN)
+        run, key = trainer(config, s), jax.random.key(UNSEEN)
         curves = {name: run(s.examples, hypers, key).losses for name, hypers in contestants.items()}
-        record = {
-            "config": asdict(config),
-            "searches": found,
-            "results": {k: {f: v.tolist() for f, v in r._asdict().items()} for k, r in judged.items()},
-        }
-        folder = Path(output)
         name = "learn_schedule" if config.data == "digits" else f"learn_schedule_{config.data}"
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(folder / f"{name}.png", learned, curves, record)
+        record = {"config": config, "searches": found, "results": judged}
+        draw(Path(output) / f"{name}.png", learned, curves, record)
         # The layers by name: {"learning_rate": {"layer 0": {"weights": (T,), "biases": (T,)}, ...}, ...}
         named = {
             hyper: {f"layer {k}": layer._asdict() for k, layer in enumerate(tree)}
             for hyper, tree in learned.hypers.items()
         }
-        files.save(folder / f"{name}.npz", named, config=asdict(config))
+        files.save(Path(output) / f"{name}.npz", named, config=records.plain(config))
     return {"judged": judged, "learned": learned, "searches": found}
+
+
+def report(config: Config, judged: dict[str, Judged], found: dict[str, dict[str, float]]) -> None:
+    """A line for every schedule."""
+    print(
+        f"{config.data}, {config.steps} steps: mean ± standard deviation over {config.judged_on} new seeds"
+    )
+    print(f"{'schedule':<20}{'training loss':>20}{'test error, %':>20}   runs")
+    runs = {"before": 0, "learned": config.meta_iterations} | {k: v["runs"] for k, v in found.items()}
+    for name, (loss, error) in judged.items():
+        cells = (
+            plus_minus(loss.mean(), loss.std(), ".4f"),
+            plus_minus(100 * error.mean(), 100 * error.std()),
+        )
+        print(f"{name:<20}{cells[0]:>20}{cells[1]:>20}{runs[name]:>7}")
+    for name, best in found.items():
+        print(f"{name}: learning rate {best['learning_rate']:.3g}, momentum {best['momentum']}")
+    print("a run of 'learned' is a hypergradient, which takes about as long as four plain training runs")
 
 
 def draw(path: Path, learned: meta.Optimized, curves: dict[str, Array], record: dict[str, Any]) -> None:
     """The learned schedules by layer, the outer loss, and training before and after."""
-    figure, axes = plots.figure(2, 2)
+    figure, axes = figures.figure(2, 2)
     titles = {"learning_rate": "Learned learning rate", "momentum": "Learned momentum"}
     for place, (name, title) in zip(axes[0], titles.items()):
         weights = {f"layer {k + 1}": layer.weights for k, layer in enumerate(learned.hypers[name])}
-        plots.lines(place, weights)
+        figures.lines(place, weights)
         place.set(title=f"{title} of the weights", xlabel="training step", ylabel=name.replace("_", " "))
     axes[0, 0].set_yscale("log")
-    plots.lines(axes[1, 0], {"loss after training": learned.history.loss})
+    figures.lines(axes[1, 0], {"loss after training": learned.history.loss})
     axes[1, 0].set(title="Learning the schedule", xlabel="meta-iteration", ylabel="training loss, nats")
-    plots.lines(axes[1, 1], curves)
+    figures.lines(axes[1, 1], curves)
     axes[1, 1].set(title="Training, unseen seed", xlabel="training step", ylabel="minibatch loss, nats")
     axes[1, 1].set_yscale("log")
-    plots.save(figure, path, record)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.learn_schedule", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", choices=tuple(SETTINGS), default="digits")
-    parser.add_argument(
-        "--data-dir", help="folder with mnist/ and fashion-mnist/ (default $HYPERGRAD_DATA)"
-    )
-    parser.add_argument("--meta-iterations", type=int, default=50, help="and runs of each search")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", help="file to save progress to and resume from")
-    parser.add_argument("--fast", action="store_true", help="a few meta-iterations, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    return parser.parse_args(arguments)
+    figures.save(figure, path, record)
 
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    given = parse(arguments)
-    config = replace(SETTINGS[given.data], meta_iterations=given.meta_iterations, seed=given.seed)
-    if given.fast:
-        config = replace(config, meta_iterations=5, steps=20, judged_on=2)
-    output = given.output or (None if given.fast else "figures")
-    return main(config, given.data_dir, given.checkpoint, output)
+    fast = {"meta_iterations": 5, "steps": 20, "judged_on": 2}
+    config, run = cli.parse(
+        "learn_schedule", __doc__, SETTINGS, arguments,
+        fast=lambda config: replace(config, **fast), flags=("data_dir", "checkpoint"),
+    )  # fmt: skip
+    return main(config, run.data_dir, run.checkpoint, run.output)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ Gauss-Newton matrix.  Four questions:
     python -m experiments.metagradients --data digits    # 1,437, in a minute
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +31,11 @@ from jax import Array
 from sklearn import metrics
 
 import hypergrad as hg
-from experiments.data_weights import Examples, examples
-from hypergrad import constraints, curvature, data, implicit, meta, nets, plots
+from experiments.common import cli, figures, workloads
+from experiments.common.cli import option
+from experiments.common.workloads import NoisyLabels as Examples
+from experiments.common.workloads import losses
+from hypergrad import constraints, curvature, data, implicit, meta, nets
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,23 @@ class Config:
     """What to run."""
 
     data: str = "mnist"
-    wrong: float = 0.3  # share of the training labels that are replaced by another one
+    wrong: float = option(0.3, "share of the training labels that are replaced by another one")
     hidden: int = 100
     steps: int = 600
     batch_size: int = 500
-    learning_rate: float = 0.1  # at first; by a cosine to 0
+    learning_rate: float = option(0.1, "at first; by a cosine to 0")
     momentum: float = 0.9
-    dampings: tuple[float, ...] = (1e-3, 1e-2, 1e-1)  # λ; influence is given the best
-    curvature_examples: int = 10_000  # for H
-    retrained: int = 24  # runs with examples left out
-    left_out: float = 0.1  # share of the examples
-    removed: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)  # shares of the most suspected
+    dampings: tuple[float, ...] = option((1e-3, 1e-2, 1e-1), "λ; influence is given the best")
+    curvature_examples: int = option(10_000, "for H")
+    retrained: int = option(24, "runs with examples left out")
+    left_out: float = option(0.1, "share of the examples")
+    removed: tuple[float, ...] = option((0.1, 0.2, 0.3, 0.4), "shares of the most suspected")
     meta_iterations: int = 10
-    meta_step: float = 0.1  # of Adam, in the logarithms of the weights
+    meta_step: float = option(0.1, "of Adam, in the logarithms of the weights")
     seed: int = 0
 
 
-DIGITS = {"steps": 100, "batch_size": 100, "curvature_examples": 1437, "meta_iterations": 8}
+DIGITS = Config("digits", steps=100, batch_size=100, curvature_examples=1437, meta_iterations=8)
 
 
 class Found(NamedTuple):
@@ -91,11 +93,6 @@ def network(config: Config, e: Examples) -> tuple[Callable[..., Any], Callable[.
     return nets.mlp((e.images.shape[1], config.hidden, 10))
 
 
-def losses(apply: Callable[..., Array], w: Any, images: Array, labels: Array) -> Array:
-    """Cross-entropy of every example, nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(apply(w, images), labels)
-
-
 def training(config: Config, e: Examples) -> Callable[..., Any]:
     """The run, ``run(e, c)``: from weights of the examples to the network's parameters; always the same."""
     init, apply = network(config, e)
@@ -126,11 +123,20 @@ def influence(config: Config, e: Examples, w: Any, damping: float) -> Array:
     return -along / len(e.labels)
 
 
+def slopes(
+    after: Callable[..., Array], e: Examples, metagradient: Array, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Of ``L`` along a random direction: the metagradient's, and a finite difference."""
+    direction = jnp.asarray(rng.choice([-0.02, 0.02], len(metagradient)), jnp.float32)
+    ends = [float(after(e, 1 + sign * direction)) for sign in (1, -1)]
+    return float(jnp.vdot(metagradient, direction)), (ends[0] - ends[1]) / 2
+
+
 def main(
     config: Config, directory: str | None = None, checkpoint: str | None = None, output: str | None = None
 ) -> Found:
     """Run the experiment; write the figure and its record if there is a folder for it."""
-    e, wrong = examples(config, directory)
+    e, wrong = workloads.wrong_labels(config.data, directory, config.wrong, config.seed)
     n, rng = len(wrong), np.random.default_rng(config.seed + 1)
     _, apply = network(config, e)
     run = training(config, e)
@@ -145,10 +151,7 @@ def main(
     after = jax.jit(outer)
     value, metagradient = jax.jit(jax.value_and_grad(outer, argnums=1))(e, ones)
     w = trained(e, ones)
-    direction = jnp.asarray(rng.choice([-0.02, 0.02], n), jnp.float32)
-    ends = [float(after(e, ones + sign * direction)) for sign in (1, -1)]
-    slope = float(jnp.vdot(metagradient, direction)), (ends[0] - ends[1]) / 2
-
+    slope = slopes(after, e, metagradient, rng)
     out = [rng.permutation(n)[: round(config.left_out * n)] for _ in range(config.retrained)]
     actual = np.array([float(after(e, ones.at[rows].set(0))) - float(value) for rows in out])
     tell = lambda scores: np.array([-float(np.sum(scores[rows])) for rows in out])  # noqa: E731
@@ -190,7 +193,6 @@ def main(
     )
     report(config, wrong, found)
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         suffix = "" if config.data == "mnist" else f"_{config.data}"
         draw(Path(output) / f"metagradients{suffix}.png", config, found)
     return found
@@ -243,14 +245,14 @@ def report(config: Config, wrong: np.ndarray, found: Found) -> None:
 
 def draw(path: Path, config: Config, found: Found) -> None:
     """What was foretold and what came; what removing the suspected is worth; the learning."""
-    figure, axes = plots.figure(1, 3)
+    figure, axes = figures.figure(1, 3)
     for k, (name, values) in enumerate(found.foretold.items()):
         correlation = np.corrcoef(found.actual, values)[0, 1]
         axes[0, 0].scatter(
             1e3 * values,
             1e3 * found.actual,
             marker="ox"[k],
-            color=plots.GREYS[k],
+            color=figures.COLOURS[k],
             label=f"{name}: correlation {correlation:.2f}",
         )
     axes[0, 0].axline((0, 0), slope=1, color="0.6", linewidth=1)
@@ -259,7 +261,7 @@ def draw(path: Path, config: Config, found: Found) -> None:
                    ylabel="actual change, 10⁻³ nats")  # fmt: skip
     axes[0, 0].legend(fontsize="small")
     axes[0, 0].grid(alpha=0.25)
-    plots.lines(
+    figures.lines(
         axes[0, 1],
         {f"{n}: area {found.area[n]:.3f}": 100 * x for n, x in found.test_error.items()},
         marker="o",
@@ -268,33 +270,20 @@ def draw(path: Path, config: Config, found: Found) -> None:
     axes[0, 1].set(title="The most suspected examples left out", xlabel="share left out",
                    ylabel="test error, %", xticks=range(len(shares)), xticklabels=shares)  # fmt: skip
     chosen = np.array(list(found.choosing.values()))
-    plots.lines(axes[0, 2], {"on the clean examples followed": found.learning, "on others": chosen})
+    figures.lines(axes[0, 2], {"on the clean examples followed": found.learning, "on others": chosen})
     axes[0, 2].set(title="Learning all weights", xlabel="metagradient step", ylabel="validation loss, nats")
     axes[0, 2].xaxis.get_major_locator().set_params(integer=True)
-    record = {"config": asdict(config)} | jax.tree.map(
-        lambda x: x.tolist() if isinstance(x, np.ndarray) else x, found._asdict()
-    )
-    plots.save(figure, path, record)
+    figures.save(figure, path, {"config": config} | found._asdict())
 
 
 def command(arguments: Sequence[str] | None = None) -> Found:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.metagradients", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", choices=("mnist", "digits"), default="mnist")
-    parser.add_argument("--data-dir", help="folder with mnist/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", help="file to save the learning's progress to and resume from")
-    parser.add_argument("--fast", action="store_true", help="digits and few steps, to see that it runs")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = Config(data=given.data, seed=given.seed)
-    if given.data == "digits" or given.fast:
-        config = replace(config, data="digits", **DIGITS)
-    if given.fast:
-        config = replace(config, steps=20, retrained=4, meta_iterations=2, dampings=(0.1,), removed=(0.3,))
-    output = given.output or (None if given.fast else "figures")
-    return main(config, given.data_dir, given.checkpoint, output)
+    fast = {"steps": 20, "retrained": 4, "meta_iterations": 2, "dampings": (0.1,), "removed": (0.3,)}
+    config, run = cli.parse(
+        "metagradients", __doc__, {"mnist": Config(), "digits": DIGITS}, arguments,
+        fast=lambda _: replace(DIGITS, **fast), flags=("data_dir", "checkpoint"),
+    )  # fmt: skip
+    return main(config, run.data_dir, run.checkpoint, run.output)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ are averaged over seeds and held against the exact one.
     python -m experiments.noisy_quadratic                    # a few minutes on two cores
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,9 @@ import scipy.optimize
 from jax import Array
 
 import hypergrad as hg
-from hypergrad import plots, problems
+from experiments.common import cli, figures
+from experiments.common.statistics import standard_error
+from hypergrad import problems
 from hypergrad.problems import NoisyQuadratic
 
 
@@ -36,9 +37,9 @@ class Config:
     target: float = 0.01
     pieces: int = 10
     tolerance: float = 0.002  # of the number of steps, relative
-    # Largest learning rate times largest curvature.  Above 2 there are shorter runs (with p = 0.5 and batch
-    # size 16384 of 45 steps and not 98), but they pass through losses of 1e20 and more.
-    limit: float = 2.0
+    # Above 2 there are shorter runs (with p = 0.5 and batch size 16384 of 45 steps and not 98), but they
+    # pass through losses of 1e20 and more.
+    limit: float = cli.option(2.0, "largest learning rate times largest curvature")
     random_starts: int = 2
     sampled_steps: int = 40
     sampled_runs: int = 10_000
@@ -198,8 +199,7 @@ def sampled_hypergradient(config: Config) -> Sampled:
     keys = jax.random.split(jax.random.key(config.seed), config.sampled_runs)
     many = jax.jit(jax.vmap(jax.grad(sampled), in_axes=(None, 0)))
     runs = np.asarray(many(rates, keys), np.float64)
-    error = runs.std(axis=0, ddof=1) / math.sqrt(len(runs))
-    return Sampled(np.asarray(jax.grad(exact)(rates)), runs.mean(axis=0), error)
+    return Sampled(np.asarray(jax.grad(exact)(rates)), runs.mean(axis=0), standard_error(runs))
 
 
 def main(config: Config, output: str | None = None) -> dict[str, Any]:
@@ -226,20 +226,19 @@ def main(config: Config, output: str | None = None) -> dict[str, Any]:
     )
 
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         record = {
-            "config": asdict(config),
+            "config": config,
             "rows": [
                 {
                     "batch_size": r.batch_size,
                     "power": r.power,
                     "bound": r.bound,
-                    "fixed": {"steps": r.fixed.steps, "rate": float(r.fixed.rates[0])},
-                    "scheduled": {"steps": r.scheduled.steps, "rates": r.scheduled.rates.tolist()},
+                    "fixed": {"steps": r.fixed.steps, "rate": r.fixed.rates[0]},
+                    "scheduled": r.scheduled,
                 }
                 for r in rows
             ],
-            "sampled": {name: x.tolist() for name, x in sampled._asdict().items()},
+            "sampled": sampled,
         }
         draw(Path(output) / "noisy_quadratic.png", config, rows, sampled, record)
     return {"rows": rows, "sampled": sampled}
@@ -247,12 +246,12 @@ def main(config: Config, output: str | None = None) -> dict[str, Any]:
 
 def draw(path: Path, config: Config, rows: list[Row], sampled: Sampled, record: dict[str, Any]) -> None:
     """Steps by batch size, schedules by preconditioner and by batch size, and the sampled hypergradient."""
-    figure, ((steps, by_power), (by_batch, hypergradient)) = plots.figure(2, 2, height=4.0)
-    for power, marker, grey in zip(config.powers, "osv^D", plots.GREYS):
+    figure, ((steps, by_power), (by_batch, hypergradient)) = figures.figure(2, 2, height=4.0)
+    for power, marker, colour in zip(config.powers, "osv^D", figures.COLOURS):
         mine = [r for r in rows if r.power == power]
         for kind, dashes in (("fixed", "-"), ("scheduled", "--")):
             numbers = [getattr(r, kind).steps for r in mine]
-            look = {"marker": marker, "color": grey, "linestyle": dashes, "markersize": 6}
+            look = {"marker": marker, "color": colour, "linestyle": dashes, "markersize": 6}
             look["fillstyle"] = "full" if kind == "fixed" else "none"
             label = f"p = {power:g}, {'best rate' if kind == 'fixed' else 'best schedule'}"
             steps.loglog([r.batch_size for r in mine], numbers, label=label, **look)
@@ -269,11 +268,9 @@ def draw(path: Path, config: Config, rows: list[Row], sampled: Sampled, record: 
         (by_batch, f"Best schedules, p = {config.powers[0]:g}", "batch size {0.batch_size}", first),
     )  # fmt: skip
     for axes, title, label, shown in panels:
-        for r, dashes, grey in zip(shown, plots.LINES, plots.GREYS * 2):
-            axes.stairs(
-                r.scheduled.rates, ends, baseline=None, label=label.format(r), linestyle=dashes, color=grey,
-                linewidth=1.6,
-            )  # fmt: skip
+        for k, r in enumerate(shown):
+            look = figures.look(k, label=label.format(r), linewidth=1.6)
+            axes.stairs(r.scheduled.rates, ends, baseline=None, **look)
         axes.set(title=title, xlabel="share of the run", ylabel="learning rate", yscale="log")
 
     t = np.arange(config.sampled_steps)
@@ -288,26 +285,16 @@ def draw(path: Path, config: Config, rows: list[Row], sampled: Sampled, record: 
     for axes in (steps, by_power, by_batch, hypergradient):
         axes.grid(alpha=0.25)
         axes.legend(fontsize="x-small", handlelength=3.5)
-    plots.save(figure, path, record)
+    figures.save(figure, path, record)
 
 
 def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.noisy_quadratic", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "--limit", type=float, default=2.0, help="largest learning rate times largest curvature"
+    fast = {"batch_sizes": (1024,), "dimensions": 1000, "tolerance": 0.02, "sampled_runs": 500}
+    config, run = cli.parse(
+        "noisy_quadratic", __doc__, Config(), arguments, fast=lambda config: replace(config, **fast)
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--fast", action="store_true", help="one batch size and few dimensions, to see that it runs"
-    )
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = Config(limit=given.limit, seed=given.seed)
-    if given.fast:
-        config = replace(config, batch_sizes=(1024,), dimensions=1000, tolerance=0.02, sampled_runs=500)
-    return main(config, given.output or (None if given.fast else "figures"))
+    return main(config, run.output)
 
 
 if __name__ == "__main__":

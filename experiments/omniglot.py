@@ -34,12 +34,10 @@ Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization 
 learning", ICML 2015, and the results in the authors' repository.
 """
 
-import argparse
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +49,13 @@ import optax
 from jax import Array
 
 import hypergrad as hg
+from experiments.common import cli, figures, records, workloads
+from experiments.common.cli import option
+from experiments.common.statistics import plus_minus, standard_error
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Params
 from experiments.reproduce_2015.panels import CIRCLES
-from hypergrad import data, meta, nets, plots
+from hypergrad import data, meta, nets
 from hypergrad._base.errors import ZeroHypergradientWarning
 
 ALPHABETS = (
@@ -82,13 +83,13 @@ class Config:
     learning_rate: float = 1.0
     momentum: float = 0.9
     log_penalty: float = -4.0
-    log_scale: float = -2.0  # of the initial z
-    drawings: tuple[int, int, int] = (10, 2, 3)  # of each character: training, held out, test
+    log_scale: float = option(-2.0, "of the initial z")
+    drawings: tuple[int, int, int] = option((10, 2, 3), "of each character: training, held out, test")
     meta_iterations: int = 20
     meta_step: float = 0.2
-    correlation: float = 0.5  # sharing that learning starts from: 0 is separate, 1 is tied
-    seeds: int = 5  # the first is the authors'
-    made_up: bool = False  # small scripts of random blots in place of Omniglot
+    correlation: float = option(0.5, "sharing that learning starts from: 0 is separate, 1 is tied")
+    seeds: int = option(5, "how many, of which the first is the authors'")
+    made_up: bool = option(False, "small scripts of random blots in place of Omniglot")
 
 
 FAST = Config(
@@ -208,8 +209,7 @@ def cost(config: Config, params: Params, examples: Sequence[Examples]) -> Array:
     apply, total = jax.vmap(nets.mlp(config.sizes)[1]), jnp.float32(0)
     for k, (images, labels) in enumerate(examples):
         pair = jax.tree.map(lambda w, k=k: w[jnp.array([k, k + len(examples)])], params)
-        losses = optax.softmax_cross_entropy_with_integer_labels(apply(pair, images), labels)
-        total += len(images) * jnp.mean(losses)
+        total += len(images) * jnp.mean(workloads.losses(apply, pair, images, labels))
     return total
 
 
@@ -360,10 +360,7 @@ def summary(found: Sequence[Found]) -> str:
     lines = [f"{'networks':10}{'training loss, nats':>24}{'test loss, nats':>24}"]
     for name in PAPER:
         values = np.array([x.losses[name] for x in found])
-        errors = (
-            values.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(2, np.nan)
-        )
-        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(values.mean(axis=0), errors)]
+        cells = map(partial(plus_minus, spec=".3f"), values.mean(axis=0), standard_error(values))
         lines.append(f"{name:10}" + "".join(f"{x:>24}" for x in cells))
     right = sum(in_order(x.losses) for x in found)
     lines.append(f"learned < tied < separate in test loss: with {right} of {len(found)} seeds")
@@ -375,7 +372,7 @@ def curves_of(reference: str | None) -> np.ndarray | None:
     path = Path(reference or "", "omniglot_soft_targets.json")
     if not reference or not path.is_file():
         return None
-    return np.asarray(json.loads(path.read_text())["reference"]["inner_train_loss"])
+    return np.asarray(records.read(path)["reference"]["inner_train_loss"])
 
 
 def correlations(sharing: np.ndarray) -> np.ndarray:
@@ -387,7 +384,7 @@ def correlations(sharing: np.ndarray) -> np.ndarray:
 
 def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray | None) -> None:
     """The learned sharing, the losses, and the learning."""
-    figure, (top, (losses, inner, outer)) = plots.figure(2, 3, width=5.2, height=4.3)
+    figure, (top, (losses, inner, outer)) = figures.figure(2, 3, width=5.2, height=4.3)
     count = len(found[0].sharing[0])
     names = [f"{name}{turn}" for turn in ("", ", rotated") for name in SHORT]
     names = names if len(names) == count else [str(k + 1) for k in range(count)]
@@ -401,7 +398,7 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
     figure.colorbar(shown, cax=bar, label="correlation between networks")
     for k, word in enumerate(("training", "test")):
         values = np.array([[x.losses[name][k] for name in PAPER] for x in found])
-        style = {"color": plots.GREYS[k], "linestyle": "none", "markersize": 6}
+        style = figures.look(2 * k, linestyle="none", markersize=6)
         places = np.arange(3) + 0.16 * (k - 0.5)
         spread = values.std(axis=0) if len(found) > 1 else None
         losses.errorbar(places, values.mean(axis=0), spread, marker="so"[k], capsize=3, label=word, **style)
@@ -415,28 +412,25 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
     losses.grid(alpha=0.25)
     losses.legend(fontsize="small", loc="lower right")
     first = found[0].inner
-    plots.lines(inner, {f"meta-iteration {k}": first[k - 1] for k in (1, len(first))})
+    figures.lines(inner, {f"meta-iteration {k}": first[k - 1] for k in (1, len(first))})
     if theirs is not None:
         for row, label in ((0, "authors, 2015"), (len(first) - 1, None)):
             inner.plot(10 * np.arange(5), theirs[row], **CIRCLES, label=label)
         inner.legend(fontsize="small")
     inner.set(title="Training", xlabel="step", ylabel="mean training loss (nats)")
-    plots.lines(outer, {f"seed {k}": x.held_out for k, x in enumerate(found)})
+    figures.lines(outer, {f"seed {k}": x.held_out for k, x in enumerate(found)})
     outer.xaxis.get_major_locator().set_params(integer=True)
     outer.set(
         title="Learning the sharing", xlabel="meta-iteration", ylabel="loss on held-out drawings (nats)"
     )
     record = {
-        "config": asdict(config),
+        "config": config,
         "paper": PAPER,
         "order": [in_order(x.losses) for x in found],
-        "seeds": [
-            {"losses": x.losses, "held_out": x.held_out.tolist(), "sharing": x.sharing.tolist()}
-            for x in found
-        ],
-        "training_losses": first[:, ::10].tolist(),
+        "seeds": [{"losses": x.losses, "held_out": x.held_out, "sharing": x.sharing} for x in found],
+        "training_losses": first[:, ::10],
     }
-    plots.save(figure, path, record)
+    figures.save(figure, path, record)
 
 
 def main(
@@ -468,34 +462,21 @@ def main(
     if len(found) > 1:
         print(summary(found))
     if output is not None:
-        Path(output).mkdir(parents=True, exist_ok=True)
         draw(Path(output) / "omniglot.png", config, found, theirs)
     return found
 
 
 def command(arguments: Sequence[str] | None = None) -> list[Found]:
     """Run as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.omniglot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "--seeds", type=int, help="how many (default 5, of which the first is the authors')"
-    )
-    parser.add_argument("--data-dir", help="folder with omniglot/ (default $HYPERGRAD_DATA)")
-    parser.add_argument("--checkpoints", help="folder to save progress to and resume from")
-    parser.add_argument("--reference", help="folder of the authors' results (default $HYPERGRAD_REFERENCE)")
-    parser.add_argument("--fast", action="store_true", help="small, on made-up scripts; writes nothing")
-    parser.add_argument("--output", help="folder for the figure (default figures, none with --fast)")
-    given = parser.parse_args(arguments)
-    config = FAST if given.fast else Config()
-    config = config if given.seeds is None else replace(config, seeds=given.seeds)
+    flags = ("data_dir", "checkpoints", "reference")
+    config, run = cli.parse("omniglot", __doc__, Config(), arguments, fast=lambda _: FAST, flags=flags)
     if config.seeds < 1:
-        parser.error(
-            f"--seeds {given.seeds}: without a seed nothing is learned; give 1, the authors', or more"
+        run.error(
+            f"--seeds {config.seeds}: without a seed nothing is learned; give 1, the authors', or more"
         )
-    reference = given.reference or os.environ.get("HYPERGRAD_REFERENCE")
-    output = given.output or (None if given.fast else "figures")
-    found = main(config, given.data_dir, given.checkpoints, reference, output)
-    if not given.fast and not in_order(found[0].losses):
+    reference = run.reference or os.environ.get("HYPERGRAD_REFERENCE")
+    found = main(config, run.data_dir, run.checkpoints, reference, run.output)
+    if not run.fast and not in_order(found[0].losses):
         raise SystemExit(1)
     return found
 

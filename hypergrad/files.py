@@ -10,6 +10,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,4 @@ def versions() -> dict[str, str]:
     >>> sorted(versions())
     ['hypergrad', 'jax', 'numpy']
     """
-    from hypergrad import __version__  # not known yet when this module is first imported
-
-    return {"hypergrad": __version__, "jax": jax.__version__, "numpy": np.__version__}
+    return {"hypergrad": version("hypergrad-jax"), "jax": jax.__version__, "numpy": np.__version__}

@@ -402,7 +402,8 @@ class GenericOptimizer:
 
     def shape_of_hypers(self, params: PyTree, names: Sequence[str]) -> tuple[PyTree, Sequence[str]]:
         """It takes numbers, the same for all parameters; see `Optimizer.shape_of_hypers`."""
-        return jnp.zeros((), jax.tree.leaves(params)[0].dtype), ["all parameters"]
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [float]  # none where all is masked
+        return jnp.zeros((), dtypes[0]), ["all parameters"]
 
     def initial(self, hypers: Mapping[str, Array], params: PyTree) -> PyTree:
         """The state before the first step, whose hyperparameters are given."""

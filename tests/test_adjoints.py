@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import (
+
+import hypergrad as hg
+from hypergrad._base.tracing import closure_convert
+from hypergrad.adjoints.linearise import linearise
+from hypergrad.adjoints.run import Run
+from hypergrad.program import Assign, Layout, Optimizer, Scale, Shift, Variable
+from tests.problems import (
     ADJOINTS,
     STEPS,
     TYPICAL,
@@ -16,12 +22,6 @@ from problems import (
     classification,
     relative_error,
 )
-
-import hypergrad as hg
-from hypergrad._base.tracing import closure_convert
-from hypergrad.adjoints.linearise import linearise
-from hypergrad.adjoints.run import Run
-from hypergrad.program import Assign, Layout, Optimizer, Scale, Shift, Variable
 
 
 def square(w: Any, meta: Any, step: Any) -> Any:

@@ -104,7 +104,7 @@ def test_where_the_run_is_long_only_some_are_called(monkeypatch):
 def test_plot_and_texts(measured, tmp_path):
     rows, _ = measured
     report = {"machine": bench.describe_machine(), "rows": rows, "verdict": bench.verdict(rows, 36)}
-    bench.plots.save(bench.draw(rows, "here"), tmp_path / "plot.png", report)
+    bench.figures.save(bench.draw(rows, "here"), tmp_path / "plot.png", report)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     saved = json.loads((tmp_path / "plot.json").read_text())
     assert saved["rows"] == rows and saved["verdict"] == report["verdict"]

@@ -86,16 +86,6 @@ def test_rates_that_diverge_for_another_seed_are_not_chosen() -> None:
     assert experiment.tune(CLEANING, {"SOBA": timed}, None)["SOBA"].pair == (0.1, 3e3)
 
 
-def test_the_grid_grows_until_the_best_is_inside() -> None:
-    def timed(e: Any, pair: tuple[float, float], seed: int, whole: bool) -> experiment.Curve:
-        # The best rate is below the grid's; hyper-rates make no difference.
-        return experiment.Curve(np.zeros(1), np.zeros(1), np.zeros(1), abs(np.log(pair[0] / 0.01)))
-
-    config = replace(CLEANING, rates=(0.1, 0.3), hyper_rates=(1e3, 3e3), widened=5)
-    found = experiment.tune(config, {"SOBA": timed}, None)["SOBA"]
-    assert found == ((0.01, 1e3), (0.003, 0.01, 0.03, 0.1, 0.3), (1e3, 3e3))
-
-
 def test_a_run_without_numbers_diverged() -> None:
     for config, task in ((CLEANING, experiment.cleaning), (REGULARISATION, experiment.regularisation)):
         e = experiment.examples(config, None, 0)

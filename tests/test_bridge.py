@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import relative_error
 
 import hypergrad as hg
+from tests.problems import relative_error
 
 STEPS = 40
 LAYERS = (jnp.array([1.0, -2.0, 0.5]), jnp.array([[0.3], [-0.7]]))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OPTIMIZERS, RANGES, RATES
 
 import hypergrad as hg
+from tests.problems import OPTIMIZERS, RANGES, RATES
 
 STEPS, HALF = 40, 20
 START = {"matrix": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "vector": jnp.array([0.5, -1.0, 0.0])}

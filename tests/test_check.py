@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import classification
 
 import hypergrad as hg
 from hypergrad.check.report import Finding
+from tests.problems import classification
 
 START = np.array([1.0, -2.0, 0.5])  # of NumPy: float32 or, in 64-bit mode, float64
 

@@ -3,19 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import data_weights as experiment
-
-
-def test_wrong_labels_are_wrong_and_the_others_as_they_were() -> None:
-    config = experiment.Config(data="digits", wrong=0.25)
-    found, wrong = experiment.examples(config, None)
-    right, none = experiment.examples(experiment.Config(data="digits", wrong=0.0), None)
-    assert wrong.mean() == pytest.approx(0.25, abs=1e-3) and not none.any()
-    np.testing.assert_array_equal(found.labels != right.labels, wrong)
-    assert len(found.clean_labels) == len(found.test_labels) == 180
 
 
 @pytest.mark.slow

@@ -51,10 +51,50 @@ def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names
 
 
-@pytest.mark.parametrize("page", ["README.md", *PAGES])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", index.read_text())
+    listed = {(index.parent / target).resolve() for target in linked}
+    assert not {ROOT / page for page in PAGES} - {index} - listed
+
+
+def test_layout_lists_every_file() -> None:
+    """Each source file has one line, under the heading of its folder."""
+    listed, folder = set(), ""
+    for line in (ROOT / "docs" / "layout.md").read_text().splitlines():
+        if line.startswith("##"):
+            folder = "".join(re.findall(r"^### `(hypergrad/.*)`$", line))
+        if folder:
+            listed |= {folder + name for name in re.findall(r"^\| `(\S+\.py)` \|", line)}
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "hypergrad").rglob("*.py")}
+    inner = {file for file in files if file.count("/") > 1 and file.endswith("/__init__.py")}
+    assert listed == files - inner
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
+def test_anchors_are_headings(page: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", (ROOT / page).read_text()):
+        text = ((ROOT / page).parent / target if target else ROOT / page).read_text()
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in anchors, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_spelling_is_american(page: str) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    stems = "optimis|minimis|maximis|normalis|regularis|linearis|behaviour|colour|favour|centre|licence"
+    assert re.findall(rf"\w*(?:{stems})\w*", prose, re.IGNORECASE) == []
 
 
 def committed(pattern: str) -> list[str]:

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import (
-    assert_agrees_with_finite_differences,
-    assert_reversed_hypergradients_agree,
-    relative_error,
-    unrounded,
-)
 
 import hypergrad as hg
 from benchmarks import doubly_factored as benchmark
 from hypergrad import curvature, layers, nets
 from hypergrad._base import devices
 from hypergrad.optimizers.kfac.damping import damped, inverse, precondition
+from tests.problems import (
+    assert_agrees_with_finite_differences,
+    assert_reversed_hypergradients_agree,
+    relative_error,
+    unrounded,
+)
 
 STEPS = 5
 INIT, APPLY = nets.mlp((6, 4, 2))

@@ -11,7 +11,15 @@ import pytest
 from jax import Array
 
 import hypergrad as hg
-from hypergrad.optimizers.filtered import Average, Belief, averaged, correct, filter_loss, predict, value
+from hypergrad.optimizers.kalman_filter import (
+    Average,
+    Belief,
+    averaged,
+    correct,
+    filter_loss,
+    predict,
+    value,
+)
 from hypergrad.optimizers.step_rules import (
     Improvement,
     expected_improvement,
@@ -465,15 +473,17 @@ def test_refuses(case: str) -> None:
 
 
 def test_a_hand_written_optimizer_of_single_examples() -> None:
-    """Any `Whole` may look at examples: here their median gradient."""
-    from hypergrad.program import Examples, Whole
+    """Any `GenericOptimizer` may look at examples: here their median gradient."""
+    from hypergrad.program import Examples, GenericOptimizer
 
     def update(h: Any, examples: Examples, state: Any, params: Any, here: Any) -> Any:
         gradients = jax.vmap(lambda x: jax.grad(examples.loss)(params, jax.tree.map(lambda x: x[None], x)))
         moved = params - h["learning_rate"] * jnp.median(gradients(examples.batch), axis=0)
         return moved, state
 
-    median = Whole("median()", lambda params: (), update, {"learning_rate": None}, per_example=True)
+    median = GenericOptimizer(
+        "median()", lambda params: (), update, {"learning_rate": None}, per_example=True
+    )
     batches = np.zeros((1, 3, SIZE), np.float32) + np.array([1.0, 2.0, 30.0], np.float32)[None, :, None]
     found = run(
         median, {"learning_rate": 1.0}, loss=lambda w, meta, x: jnp.mean(x @ w), batches=batches, steps=1

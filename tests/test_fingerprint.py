@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = """
 import jax, jax.numpy as jnp, numpy as np
 import hypergrad as hg
-from hypergrad.fingerprint import digest
-from hypergrad.run import hoist
+from hypergrad._base.fingerprint import digest
+from hypergrad._base.tracing import closure_convert
 
 data = np.linspace(-1, 1, 3, dtype=np.float32)
 
@@ -36,7 +36,7 @@ def objective(rate, key):
 
 
 def found():
-    traced, consts, _ = hoist(jax.value_and_grad(objective), jnp.float32(0.1), jax.random.key(0))
+    traced, consts, _ = closure_convert(jax.value_and_grad(objective), jnp.float32(0.1), jax.random.key(0))
     return digest(traced.jaxpr, consts)
 """
 

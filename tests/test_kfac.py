@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import (
-    assert_agrees_with_finite_differences,
-    assert_reversed_hypergradients_agree,
-    relative_error,
-)
 
 import hypergrad as hg
 from hypergrad import curvature, layers, nets
 from hypergrad.optimizers.kfac.damping import damped, inverse, precondition
+from tests.problems import (
+    assert_agrees_with_finite_differences,
+    assert_reversed_hypergradients_agree,
+    relative_error,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Any:

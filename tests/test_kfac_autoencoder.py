@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import kfac_autoencoder as experiment
+from experiments.common.statistics import grid, ranked
 from experiments.kfac_autoencoder import FAST, Config, Trial
 from hypergrad import data
 
@@ -63,16 +64,9 @@ def test_search_judges_the_best_again_on_further_seeds() -> None:
     further = {0.1: 9.0, 0.2: 5.0, 0.3: 6.0, 0.4: 0.0, 0.5: 0.0}
     keys = list(jax.random.split(jax.random.key(0), 3))
     run = lambda hypers, key: (on_first if key is keys[0] else further)[hypers["damping"]]  # noqa: E731
-    tried = experiment.grid(damping=tuple(on_first))
     config = Config(finalists=3)
-    order = experiment.ranked(run, tried, keys[:1])
+    order = ranked(grid(damping=tuple(on_first)), lambda hypers: run(hypers, keys[0]))
     assert experiment.search(config, run, order, keys[1:]) == ({"damping": 0.2}, 5 + 3 * 2)
-
-
-def test_edges_of_a_grid() -> None:
-    tried = experiment.grid(momentum=(0.5, 0.1, 0.9), damping=(0.1, 0.2, 0.3))
-    assert experiment.edges({"momentum": 0.1, "damping": 0.2}, tried) == ["momentum"]
-    assert experiment.edges({"momentum": 0.5, "damping": 0.3}, tried) == ["damping"]
 
 
 @pytest.mark.slow

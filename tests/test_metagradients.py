@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import relative_error
 
 from experiments import metagradients as experiment
-from experiments.data_weights import Examples
+from experiments.common.workloads import NoisyLabels as Examples
+from tests.problems import relative_error
 
 TINY = experiment.Config(hidden=3, steps=4, batch_size=3)  # 12 draws, of 16 examples
 

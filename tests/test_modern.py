@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import unrounded
 
 import hypergrad as hg
 from hypergrad import curvature, exact
 from hypergrad.meta import tuning
-from hypergrad.optimizers.muon import newton_schulz
+from hypergrad.optimizers.muon_family import newton_schulz
 from hypergrad.program import Keep, Optimizer, Scale
+from tests.problems import unrounded
 
 STEPS = 50
 ONE = {"matrix": (4, 3)}  # for what acts element by element

@@ -3,10 +3,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import relative_error
 
 import hypergrad as hg
 from hypergrad import nets
+from tests.problems import relative_error
 
 
 def numpy_cross_entropy(logits, probabilities):

@@ -12,7 +12,14 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
-from problems import (
+
+import hypergrad as hg
+from hypergrad import exact, nets
+from hypergrad._base import trees
+from hypergrad.optimizers import roots
+from hypergrad.optimizers.adam_family import weight
+from hypergrad.program import Optimizer, Scale
+from tests.problems import (
     OPTIMIZERS,
     RANGES,
     RATES,
@@ -22,13 +29,6 @@ from problems import (
     classification,
     relative_error,
 )
-
-import hypergrad as hg
-from hypergrad import exact, nets
-from hypergrad._base import trees
-from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import weight
-from hypergrad.program import Optimizer, Scale
 
 
 def waves(w: Any, meta: Any, step: Any) -> Any:

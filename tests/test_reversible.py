@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import OPTIMIZERS, RANGES, RATES, relative_error
 
 import hypergrad as hg
 from hypergrad.program import Optimizer, Remember, Scale, Shift, Variable
+from tests.problems import OPTIMIZERS, RANGES, RATES, relative_error
 
 STEPS = 24
 START = {"matrix": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "vector": jnp.array([0.5, -1.0, 0.0])}

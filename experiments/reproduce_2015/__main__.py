@@ -30,17 +30,17 @@ Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization 
 learning", ICML 2015, and the results in the authors' repository.
 """
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.common import cli, figures, records
 from experiments.reproduce_2015 import (
     chaos,
     distill,
@@ -53,7 +53,7 @@ from experiments.reproduce_2015 import (
 )
 from experiments.reproduce_2015.authors import Arrays, Setting, read_digits
 from experiments.reproduce_2015.compare import DIGITS, FLOOR, Comparison, compare_all, table
-from hypergrad import data, files, plots
+from hypergrad import data, files
 
 
 class Experiment(NamedTuple):
@@ -90,6 +90,16 @@ EXPERIMENTS = {
 }
 
 
+@dataclass(frozen=True)
+class Config:
+    """What to run; see `--help`."""
+
+    all_points: bool = cli.option(False, "all 1000 step sizes, not every 4th")
+    only: tuple[str, ...] = cli.option(
+        (*EXPERIMENTS,), "(default all)", metavar="NAME", choices=EXPERIMENTS
+    )
+
+
 class Result(NamedTuple):
     """What an experiment gave: our arrays, the authors', the comparisons, and the seconds it took."""
 
@@ -102,7 +112,7 @@ class Result(NamedTuple):
 def read_reference(folder: Path, name: str) -> Arrays:
     """The arrays that the authors saved of an experiment, and of those that it also refers to."""
     names = (*EXPERIMENTS[name].also, name)
-    saved = [json.loads((folder / f"{x}.json").read_text())["reference"] for x in names]
+    saved = [records.read(folder / f"{x}.json")["reference"] for x in names]
     return {key: np.asarray(x) for part in saved for key, x in part.items()}
 
 
@@ -116,18 +126,16 @@ def run(name: str, setting: Setting, theirs: Arrays) -> Result:
     return Result(ours, theirs, EXPERIMENTS[name].compare(ours, theirs), seconds)
 
 
-def write(folder: Path, name: str, result: Result, config: dict[str, Any]) -> None:
+def write(folder: Path, name: str, result: Result, setting: Setting) -> None:
     """Write the figure of an experiment, the record of the comparisons, and our arrays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = {c.array: {k: x for k, x in c._asdict().items() if k != "array"} for c in result.comparisons}
     record = {
-        "config": config,
+        "config": {"fast": setting.fast, "all_points": setting.all_points},
         "digits": DIGITS,
         "floor": FLOOR,
         "seconds": round(result.seconds, 1),
-        "comparisons": rows,
+        "comparisons": {c.array: dict(list(c._asdict().items())[1:]) for c in result.comparisons},
     }
-    plots.save(EXPERIMENTS[name].draw(result.ours, result.theirs), folder / f"{name}.png", record)
+    figures.save(EXPERIMENTS[name].draw(result.ours, result.theirs), folder / f"{name}.png", record)
     files.save(folder / f"{name}.npz", result.ours)
 
 
@@ -136,45 +144,36 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
 
     Raises SystemExit with status 1 where an array disagrees and 2 where a file is missing.
     """
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce_2015", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--fast", action="store_true", help="a sixteenth of the work; writes nothing")
-    parser.add_argument("--all-points", action="store_true", help="all 1000 step sizes, not every 4th")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    parser.add_argument("--data-dir", help="folder that holds mnist/ (default: HYPERGRAD_DATA)")
-    parser.add_argument("--reference", help="folder of the authors' results (default: HYPERGRAD_REFERENCE)")
-    parser.add_argument(
-        "--output", help="folder to write to (default: figures/reproduce_2015; with --fast nothing)"
-    )
-    options = parser.parse_args(arguments)
+    config, options = cli.parse(
+        "reproduce_2015", __doc__, Config(), arguments,
+        fast=lambda config: config, flags=("data_dir", "reference"), output="figures/reproduce_2015",
+    )  # fmt: skip
     reference = options.reference or os.environ.get("HYPERGRAD_REFERENCE")
     if not reference:
-        parser.error("the authors' results are needed: pass --reference or set HYPERGRAD_REFERENCE")
-    names = [name for name in EXPERIMENTS if name in options.only]
+        options.error("the authors' results are needed: pass --reference or set HYPERGRAD_REFERENCE")
+    names = [name for name in EXPERIMENTS if name in config.only]
     folder = options.data_dir or os.environ.get("HYPERGRAD_DATA")
     if options.fast and not folder:
         for name in [name for name in names if EXPERIMENTS[name].needs_data]:
             print(f"skipped {name}: it needs MNIST (pass --data-dir or set HYPERGRAD_DATA)")
             names.remove(name)
         if not names:
-            parser.error("nothing is left to run without HYPERGRAD_DATA")
+            options.error("nothing is left to run without HYPERGRAD_DATA")
     try:
         theirs = {name: read_reference(Path(reference), name) for name in names}
         needed = any(EXPERIMENTS[name].needs_data for name in names)
         digits = read_digits(folder) if needed else (None, None)
     except OSError as error:
-        parser.error(f"{error}; --reference or HYPERGRAD_REFERENCE must be the folder of the results")
+        options.error(f"{error}; --reference or HYPERGRAD_REFERENCE must be the folder of the results")
     except data.DataError as error:
-        parser.error(f"{error} (or pass --data-dir)")
+        options.error(f"{error} (or pass --data-dir)")
 
-    setting = Setting(options.fast, options.all_points, *digits)
-    config = {"fast": options.fast, "all_points": options.all_points}
-    output = options.output or (None if options.fast else "figures/reproduce_2015")
+    setting = Setting(options.fast, config.all_points, *digits)
     results = {}
     for name in names:
         results[name] = run(name, setting, theirs[name])
-        if output is not None:
-            write(Path(output), name, results[name], config)
+        if options.output is not None:
+            write(Path(options.output), name, results[name], setting)
     print(table({name: result.comparisons for name, result in results.items()}))
     wrong = [f"{name}/{c.array}" for name, r in results.items() for c in r.comparisons if c.agrees is False]
     if wrong:

@@ -9,10 +9,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Params, Setting
 from experiments.reproduce_2015.compare import Comparison, compare
-from hypergrad import plots
 
 SIZES, STEPS = (784, 200, 50, 10), 50
 # Ends of the regions of log α, and whether the reference's advice is to compare there: nobody's arithmetic
@@ -65,7 +65,7 @@ def compare_regions(ours: Arrays, theirs: Mapping[str, np.ndarray]) -> list[Comp
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """Loss and hypergradient against the step size."""
-    figure, axes = plots.figure(2, 1, width=7)
+    figure, axes = figures.figure(2, 1, width=7)
     about = (
         ("loss", "Loss after 50 steps", "loss (nats)", None),
         ("dloss_dlogalpha", "Hypergradient of that loss", "|d loss / d log step size| (nats)", NOT_FINITE),

@@ -9,11 +9,12 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Params, Setting
 from experiments.reproduce_2015.compare import Comparison, compare
 from experiments.reproduce_2015.panels import panel
-from hypergrad import nets, plots
+from hypergrad import nets
 
 SIZES, STEPS, META_STEP = (784, 10), 20, 2.0
 NOISE = 2 * np.random.RandomState(0).randn(30, 784)  # the images at the start
@@ -85,7 +86,7 @@ def compare_regions(ours: Arrays, theirs: Mapping[str, np.ndarray]) -> list[Comp
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """The learned images, with the noise that they started from and without, and what they achieve."""
-    figure, ((images,), (learned,), (errors,)) = plots.figure(3, 1, width=8, height=2.8)
+    figure, ((images,), (learned,), (errors,)) = figures.figure(3, 1, width=8, height=2.8)
     # x <- x - η (g + 2 · 0.001 x) shrinks the noise and adds the hypergradients of the loss.
     shrunk = NOISE * (1 - META_STEP * 0.002) ** len(ours["test_err"])
     panels = (
@@ -94,7 +95,7 @@ def draw(ours: Arrays, theirs: Arrays) -> Any:
     )
     for place, values, title in panels:
         digits = [str(digit) for digit in range(10)]
-        plots.images(place, values.reshape(-1, 28, 28), names=digits, label="pixel (1 is white)")
+        figures.images(place, values.reshape(-1, 28, 28), names=digits, label="pixel (1 is white)")
         place.set(title=title, xlabel="label")
     words = ("After 20 steps on them", "meta-iteration", "test error")
     panel(errors, {"reversible engine": ours["test_err"]}, theirs["test_err"], words, every=2)

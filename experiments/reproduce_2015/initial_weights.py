@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
 from experiments.reproduce_2015.panels import panel
-from hypergrad import plots
 
 SIZES, STEPS = (784, 50, 10), 20
 
@@ -49,7 +49,7 @@ def compute(setting: Setting) -> Arrays:
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """The distribution before and after, and the learning curves."""
-    figure, ((bins, curves),) = plots.figure(1, 2)
+    figure, ((bins, curves),) = figures.figure(1, 2)
     words = ("Inverse cumulative distribution", "bin, of 20 with equally many weights", "initial weight")
     panel(bins, {"before": ours["bins"][0], "after 9 updates": ours["bins"][-1]}, theirs["bins"][-1], words)
     named = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hypergrad import plots
+from experiments.common import figures
 
 CIRCLES = {"linestyle": "none", "color": "0.35", "marker": "o", "mfc": "none", "ms": 4}
 
@@ -21,7 +21,7 @@ def panel(
     words: the title, and the labels of both axes with their units.
     every: how many of their numbers there are to a circle.
     """
-    plots.lines(axes, curves)
+    figures.lines(axes, curves)
     theirs = np.asarray(theirs)[: max(map(len, curves.values()))]
     axes.plot(theirs, **CIRCLES, markevery=every, label="authors, 2015")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Params, Setting
 from experiments.reproduce_2015.panels import panel
-from hypergrad import nets, plots
+from hypergrad import nets
 
 SIZES = (784, 10)
 START = np.log(0.01) + 1  # log penalty of every weight
@@ -87,12 +88,12 @@ def pooled(setting: Setting) -> Arrays:
 
 def draw_per_weight(ours: Arrays, theirs: Arrays) -> Any:
     """The penalties as ten images, and the losses."""
-    figure, ((images,), (losses,)) = plots.figure(2, 1, width=10, height=2.6)
+    figure, ((images,), (losses,)) = figures.figure(2, 1, width=10, height=2.6)
     penalties = ours["L2_last" if "L2_last" in ours else "L2"]
     change = np.log(penalties).T.reshape(10, 28, 28) - START
     limit = min(0.5, np.max(np.abs(change)))
     digits = [str(digit) for digit in range(10)]
-    plots.images(images, change, names=digits, limit=limit, label="log ratio\nto the start")
+    figures.images(images, change, names=digits, limit=limit, label="log ratio\nto the start")
     images.set(title="L2 penalty of each weight", xlabel="digit that the weights are for")
     named = {"validation": ours["valid_loss"], "test": ours["test_loss"]}
     panel(losses, named, theirs["valid_loss"], ("Progress", "meta-iteration", "loss after training (nats)"))
@@ -101,7 +102,7 @@ def draw_per_weight(ours: Arrays, theirs: Arrays) -> Any:
 
 def draw_pooled(ours: Arrays, theirs: Arrays) -> Any:
     """The losses of the three stages, and the penalties of the pixels."""
-    figure, ((losses, images),) = plots.figure(1, 2)
+    figure, ((losses, images),) = figures.figure(1, 2)
     words = ("Penalties pooled in three stages", "meta-iteration", "test loss (nats)")
     panel(losses, {"reversible engine": ours["test_loss"]}, theirs["test_loss"], words)
     for start, word in ((0, "all weights"), (10, "by layer"), (15, "by pixel")):
@@ -110,6 +111,6 @@ def draw_pooled(ours: Arrays, theirs: Arrays) -> Any:
             losses.annotate(word, (start - 0.3, 0.93), xycoords=("data", "axes fraction"), fontsize="small")
     losses.legend(fontsize="small", loc="center left")
     change = ours["reg"][:, -1].reshape(1, 28, 28) + 6
-    plots.images(images, change, label="log ratio of penalty to the start")
+    figures.images(images, change, label="log ratio of penalty to the start")
     images.set(title="Learned penalty of each pixel")
     return figure

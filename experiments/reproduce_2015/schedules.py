@@ -11,10 +11,11 @@ from jax import Array
 from tqdm import tqdm
 
 import hypergrad as hg
+from experiments.common import figures
+from experiments.common.statistics import standard_error
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
 from experiments.reproduce_2015.panels import CIRCLES, panel
-from hypergrad import plots
 
 SIZES, STEPS, GROUPS = (784, 50, 50, 50, 10), 100, 8
 LAYERS = ("784 × 50", "50 × 50, first", "50 × 50, second", "50 × 10")
@@ -108,7 +109,7 @@ def average(setting: Setting) -> Arrays:
         "mean_hypergradient": np.mean(found[:50], axis=0),
         "of_one_seed": found[0],
         "mean_of_100": np.mean(found, axis=0),
-        "standard_error_of_100": np.std(found, axis=0, ddof=1) / np.sqrt(seeds),
+        "standard_error_of_100": standard_error(found),
     }
 
 
@@ -122,8 +123,8 @@ def roughness(values: np.ndarray) -> float:
 
 def draw_learned(ours: Arrays, theirs: Arrays) -> Any:
     """Learning curves, progress, initial scales and schedules; circles for one curve of each."""
-    figure, ((curves, progress), scales, (rates, momenta)) = plots.figure(3, 2)
-    plots.lines(
+    figure, ((curves, progress), scales, (rates, momenta)) = figures.figure(3, 2)
+    figures.lines(
         curves, {f"{k} meta-iteration": ours["batch_losses"][i] for k, i in (("first", 0), ("last", -1))}
     )
     curves.set(title="Learning curves", xlabel="step", ylabel="loss of the minibatch (nats)")
@@ -133,7 +134,7 @@ def draw_learned(ours: Arrays, theirs: Arrays) -> Any:
     name = "final_hyper" if "final_hyper" in ours else "hyper_after_3"
     (_, rate, logits), (scale, their_rate, their_logits) = parts(ours[name]), parts(theirs[name])
     for group, (place, what) in enumerate(zip(scales, ("weights", "biases"))):
-        plots.lines(place, dict(zip(LAYERS, ours["log_scales"][:, group::2].T)))
+        figures.lines(place, dict(zip(LAYERS, ours["log_scales"][:, group::2].T)))
         last = len(ours["log_scales"]) - 1
         place.plot(np.full(4, last), scale[group::2], **CIRCLES, label="authors, 2015")
         words = f"Scales of the initial {what} of each layer", "meta-iteration", "log of standard deviation"
@@ -160,11 +161,11 @@ def draw_average(ours: Arrays, theirs: Arrays) -> Any:
         "mean_of_100": "Mean of 100, ± 2 std. errors",
     }
     names = names if len(ours) > 1 else {saved: "One seed"}
-    figure, axes = plots.figure(2, len(names), width=4.8)
+    figure, axes = figures.figure(2, len(names), width=4.8)
     for k, hyper in enumerate(("log step size", "logit of momentum")):
         for place, (name, what) in zip(axes[k], names.items()):
             values = parts(ours[name])[k + 1][:, ::2]
-            plots.lines(place, dict(zip(LAYERS, values.T)))
+            figures.lines(place, dict(zip(LAYERS, values.T)))
             if name == saved:
                 circles = parts(theirs[name])[k + 1][:, 0]
                 place.plot(circles, **CIRCLES, markevery=3, label="authors, 2015")

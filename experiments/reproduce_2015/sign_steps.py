@@ -9,10 +9,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
 from experiments.reproduce_2015.panels import panel
-from hypergrad import plots
 
 SIZES, STEPS = (784, 200, 10), 50
 LEAVES = ("784 × 200", "200 biases", "200 × 10", "10 biases")
@@ -63,7 +63,7 @@ def compute(setting: Setting) -> Arrays:
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """The losses, and what was learned; circles for the first loss, the first scale, the last schedules."""
-    figure, axes = plots.figure(2, 2)
+    figure, axes = figures.figure(2, 2)
     (progress, scales), schedules = axes
     named = {"training": "train_loss", "validation": "valid_loss", "test": "tests_loss"}
     losses = {word: ours[name] for word, name in named.items()}

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
 from experiments.reproduce_2015.panels import panel
 from experiments.reproduce_2015.schedules import SIZES, STEPS
-from hypergrad import plots
 
 
 def norm(tree: Any) -> Array:
@@ -53,7 +53,7 @@ def compute(setting: Setting) -> Arrays:
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """What was measured along the run."""
-    figure, axes = plots.figure(2, 2)
+    figure, axes = figures.figure(2, 2)
     about = {
         "learning_curve": ("Loss on 10,000 images", "step", "loss (nats)"),
         "grad_norm": ("Gradient of the minibatch", "step", "norm (nats)"),

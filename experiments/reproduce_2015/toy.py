@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.common import figures
 from experiments.reproduce_2015 import authors
 from experiments.reproduce_2015.authors import Arrays, Setting
 from experiments.reproduce_2015.panels import panel
-from hypergrad import plots
 
 STEPS = 50
 
@@ -50,13 +50,13 @@ def compute(setting: Setting) -> Arrays:
 
 def draw(ours: Arrays, theirs: Arrays) -> Any:
     """The paths over the loss surface, and the loss along them."""
-    figure, ((paths, curves),) = plots.figure(1, 2)
+    figure, ((paths, curves),) = figures.figure(1, 2)
     w1, w2 = np.meshgrid(np.linspace(-2.4, 2.4, 241), np.linspace(-0.5, 4.5, 201))
     surface = paths.contourf(w1, w2, valley(jnp.stack([w1, w2])), 16, cmap="Greys_r", alpha=0.5)
     figure.colorbar(surface, ax=paths, label="loss")
     names = [f"meta-iteration {i + 1}" for i in range(3)]
-    for name, path, look, marker in zip(names, ours["params"], plots.LINES, "os^"):
-        paths.plot(*path.T, color="k", linestyle=look, marker=marker, markevery=7, ms=5, label=name)
+    for k, (name, path) in enumerate(zip(names, ours["params"])):
+        paths.plot(*path.T, **figures.look(k, marker="os^"[k], markevery=7, markersize=5, label=name))
     paths.plot(1.4, 3.9, "k*", ms=11, label="start")
     paths.set(title="Paths of the weights", xlabel="first weight", ylabel="second weight")
     paths.legend(fontsize="small")

@@ -1,6 +1,7 @@
 """Trees of arrays: norms of numbers of any size, shapes in words, and parts taken out and put back."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 PyTree = Any
+
+# Products of matrices: an accelerator's default keeps too few digits for roots, solutions and derivatives.
+dot = partial(jnp.matmul, precision="highest")
+einsum = partial(jnp.einsum, precision="highest")
+tensordot = partial(jnp.tensordot, precision="highest")
 
 
 def power(tree: PyTree) -> Array:

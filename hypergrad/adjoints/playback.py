@@ -25,7 +25,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
-from hypergrad._base.trees import PyTree, split
+from hypergrad._base.trees import PyTree, dot, split
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
 from hypergrad.adjoints.linearise import Linearised, linearise
@@ -355,7 +355,7 @@ def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     """Sum over what was broadcast.  Sums over everything are inner products, which vectorise."""
     if shape == () and x.ndim:
         ones = jnp.ones(x.shape[-1], x.dtype)
-        return jnp.sum(jnp.matmul(x, ones, precision="highest"))
+        return jnp.sum(dot(x, ones))
     padded = (1,) * (x.ndim - len(shape)) + shape
     axes = [k for k, (a, b) in enumerate(zip(x.shape, padded)) if a != b]
     return jnp.sum(x, axis=axes, keepdims=True).reshape(shape)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad._base.checks import check_adjoint, is_whole
+from hypergrad._base.trees import tensordot
 from hypergrad.adjoints.linearise import gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
 from hypergrad.program import Leaf
@@ -241,4 +242,4 @@ def _combined(weights: Array, columns: Array) -> Array | np.ndarray:
     """``Σ_k weights_k columns_k``; integers have no derivative."""
     if columns.dtype == jax.dtypes.float0:
         return np.zeros(columns.shape[1:], jax.dtypes.float0)
-    return jnp.tensordot(weights, columns, 1, precision="highest").astype(columns.dtype)
+    return tensordot(weights, columns, 1).astype(columns.dtype)

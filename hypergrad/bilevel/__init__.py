@@ -51,7 +51,7 @@ from hypergrad.bilevel.penalty import f2sa
 from hypergrad.bilevel.problem import Problem
 from hypergrad.bilevel.single_loop import amortized, saba, soba
 from hypergrad.bilevel.steps import Rate, Solution, Solver, State, Work, solve
-from hypergrad.bilevel.unrolled import darts, t1_t2, truncated, unrolled
+from hypergrad.bilevel.unrolling import darts, t1_t2, truncated, unrolled
 
 __all__ = [
     "Problem",

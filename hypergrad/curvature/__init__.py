@@ -23,8 +23,8 @@ A loss is a function ``loss(params, *data) -> scalar``, the *mean* over examples
 of every array in ``data``: of all examples, of a chunk of them or, given a single row, of one.
 """
 
+from hypergrad.curvature.examples import Moment, Moments, PerExample, moments, per_example
 from hypergrad.curvature.likelihoods import Likelihood, bernoulli, categorical, normal
-from hypergrad.curvature.per_example import Moment, Moments, PerExample, moments, per_example
 from hypergrad.curvature.products import empirical_fisher, fisher, gauss_newton, hessian, sampled_fisher
 from hypergrad.curvature.spectra import (
     Matvec,

@@ -28,11 +28,10 @@ from jax.tree_util import Partial
 
 from hypergrad._base.checks import called, check_chunk, check_whole
 from hypergrad._base.tracing import mapped, trace_once
-from hypergrad._base.trees import PyTree, describe, floats, norm, power, shapes_of
+from hypergrad._base.trees import PyTree, describe, dot, floats, norm, power, shapes_of
 
 Matvec = Callable[[PyTree], PyTree]
 # An accelerator's default keeps too few digits to keep vectors orthogonal.
-_dot = partial(jnp.matmul, precision="highest")
 
 
 def batched(matvec: Matvec, *, chunk: int | None = None) -> Matvec:
@@ -113,7 +112,7 @@ def asymmetry(matvec: Matvec, like: PyTree, key: Array) -> Array:
     scale = power([Au, Av])
     Au, Av = Au / scale, Av / scale
     size = norm([Au, Av])
-    return jnp.abs(_dot(u, Av) - _dot(v, Au)) / jnp.where(size == 0, 1, size)
+    return jnp.abs(dot(u, Av) - dot(v, Au)) / jnp.where(size == 0, 1, size)
 
 
 class Trace(NamedTuple):
@@ -179,7 +178,7 @@ def trace(
 
     def sample(key: Array) -> Array:
         g = _without(basis, jax.random.rademacher(key, flat.shape, flat.dtype))
-        return _dot(g, product(g))
+        return dot(g, product(g))
 
     rest = mapped(chunk, sample, jax.random.split(sample_key, samples))
     scale = power(rest)  # a standard deviation squares
@@ -248,7 +247,7 @@ def _lanczos(
         basis, q, scale = carry  # rows of the basis that are not there yet are 0
         basis = basis.at[k].set(q)
         w = product(q)
-        a = _dot(q, w)
+        a = dot(q, w)
         w = _without(basis, w)
         b = norm(w)
         scale = jnp.maximum(scale, jnp.abs(a))
@@ -271,7 +270,7 @@ def _lanczos(
     T = jnp.diag(a) + jnp.diag(b[:-1], 1) + jnp.diag(b[:-1], -1)
     size = power(T)
     values, S = jnp.linalg.eigh(T / size)
-    return Ritz(size * values, S[0] ** 2, jnp.abs(b[-1] * S[-1]), jax.vmap(unravel)(_dot(S.T, basis)))
+    return Ritz(size * values, S[0] ** 2, jnp.abs(b[-1] * S[-1]), jax.vmap(unravel)(dot(S.T, basis)))
 
 
 class Spectrum(NamedTuple):
@@ -363,7 +362,7 @@ def density(found: Spectrum, points: Array, width: float | Array) -> Array:
 def _without(basis: Array, vector: Array) -> Array:
     """``(I - QᵀQ) v``, twice: what rounding leaves of the components the first time is gone the second."""
     for _ in range(2):
-        vector = vector - _dot(_dot(basis, vector), basis)
+        vector = vector - dot(dot(basis, vector), basis)
     return vector
 
 

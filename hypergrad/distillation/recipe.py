@@ -15,7 +15,7 @@ from hypergrad import constraints, data, nets
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.strategies import Adjoint, Stored
 from hypergrad.distillation.augment import Augmentation
-from hypergrad.optimizers.momentum import momentum as momentum_optimizer
+from hypergrad.optimizers.momentum_family import momentum as momentum_optimizer
 from hypergrad.training.inner_loop import train
 
 Network = tuple[Callable[[Array], PyTree], Callable[[PyTree, Array], Array]]

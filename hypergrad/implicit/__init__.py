@@ -20,8 +20,8 @@ The linear systems are solved by one of `hypergrad.linear`, whose names are publ
 """
 
 from hypergrad._base.errors import ConvergenceError, ZeroHypergradientWarning
+from hypergrad.implicit.approximate import Hoag, Hypergradient, hoag, hypergradient
 from hypergrad.implicit.decorators import host, minimizer, root
-from hypergrad.implicit.hoag import Hoag, Hypergradient, hoag, hypergradient
 from hypergrad.implicit.linear import (
     GMRES,
     ConjugateGradients,

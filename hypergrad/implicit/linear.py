@@ -31,7 +31,6 @@ symbol    name              meaning
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -41,10 +40,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg
 
 from hypergrad._base.errors import ConvergenceError, error_if
-from hypergrad._base.trees import PyTree, describe, floats, norm, power, shapes_of, sub
+from hypergrad._base.trees import PyTree, describe, dot, floats, norm, power, shapes_of, sub
 from hypergrad.curvature.spectra import Matvec, dense
-
-_dot = partial(jnp.matmul, precision="highest")
 
 
 class Solved(NamedTuple):
@@ -323,14 +320,14 @@ class Nystrom:
         # A little is added to the diagonal for the Cholesky factor, and taken off the eigenvalues again.
         shift = jnp.finfo(flat.dtype).eps * norm(sketch)
         sketch = sketch + shift * omega
-        lower = jnp.linalg.cholesky(_dot(omega, sketch.T))
+        lower = jnp.linalg.cholesky(dot(omega, sketch.T))
         half = jax.scipy.linalg.solve_triangular(lower, sketch, lower=True)
         _, sizes, U = jnp.linalg.svd(half, full_matrices=False)
         eigenvalues = jnp.maximum(sizes**2 - shift, 0)
 
         def inverse(v: Array) -> Array:
-            inside, rest = _dot(U, v), 1 / damping
-            return _dot(inside * (1 / (eigenvalues + damping) - rest), U) + v * rest
+            inside, rest = dot(U, v), 1 / damping
+            return dot(inside * (1 / (eigenvalues + damping) - rest), U) + v * rest
 
         first = ravel_pytree(_times(scale, start))[0]
         x = first + inverse(flat - product(first))

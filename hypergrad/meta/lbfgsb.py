@@ -61,7 +61,9 @@ class _Explosion(Exception):  # noqa: N818  (it stops SciPy, and is no error of 
     pass
 
 
-def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, list[History], str, bool]:
+def by_lbfgsb(
+    run: MetaRun, optimizer: LBFGSB, raw: PyTree
+) -> tuple[PyTree, list[History], str, bool, dict[int, float]]:
     """The outer loop with L-BFGS-B."""
     start = _flat(raw)
     bounds = _bounds(optimizer, raw, start)
@@ -69,7 +71,7 @@ def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, lis
     run = with_entries(run._replace(unit="evaluation"), optimizer=settings)
     journal = _Journal(run, raw, start)
     if run.steps == 0:
-        return raw, [], "", False
+        return raw, [], "", False, {}
     accepted = [start]
 
     def accept(point: np.ndarray) -> None:
@@ -100,7 +102,7 @@ def by_lbfgsb(run: MetaRun, optimizer: LBFGSB, raw: PyTree) -> tuple[PyTree, lis
             stopped, exploded = str(explosion), True
         journal.save()
     rows = [entry.row for entry in journal.done] + journal.unused
-    return _unflat(accepted[0], raw), rows, stopped, exploded
+    return _unflat(accepted[0], raw), rows, stopped, exploded, {}
 
 
 class _Journal:

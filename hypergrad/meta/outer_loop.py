@@ -166,11 +166,8 @@ def optimize(
         )
         excluding = {"explosion": str(explosion)} if seeds > 1 and averaged else {}
         run = traced.told(_about(run, about), excluding)
-        scores: dict[int, float] = {}
-        if isinstance(optimizer, LBFGSB):
-            raw, rows, stopped, exploded = by_lbfgsb(run, optimizer, raw)
-        else:
-            raw, rows, stopped, exploded, scores = by_optax(run, optimizer, raw)
+        solve: Any = by_optax if averaged else by_lbfgsb
+        raw, rows, stopped, exploded, scores = solve(run, optimizer, raw)
     if exploded:
         warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
     return Optimized(constrain(constraints, raw), raw, stack_rows(traced.row, rows), stopped, scores)

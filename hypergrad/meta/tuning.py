@@ -19,7 +19,7 @@ from hypergrad.constraints import Constraint, interval, positive, real
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize
 from hypergrad.meta.runs import History
-from hypergrad.optimizers.adam import adam
+from hypergrad.optimizers.adam_family import adam
 from hypergrad.optimizers.optax_interop import as_optax
 from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.training.arguments import checked_call

@@ -1,6 +1,6 @@
 """Optimizers, each a short program of moves (see `hypergrad.program`)."""
 
-from hypergrad.optimizers.adam import adam, adamax, adamw, amsgrad, nadam, radam
+from hypergrad.optimizers.adam_family import adam, adamax, adamw, amsgrad, nadam, radam
 from hypergrad.optimizers.adaptive import (
     adadelta,
     adagrad,
@@ -11,21 +11,21 @@ from hypergrad.optimizers.adaptive import (
 )
 from hypergrad.optimizers.average import with_average
 from hypergrad.optimizers.clipping import clip, clip_by_global_norm
+from hypergrad.optimizers.diagonal_curvature import gauss_newton_bartlett, hutchinson, sophia
 from hypergrad.optimizers.distances import dadapt_adamw, madgrad, prodigy
 from hypergrad.optimizers.factored import adafactor, novograd
-from hypergrad.optimizers.filtered import filtered
+from hypergrad.optimizers.kalman_filter import filtered
 from hypergrad.optimizers.kfac.adaptive import adaptive_kfac
 from hypergrad.optimizers.kfac.asynchrony import Asynchrony
 from hypergrad.optimizers.kfac.reversible import kfac
+from hypergrad.optimizers.kronecker import shampoo
+from hypergrad.optimizers.labels import frozen, partition
 from hypergrad.optimizers.layerwise import lamb, lars
-from hypergrad.optimizers.momentum import heavy_ball, momentum, nesterov, sgd
-from hypergrad.optimizers.muon import adamuon, muon, normuon
+from hypergrad.optimizers.momentum_family import heavy_ball, momentum, nesterov, sgd
+from hypergrad.optimizers.muon_family import adamuon, muon, normuon
 from hypergrad.optimizers.optax_interop import as_optax, from_optax
-from hypergrad.optimizers.partition import frozen, partition
 from hypergrad.optimizers.relatives import adabelief, ademamix, adopt, yogi
-from hypergrad.optimizers.shampoo import shampoo
 from hypergrad.optimizers.signs import cautious_adamw, grams, lion, signum
-from hypergrad.optimizers.sophia import gauss_newton_bartlett, hutchinson, sophia
 from hypergrad.optimizers.step_rules import expected_improvement, probability_of_improvement, quadratic
 
 __all__ = [

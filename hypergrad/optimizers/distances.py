@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import weight
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import weight
 from hypergrad.optimizers.scalars import number
 from hypergrad.program import SQUARES, Move, Optimizer, Remember, Scale, Shift, Total, Variable
 

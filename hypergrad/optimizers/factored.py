@@ -31,7 +31,7 @@ from jax import Array
 
 from hypergrad._base import trees
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
 from hypergrad.optimizers.scalars import number
 from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 

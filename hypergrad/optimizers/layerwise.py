@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad._base import trees
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import HYPERS, MOMENTS, direction, moments
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import HYPERS, MOMENTS, direction, moments
 from hypergrad.program import Move, Optimizer, Remember, Scale, Shift, Variable
 
 DOMAINS = {**ADAM_DOMAINS, "momentum": (0.0, 1.0), "trust_coefficient": (0.0, float("inf"))}

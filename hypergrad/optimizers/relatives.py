@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import HYPERS, MOMENTS, decayed, direction, unbiased
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import HYPERS, MOMENTS, decayed, direction, unbiased
 from hypergrad.program import SQUARES, Keep, Move, Optimizer, Scale, Shift, Variable
 
 START = 1e-6  # of Yogi's averages, as in optax

@@ -24,8 +24,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import HYPERS, MOMENTS, decayed, direction, moments
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import HYPERS, MOMENTS, decayed, direction, moments
 from hypergrad.program import Keep, Move, Optimizer, Scale, Shift, Variable
 
 SIGN = (-1.0, 0.0, 1.0)

@@ -18,7 +18,7 @@ from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Snapshot
 from hypergrad.adjoints.strategies import Adjoint
-from hypergrad.optimizers.momentum import momentum
+from hypergrad.optimizers.momentum_family import momentum
 from hypergrad.program import EXACT, STEP, AnyOptimizer
 from hypergrad.training.arguments import (
     check_examples,
@@ -119,11 +119,12 @@ def train(
     check_arrays(call, "meta", meta)
     params, split = _in_blocks(call, optimizer, params)
     leaves, structure, names = flat_params(call, params)
+    params = structure.unflatten(leaves)
     if isinstance(hypers, Mapping):
         hypers = schedules.values(dict(hypers), steps)
     fixed, scheduled = flat_hypers(call, optimizer, hypers, params, names, steps)
     at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
-    start, layout = optimizer.start(call, state, at_start, structure.unflatten(leaves))
+    start, layout = optimizer.start(call, state, at_start, params)
     first, exact = continued(call, state)
     numbers = first + np.arange(steps, dtype=np.int32)
     batches, batch = _batches(call, optimizer, batches, numbers)

@@ -9,7 +9,7 @@ from jax import Array
 
 from hypergrad._base.trees import PyTree, power
 from hypergrad.curvature.likelihoods import Likelihood
-from hypergrad.optimizers.adam import unbiased
+from hypergrad.optimizers.adam_family import unbiased
 from hypergrad.optimizers.kfac import layers
 from hypergrad.optimizers.kfac.damping import AXES, damped, factor_start, inverse, precondition
 from hypergrad.optimizers.kfac.layers import Fisher, Network

@@ -67,12 +67,11 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad._base.devices import Evaluate, in_turn
-from hypergrad._base.trees import PyTree, power
+from hypergrad._base.trees import PyTree, dot, einsum, power
 from hypergrad.curvature.likelihoods import Likelihood
 from hypergrad.program import Blocks
 
 POWER_ITERATIONS = 5  # on digits and other non-negative inputs, within 1e-3 of the first singular value
-dot = partial(jnp.matmul, precision="highest")  # an accelerator's default keeps too few digits for inverses
 Network = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
 
 
@@ -533,10 +532,10 @@ def rank_one(matrices: Array) -> tuple[Array, Array]:
     matrices = matrices / scale
     squares = jnp.sum(matrices**2, axis=2)
     longest = jax.nn.one_hot(jnp.argmax(squares, axis=1), matrices.shape[1], dtype=matrices.dtype)
-    v = jnp.einsum("mr,mrc->mc", longest, matrices, precision="highest")
+    v = einsum("mr,mrc->mc", longest, matrices)
     for _ in range(POWER_ITERATIONS):
-        u = _unit(jnp.einsum("mrc,mc->mr", matrices, v, precision="highest"))
-        v = _unit(jnp.einsum("mrc,mr->mc", matrices, u, precision="highest"))
+        u = _unit(einsum("mrc,mc->mr", matrices, v))
+        v = _unit(einsum("mrc,mr->mc", matrices, u))
     fourth = jnp.sum(squares, axis=1)[:, None]
     root = jnp.sqrt(scale) * jnp.where(fourth > 0, fourth, 1) ** 0.25
     return root * u, root * v

@@ -9,7 +9,7 @@ from jax import Array
 
 from hypergrad._base.trees import PyTree
 from hypergrad.curvature.likelihoods import Likelihood
-from hypergrad.optimizers.adam import unbiased
+from hypergrad.optimizers.adam_family import unbiased
 from hypergrad.optimizers.kfac import asynchrony as late
 from hypergrad.optimizers.kfac import layers
 from hypergrad.optimizers.kfac.asynchrony import Asynchrony

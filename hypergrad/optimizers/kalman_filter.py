@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.curvature import per_example
+from hypergrad.curvature.examples import Moments
+from hypergrad.curvature.examples import moments as moments_of
 from hypergrad.optimizers import roots
 from hypergrad.optimizers.step_rules import Improvement, Rule
 from hypergrad.program import Examples, GenericOptimizer, StepContext
@@ -166,11 +167,9 @@ def filtered(
     def update(
         h: Mapping[str, Array], examples: Examples, state: Filter, params: PyTree, context: StepContext
     ) -> tuple[PyTree, Filter]:
-        def moments(direction: PyTree) -> tuple[per_example.Moments, PyTree, Array]:
+        def moments(direction: PyTree) -> tuple[Moments, PyTree, Array]:
             """Over the minibatch; then ``B v`` and the inflated ``Q``, for the direction ``v``."""
-            found = per_example.moments(
-                examples.loss, params, examples.batch, direction=direction, chunk=chunk
-            )
+            found = moments_of(examples.loss, params, examples.batch, direction=direction, chunk=chunk)
             assert found.hvp is not None
             return found, found.hvp.mean, h["curvature_inflation"] * found.hvp.average
 

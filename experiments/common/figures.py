@@ -1,7 +1,9 @@
-"""Figures for people: labelled, readable in grey.  The only module that imports matplotlib."""
+"""Figures for people: labelled, in colours that the colour-blind tell apart and that also read in grey.
+
+The only module that imports matplotlib.
+"""
 
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +14,12 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
-from hypergrad.files import replace_file, versions
+from experiments.common import records
+from hypergrad.files import replace_file
 
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
-GREYS = ("0.0", "0.35", "0.55", "0.7")
+# Paul Tol's high-contrast colours and black; their lightness in CIELAB is 0, 29, 50 and 73.
+COLOURS = ("#000000", "#004488", "#BB5566", "#DDAA33")
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, Any]:
@@ -31,8 +35,18 @@ def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 
     return made, made.subplots(rows, columns, squeeze=False)
 
 
+def look(k: int, **more: Any) -> dict[str, Any]:
+    """How the ``k``-th curve is drawn: dashes and colour, and what is given more."""
+    return {"linestyle": LINES[k % len(LINES)], "color": COLOURS[k % len(COLOURS)]} | more
+
+
+def shades(count: int) -> Any:
+    """So many colours from dark to light, for more curves than `look` tells apart."""
+    return matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
+
+
 def lines(axes: matplotlib.axes.Axes, curves: Mapping[str, Any], **style: Any) -> None:
-    """One line per curve against its index, told apart by dashes and shade and not by colour alone.
+    """One line per curve against its index, told apart by dashes and lightness and not by colour alone.
 
     Args:
       axes: to draw in.
@@ -40,8 +54,8 @@ def lines(axes: matplotlib.axes.Axes, curves: Mapping[str, Any], **style: Any) -
       style: passed to matplotlib's ``plot``.
     """
     for k, (name, values) in enumerate(curves.items()):
-        look = {"linestyle": LINES[k % len(LINES)], "color": GREYS[k % len(GREYS)], "linewidth": 1.4}
-        axes.plot(np.arange(len(values)), np.asarray(values), label=name, **(look | style))
+        drawn = look(k, linewidth=1.4) | style
+        axes.plot(np.arange(len(values)), np.asarray(values), label=name, **drawn)
     axes.grid(alpha=0.25)
     axes.legend(fontsize="small")
 
@@ -98,15 +112,14 @@ def images(
 
 
 def save(made: matplotlib.figure.Figure, path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write a figure as PNG and, beside it, the JSON of what made it; each atomically.
+    """Write a figure as PNG and, beside it, the record of what made it; each atomically.
 
     Args:
       made: the figure.
-      path: of the PNG; the JSON has the suffix ``.json`` instead.
-      record: configuration, seed, results: anything JSON can hold; versions are added.
+      path: of the PNG, in a folder that is made where it is missing; the record has the suffix ``.json``.
+      record: configuration, seed, results: anything that `records.plain` makes JSON of; versions are added.
     """
     buffer = io.BytesIO()
     made.savefig(buffer, format="png", dpi=130)
-    text = json.dumps(dict(record) | {"versions": versions()}, indent=1) + "\n"
+    records.write(Path(path).with_suffix(".json"), record)
     replace_file(path, buffer.getvalue())
-    replace_file(Path(path).with_suffix(".json"), text.encode())

@@ -21,7 +21,7 @@ from hypergrad.bilevel.steps import (
     starting_from,
     stepped,
 )
-from hypergrad.optimizers.momentum import sgd
+from hypergrad.optimizers.momentum_family import sgd
 from hypergrad.program import Optimizer
 from hypergrad.training.inner_loop import train
 

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.curvature.likelihoods import Likelihood
-from hypergrad.optimizers.adam import DOMAINS as ADAM_DOMAINS
-from hypergrad.optimizers.adam import decayed, unbiased
+from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
+from hypergrad.optimizers.adam_family import decayed, unbiased
 from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
 PyTree = Any

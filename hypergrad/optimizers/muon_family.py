@@ -29,7 +29,7 @@ from jax import Array
 
 from hypergrad._base import trees
 from hypergrad.optimizers import roots
-from hypergrad.optimizers.adam import decayed, unbiased
+from hypergrad.optimizers.adam_family import decayed, unbiased
 from hypergrad.optimizers.scalars import number
 from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
