@@ -19,19 +19,18 @@ class Constraint(NamedTuple):
     """A smooth bijection between raw numbers and a domain; all but `ascending` act element by element.
 
     Args:
-        to_constrained: raw array -> array of the same shape and dtype inside the domain.
-        to_raw: its inverse; not finite exactly where its argument is outside the domain.
-        name: what error messages and checkpoints call it.
-        domain: the domain in words, for error messages.
+      to_constrained: raw array -> array of the same shape and dtype inside the domain.
+      to_raw: its inverse; not finite exactly where its argument is outside the domain.
+      name: what error messages and checkpoints call it.
+      domain: the domain in words, for error messages.
 
     Returns:
-        A Constraint; it is a leaf wherever this library takes a tree of constraints.
+      A Constraint; it is a leaf wherever this library takes a tree of constraints.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> cube = Constraint(lambda raw: raw**3, jnp.cbrt, "cube", "all real numbers")
-        >>> float(cube.to_constrained(jnp.float32(2.0)))
-        8.0
+    >>> import jax.numpy as jnp
+    >>> cube = Constraint(lambda raw: raw**3, jnp.cbrt, "cube", "all real numbers")
+    >>> float(cube.to_constrained(jnp.float32(2.0)))
+    8.0
     """
 
     to_constrained: Callable[[jax.Array], jax.Array]
@@ -71,19 +70,18 @@ def interval(low: float, high: float) -> Constraint:
     """Values strictly between two numbers: `value = low + (high - low) / (1 + exp(-raw))`.
 
     Args:
-        low: lower end, finite.
-        high: upper end, finite, above `low`.
+      low: lower end, finite.
+      high: upper end, finite, above `low`.
 
     Returns:
-        The Constraint.
+      The Constraint.
 
     Raises:
-        ValueError: the ends are not finite or not in order.
+      ValueError: the ends are not finite or not in order.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> float(interval(-1.0, 3.0).to_constrained(jnp.float32(0.0)))
-        1.0
+    >>> import jax.numpy as jnp
+    >>> float(interval(-1.0, 3.0).to_constrained(jnp.float32(0.0)))
+    1.0
     """
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
@@ -150,21 +148,20 @@ def constrain(constraints: PyTree, raw: PyTree) -> PyTree:
     """Map raw values into their domains, `value = to_constrained(raw)`; differentiable, jittable.
 
     Args:
-        constraints: one Constraint, or a tree of them that is a prefix of `raw`.
-        raw: tree of floating-point arrays of any shapes.
+      constraints: one Constraint, or a tree of them that is a prefix of `raw`.
+      raw: tree of floating-point arrays of any shapes.
 
     Returns:
-        The tree of `raw` with values inside the domains. The maps saturate just inside the ends
-        (with zero derivative there), so the result never rounds onto an end of its domain.
+      The tree of `raw` with values inside the domains. The maps saturate just inside the ends (with zero
+      derivative there), so the result never rounds onto an end of its domain.
 
     Raises:
-        TypeError: a leaf of `constraints` is not a Constraint.
-        ValueError: `constraints` is not a prefix of `raw`.
+      TypeError: a leaf of `constraints` is not a Constraint.
+      ValueError: `constraints` is not a prefix of `raw`.
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> constrain({"momentum": unit, "rate": positive}, {"momentum": 0.0, "rate": 0.0})
-        {'momentum': Array(0.5, dtype=float32), 'rate': Array(1., dtype=float32)}
+    >>> import jax.numpy as jnp
+    >>> constrain({"momentum": unit, "rate": positive}, {"momentum": 0.0, "rate": 0.0})
+    {'momentum': Array(0.5, dtype=float32), 'rate': Array(1., dtype=float32)}
     """
     spread = _spread("constrain", constraints, raw)
     return jax.tree.map(lambda leaf, constraint: constraint.to_constrained(_strong(leaf)), raw, spread)
@@ -174,20 +171,19 @@ def unconstrain(constraints: PyTree, values: PyTree) -> PyTree:
     """Map values to raw ones, `raw = to_raw(value)`: the inverse of `constrain`.
 
     Args:
-        constraints: one Constraint, or a tree of them that is a prefix of `values`.
-        values: tree of floating-point arrays of any shapes, each inside its domain.
+      constraints: one Constraint, or a tree of them that is a prefix of `values`.
+      values: tree of floating-point arrays of any shapes, each inside its domain.
 
     Returns:
-        The tree of `values` with raw values.
+      The tree of `values` with raw values.
 
     Raises:
-        TypeError: a leaf of `constraints` is not a Constraint, or a value is not floating-point.
-        ValueError: `constraints` is not a prefix of `values`, or a value is outside its domain
-            (values traced by `jax.jit` cannot be looked at and are not checked).
+      TypeError: a leaf of `constraints` is not a Constraint, or a value is not floating-point.
+      ValueError: `constraints` is not a prefix of `values`, or a value is outside its domain (values traced
+        by `jax.jit` cannot be looked at and are not checked).
 
-    Example:
-        >>> float(unconstrain(unit, 0.5))
-        0.0
+    >>> float(unconstrain(unit, 0.5))
+    0.0
     """
     spread = _spread("unconstrain", constraints, values)
 

@@ -108,10 +108,10 @@ def digits() -> Dataset:
 
     Returns a Dataset with images (n, 8, 8) and 10 classes.
 
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+
     >>> digits().train_images.shape
     (1437, 8, 8)
-
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     from sklearn.datasets import load_digits  # here, since it takes a second to import
 
@@ -134,11 +134,11 @@ def mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     `np.rint(255 * images)` gives the bytes back.
     Raises DataError where a file is missing or its md5 is not the original's.
 
-    >>> mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
-    array([5, 0, 4, 1, 9], dtype=int32)
-
     Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning applied to
     document recognition, Proc. IEEE 86, 1998.
+
+    >>> mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
+    array([5, 0, 4, 1, 9], dtype=int32)
     """
     return _load("mnist", f"mnist(directory={directory!r})", directory)
 
@@ -153,10 +153,10 @@ def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     `np.rint(255 * images)` gives the bytes back.
     Raises DataError where a file is missing or its md5 is not the original's.
 
+    Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
+
     >>> fashion_mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
     array([9, 0, 0, 3, 0], dtype=int32)
-
-    Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
     """
     return _load("fashion-mnist", f"fashion_mnist(directory={directory!r})", directory)
 
@@ -177,11 +177,11 @@ def omniglot(
     Raises DataError where the file is missing, damaged or another one, ValueError for alphabets that
     it does not have, or none at all.
 
-    >>> omniglot("path/to/data", ["Hebrew"]).images.shape  # doctest: +SKIP
-    (22, 20, 28, 28)
-
     Source: B. M. Lake, R. Salakhutdinov, J. B. Tenenbaum, Human-level concept learning through
     probabilistic program induction, Science 350, 2015.
+
+    >>> omniglot("path/to/data", ["Hebrew"]).images.shape  # doctest: +SKIP
+    (22, 20, 28, 28)
     """
     call = f"omniglot(directory={directory!r}, alphabets={alphabets!r})"
     file = "omniglot_28.npz"
@@ -229,11 +229,11 @@ def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
     Returns a Table of zeros and ones; label 1 is an income above 50,000 dollars (+1 in the file).
     Raises DataError where a file is missing or its md5 is not the original's.
 
-    >>> a9a("path/to/data").train_inputs.shape  # doctest: +SKIP
-    (32561, 123)
-
     Source: J. Platt, Fast training of support vector machines using sequential minimal
     optimization, 1998; R. Kohavi, UCI, 1996.
+
+    >>> a9a("path/to/data").train_inputs.shape  # doctest: +SKIP
+    (32561, 123)
     """
     from sklearn.datasets import load_svmlight_file  # here, since it takes a second to import
 
@@ -258,13 +258,13 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     Raises DataError where the file is missing or unreadable, is not gzip though named `.gz`, is
     not IDX, ends too early, or goes on after its last element.
 
+    Source: the IDX format as MNIST's authors give it on the data set's page.
+
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "pair-idx1-ubyte"
     >>> _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 5, 7]))
     >>> read_idx(path)
     array([5, 7], dtype=uint8)
-
-    Source: the IDX format as MNIST's authors give it on the data set's page.
     """
     call = f"read_idx({str(path)!r})"
     try:

@@ -41,6 +41,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Integer, UInt8, UInt32, UInt64
+
+# Shapes: "*leaf" is that of an array, "*factor" that or (), where one factor is for the whole array.
+Floats = Float[Array, "*leaf"]
+Words = UInt32[Array, "*leaf"]
+Bytes = UInt8[Array, "*leaf"]
+Factors = Float[Array, "*factor"]
+Numerators = UInt64[Array, "*factor"]
+Bits = Int64[Array, "*factor"]
+Flags = Bool[Array, "*factor"]
+Tape = UInt8[Array, "..."]  # (rows, *leaf) for one factor, (bytes,) for one for every element
 
 DIGITS = 32  # binary digits of a factor, and of a low word
 BASE = 1 << DIGITS  # common denominator of all factors
@@ -60,19 +71,19 @@ HEADROOM = {1: 32, 2: 50}
 class Fixed(NamedTuple):
     """Fixed-point numbers of one array (see the table above)."""
 
-    high: Array
-    low: tuple[Array, ...]
-    radix: Array
+    high: Int64[Array, "*leaf"]
+    low: tuple[Words, ...]
+    radix: Int32[Array, ""]
 
 
 class Buffer(NamedTuple):
     """Information buffer of one array: what scaling it has destroyed (see the table above)."""
 
-    register: Array
-    bits: Array
+    register: Words
+    bits: Bits
 
 
-def fitted(radix: Array, largest: Array, words: int) -> Array:
+def fitted(radix: Int32[Array, "..."], largest: Float64[Array, "..."], words: int) -> Int32[Array, "..."]:
     """The radix of arrays that are all zero so far, now that numbers are added; others keep theirs.
 
     The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
@@ -90,13 +101,13 @@ def fitted(radix: Array, largest: Array, words: int) -> Array:
         return jnp.where(usable, best.astype(jnp.int32), radix)
 
 
-def largest(x: Array) -> Array:
+def largest(x: Floats) -> Float64[Array, ""]:
     """The largest ``|x|`` in float64; 0 of no elements."""
     with jax.enable_x64(True):
         return jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
 
 
-def _power(exponent: Array) -> Array:
+def _power(exponent: Int[Array, "..."]) -> Float64[Array, "..."]:
     """``2**exponent`` in float64, for ``|exponent| < 1023``, from its bits."""
     biased = (exponent.astype(jnp.int64) + 1023) << 52
     return jax.lax.bitcast_convert_type(biased, jnp.float64)
@@ -105,7 +116,7 @@ def _power(exponent: Array) -> Array:
 MAGIC = 1.5 * 2.0**52  # the last bit of a float of this size counts ones
 
 
-def _to_integer(x: Array) -> Array:
+def _to_integer(x: Float64[Array, "..."]) -> Int64[Array, "..."]:
     """The integer nearest to a float64 below ``2**51`` in size, as int64.
 
     Compilers and processors convert words of 64 bits one by one; this is an addition, and a subtraction.
@@ -114,18 +125,20 @@ def _to_integer(x: Array) -> Array:
     return ones - int(np.float64(MAGIC).view(np.int64))
 
 
-def _from_integer(x: Array) -> Array:
+def _from_integer(x: Int64[Array, "..."]) -> Float64[Array, "..."]:
     """An int64 below ``2**51`` in size as float64: `_to_integer` the other way."""
     return jax.lax.bitcast_convert_type(x + int(np.float64(MAGIC).view(np.int64)), jnp.float64) - MAGIC
 
 
-def _from_word(x: Array) -> Array:
+def _from_word(x: Integer[Array, "..."]) -> Float64[Array, "..."]:
     """The float64 nearest to an integer of 64 bits, signed or not."""
     upper = _from_integer((x >> DIGITS).astype(jnp.int64))
     return upper * BASE + _from_integer(_lower(x).astype(jnp.int64))
 
 
-def _digits(x: Array, radix: Array, words: int) -> tuple[Array, tuple[Array, ...]]:
+def _digits(
+    x: Floats, radix: Int32[Array, ""], words: int
+) -> tuple[Int64[Array, "*leaf"], tuple[Words, ...]]:
     """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
     wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
     # A NaN is not below the limit either: `fits` must see it.
@@ -151,14 +164,14 @@ def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
         return Fixed(jnp.zeros(shape, jnp.int64), low, jnp.int32(radix))
 
 
-def to_fixed(x: Array, radix: Array | int, words: int = 1) -> Fixed:
+def to_fixed(x: Floats, radix: Int32[Array, ""] | int, words: int = 1) -> Fixed:
     """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
     with jax.enable_x64(True):
         radix = jnp.asarray(radix, jnp.int32)
         return Fixed(*_digits(x, radix, words), radix)
 
 
-def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Array:
+def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
     """The float nearest to a fixed-point number, but for rounding twice."""
     with jax.enable_x64(True):
         radix = jnp.where(number.radix == UNSET, 0, number.radix)
@@ -168,13 +181,13 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Array:
         return (total * _power(-radix)).astype(dtype)
 
 
-def fits(number: Fixed) -> Array:
+def fits(number: Fixed) -> Bool[Array, ""]:
     """Whether every element is inside the range: ``all(|high| < 2**62)``."""
     with jax.enable_x64(True):
         return jnp.all((number.high < LIMIT) & (number.high > -LIMIT))
 
 
-def shift(number: Fixed, amount: Array) -> Fixed:
+def shift(number: Fixed, amount: Floats) -> Fixed:
     """Add the fixed-point number nearest to the amount; `unshift` undoes it, whatever happens.
 
     A number that has no radix yet is zero and takes the one that suits the amount.
@@ -183,7 +196,7 @@ def shift(number: Fixed, amount: Array) -> Fixed:
     return shift_settled(number._replace(radix=radix), amount)
 
 
-def shift_settled(number: Fixed, amount: Array) -> Fixed:
+def shift_settled(number: Fixed, amount: Floats) -> Fixed:
     """`shift` of a number that has its radix."""
     with jax.enable_x64(True):
         high, low = _digits(amount, number.radix, len(number.low))
@@ -196,7 +209,7 @@ def shift_settled(number: Fixed, amount: Array) -> Fixed:
         return Fixed(number.high + high + carry.astype(jnp.int64), tuple(sums), number.radix)
 
 
-def unshift(number: Fixed, amount: Array) -> Fixed:
+def unshift(number: Fixed, amount: Floats) -> Fixed:
     """Undo `shift` by the same amount."""
     with jax.enable_x64(True):
         high, low = _digits(amount, number.radix, len(number.low))
@@ -209,7 +222,7 @@ def unshift(number: Fixed, amount: Array) -> Fixed:
         return Fixed(high, tuple(rests), number.radix)
 
 
-def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
+def coarseness(radix: Int32[Array, ""], words: int, amount: Floats, part: float) -> Float64[Array, "*leaf"]:
     """By how much rounding takes more than a part of what is added, ``min(|a|, u/2) - part |a|``.
 
     Args:
@@ -224,7 +237,7 @@ def coarseness(radix: Array, words: int, amount: Array, part: float) -> Array:
         return jnp.minimum(size, half) - part * size
 
 
-def numerator(factor: Array) -> Array:
+def numerator(factor: Array) -> Numerators:
     """``n`` such that ``n / 2**32`` is the ratio nearest to ``factor``, as uint64.
 
     Factors outside ``[2**-7, 1]`` give 0, which `scale` must not be given; check with `admissible`.
@@ -235,7 +248,7 @@ def numerator(factor: Array) -> Array:
         return jnp.where(inside, wide, 0.0).astype(jnp.uint64)
 
 
-def complement(a: Array, b: Array) -> Array:
+def complement(a: Factors, b: Factors) -> Numerators:
     """The numerator of the ratio nearest to ``1 - a b``, which floats would round when ``a b`` is small.
 
     Its sum is one of integers, so that no compiler changes its bits by rounding ``1 - a b`` only once.
@@ -246,19 +259,19 @@ def complement(a: Array, b: Array) -> Array:
         return jnp.where(inside, wide, 0.0).astype(jnp.uint64)
 
 
-def spread(n: Array, shape: tuple[int, ...]) -> Array:
+def spread(n: Array, shape: tuple[int, ...]) -> Numerators:
     """A numerator as `scale` wants it: a scalar for the whole array, or one for every element."""
     n = jnp.asarray(n)
     return n.reshape(()) if n.size == 1 else jnp.broadcast_to(n, shape)
 
 
-def admissible(n: Array) -> Array:
+def admissible(n: Numerators) -> Bool[Array, ""]:
     """Whether all numerators are usable: ``2**25 <= n <= 2**32``."""
     with jax.enable_x64(True):
         return jnp.all((n >= jnp.uint64(BASE * SMALLEST_FACTOR)) & (n <= jnp.uint64(BASE)))
 
 
-def quantised(factor: Array, n: Array) -> Array:
+def quantised(factor: Factors, n: Numerators) -> Factors:
     """The factor that a numerator stands for, ``n / 2**32``, in the type of the factor.
 
     Where the factor cannot be undone and has no numerator, it is the factor itself.
@@ -268,7 +281,7 @@ def quantised(factor: Array, n: Array) -> Array:
         return jnp.where(n > 0, ratio, factor)
 
 
-def cost(n: Array) -> Array:
+def cost(n: Numerators) -> Bits:
     """Growth of the buffer per element in one scale by ``n``: ``log2(2**32 / n)``, in ``2**-40`` bits."""
     with jax.enable_x64(True):
         bits = DIGITS - jnp.log2(jnp.maximum(n, jnp.uint64(1)).astype(jnp.float64)) + ROUNDING
@@ -281,7 +294,7 @@ def cost_of_levels(levels: int) -> int:
     return math.ceil(math.log2(levels) * BIT)
 
 
-def spilled(bits: Array) -> Array:
+def spilled(bits: Bits) -> Int32[Array, "*factor"]:
     """Bytes per element that have left the register when the buffer's bound stands at ``bits``.
 
     As int32: indices of 64 bits do not survive ``vmap`` and ``jit`` with JAX's 64-bit mode off.
@@ -290,13 +303,13 @@ def spilled(bits: Array) -> Array:
         return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT))).astype(jnp.int32)
 
 
-def tape_length(bits: Array) -> Array:
+def tape_length(bits: Bits) -> Int64[Array, ""]:
     """Length of tape that ``bits`` needs: rows (one factor per array) or bytes (one per element)."""
     with jax.enable_x64(True):
         return jnp.sum(spilled(bits).astype(jnp.int64))
 
 
-def empty_bits(shape: tuple[int, ...]) -> Array:
+def empty_bits(shape: tuple[int, ...]) -> Bits:
     """Bound of an empty buffer, for factors of the given shape."""
     with jax.enable_x64(True):
         return jnp.full(shape, MARGIN * BIT, jnp.int64)
@@ -319,7 +332,7 @@ def torn_off(buffer: Buffer) -> Buffer:
         return Buffer(buffer.register, buffer.bits - 8 * BIT * spilled(buffer.bits).astype(jnp.int64))
 
 
-def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Array:
+def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Tape:
     """A tape for the bytes of an array's buffer; ``length`` in rows or bytes, from `tape_length`."""
     # A row is written at every step: one row of slack takes what will not stay.
     return jnp.zeros((length + 1, *(shape if factor_shape == () else ())), jnp.uint8)
@@ -333,7 +346,7 @@ _COEFFICIENTS = [round(float(c) * BASE) for c in np.asarray(_POWER.coef, float)]
 _COEFFICIENTS[0] -= 64
 
 
-def _bound(bits: Array) -> Array:
+def _bound(bits: Bits) -> Numerators:
     """``I = floor(2**bits)`` of a register, to 2**-23 of itself and never above; by integers alone.
 
     Both directions must find the same, which exponentials of floats do not promise.
@@ -356,10 +369,10 @@ class Ratio(NamedTuple):
       new: ``I'``, when the byte has not left yet.
     """
 
-    n: Array
-    full: Array
-    old: Array
-    new: Array
+    n: Numerators
+    full: Flags
+    old: Numerators
+    new: Numerators
 
 
 class Growth(NamedTuple):
@@ -371,12 +384,12 @@ class Growth(NamedTuple):
       ratio: by what it is scaled.
     """
 
-    before: Array
-    after: Array
+    before: Bits
+    after: Bits
     ratio: Ratio
 
 
-def growth(bits: Array, n: Array, undo: bool = False) -> Growth:
+def growth(bits: Bits, n: Numerators, undo: bool = False) -> Growth:
     """How a buffer with these bits grows by a scale; to undo that, how it has grown."""
     with jax.enable_x64(True):
         before, after = (bits - cost(n), bits) if undo else (bits, bits + cost(n))
@@ -385,7 +398,7 @@ def growth(bits: Array, n: Array, undo: bool = False) -> Growth:
         return Growth(before, after, Ratio(n, full, _bound(before), jnp.where(full, new << 8, new)))
 
 
-def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer, Array]:
+def scale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fixed, Buffer, Tape]:
     """Multiply by ``n / 2**32`` exactly, keeping what is destroyed in the buffer.
 
     With ``c`` the number in units of its last digit, ``d = 2**32`` and ``i < I`` the buffer::
@@ -426,7 +439,7 @@ def scale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, 
     return number, Buffer(register, grown.after), written(tape, byte, grown.ratio.full, grown.before)
 
 
-def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed, Buffer]:
+def unscale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fixed, Buffer]:
     """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
     grown = growth(buffer.bits, n, undo=True)
     byte = read(tape, grown.ratio.full, grown.before, buffer.register.shape)
@@ -434,7 +447,7 @@ def unscale(number: Fixed, buffer: Buffer, tape: Array, n: Array) -> tuple[Fixed
     return number, Buffer(register, grown.before)
 
 
-def scaled(number: Fixed, register: Array, ratio: Ratio) -> tuple[Fixed, Array, Array]:
+def scaled(number: Fixed, register: Words, ratio: Ratio) -> tuple[Fixed, Words, Bytes]:
     """`scale` without the tape: the number, the register, and the byte that left it if one did."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
@@ -452,7 +465,7 @@ def scaled(number: Fixed, register: Array, ratio: Ratio) -> tuple[Fixed, Array, 
         return Fixed(high, tuple(low), number.radix), register, byte
 
 
-def unscaled(number: Fixed, register: Array, byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
+def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple[Fixed, Words]:
     """Undo `scaled`."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
@@ -475,7 +488,7 @@ def unscaled(number: Fixed, register: Array, byte: Array, ratio: Ratio) -> tuple
         return Fixed(high, low, number.radix), (q - word * old).astype(jnp.uint32)
 
 
-def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer, Array]:
+def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) -> tuple[Buffer, Tape]:
     """Keep a digit ``0 ... levels - 1`` of every element: ``i <- i levels + digit``.
 
     >>> import jax.numpy as jnp
@@ -493,7 +506,7 @@ def push(digit: Array, levels: int, buffer: Buffer, tape: Array) -> tuple[Buffer
         return Buffer(register, bits), written(tape, byte, full, buffer.bits)
 
 
-def pop(levels: int, buffer: Buffer, tape: Array) -> tuple[Array, Buffer]:
+def pop(levels: int, buffer: Buffer, tape: Tape) -> tuple[Int32[Array, "*leaf"], Buffer]:
     """Undo `push`: the digit, int32, and the buffer as it was."""
     with jax.enable_x64(True):
         bits = buffer.bits - cost_of_levels(levels)
@@ -503,7 +516,7 @@ def pop(levels: int, buffer: Buffer, tape: Array) -> tuple[Array, Buffer]:
         return (longer - register * levels).astype(jnp.int32), Buffer(register.astype(jnp.uint32), bits)
 
 
-def _quotient(dividend: Array, divisor: Array) -> Array:
+def _quotient(dividend: UInt64[Array, "*leaf"], divisor: Numerators) -> UInt64[Array, "*leaf"]:
     """A quotient below ``2**32`` of unsigned 64-bit numbers, the divisor below ``2**62``.
 
     By floats, whose quotient is out by one at most, and then put right: processors have no fast division of
@@ -516,24 +529,29 @@ def _quotient(dividend: Array, divisor: Array) -> Array:
     return quotient.astype(jnp.uint64)
 
 
-def _lower(word: Array) -> Array:
+def _lower(word: UInt64[Array, "..."]) -> UInt64[Array, "..."]:
     """The low 32 bits of a word."""
     return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
-def _cut(register: Array, full: Array) -> tuple[Array, Array]:
+def _cut(register: Words, full: Flags) -> tuple[Array, Array]:
     """Take a byte off registers that have become too long; and the byte."""
     byte = register.astype(jnp.uint8)
     return jnp.where(full, register >> 8, register).astype(jnp.uint32), byte
 
 
-def _uncut(register: Array, byte: Array, full: Array) -> Array:
+def _uncut(register: Words, byte: Bytes, full: Flags) -> Words:
     """Undo `_cut`: the long register as it was."""
     register = register.astype(jnp.uint64)
     return jnp.where(full, (register << 8) | byte.astype(jnp.uint64), register)
 
 
-def written(tape: Array, byte: Array, full: Array, before: Array) -> Array:
+def written(
+    tape: Tape,
+    byte: Bytes,
+    full: Flags,
+    before: Bits,
+) -> Tape:
     """The tape with the byte that left the registers."""
     start = spilled(before)
     if before.ndim == 0:
@@ -544,7 +562,12 @@ def written(tape: Array, byte: Array, full: Array, before: Array) -> Array:
     return tape.at[place].set(byte.ravel(), mode="drop")
 
 
-def read(tape: Array, full: Array, before: Array, shape: tuple[int, ...]) -> Array:
+def read(
+    tape: Tape,
+    full: Flags,
+    before: Bits,
+    shape: tuple[int, ...],
+) -> Bytes:
     """The byte that `written` wrote, for an array of this shape."""
     start = spilled(before)
     if before.ndim == 0:
@@ -552,6 +575,6 @@ def read(tape: Array, full: Array, before: Array, shape: tuple[int, ...]) -> Arr
     return tape.at[_places(start, full)].get(mode="fill", fill_value=0).reshape(shape)
 
 
-def _places(start: Array, full: Array) -> Array:
+def _places(start: Int32[Array, ""], full: Flags) -> Int32[Array, "*leaf"]:
     """Where on a dense tape the bytes of the full registers stand, behind all earlier ones."""
     return jnp.sum(start, dtype=jnp.int32) + jnp.cumsum(full.ravel(), dtype=jnp.int32) - 1

@@ -69,22 +69,21 @@ def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None
     """Write a tree of arrays to one .npz file, atomically: the file is the old or the new one.
 
     Args:
-        path: file to write; its folder must exist. No suffix is added. Being killed in the middle
-            of a write may leave a hidden `.tmp` file beside it, which the next write removes.
-        tree: dicts with string keys, lists, tuples and NamedTuples of arrays of numbers.
-        metadata: anything `json.dumps` takes, under any names.
+      path: file to write; its folder must exist. No suffix is added. Being killed in the middle of a write
+        may leave a hidden `.tmp` file beside it, which the next write removes.
+      tree: dicts with string keys, lists, tuples and NamedTuples of arrays of numbers.
+      metadata: anything `json.dumps` takes, under any names.
 
     Raises:
-        TypeError: a leaf is not an array of numbers, a container is empty, a dict key is not a
-            string, or the metadata is not JSON.
-        OSError: the file cannot be written; an old one is as it was.
+      TypeError: a leaf is not an array of numbers, a container is empty, a dict key is not a string, or the
+        metadata is not JSON.
+      OSError: the file cannot be written; an old one is as it was.
 
-    Example:
-        >>> import os, tempfile, numpy as np
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(os.path.join(folder, "run.npz"), {"rate": np.ones(2)}, steps=100)
-        ...     load(os.path.join(folder, "run.npz"))
-        ({'rate': array([1., 1.])}, {'steps': 100})
+    >>> import os, tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "run.npz"), {"rate": np.ones(2)}, steps=100)
+    ...     load(os.path.join(folder, "run.npz"))
+    ({'rate': array([1., 1.])}, {'steps': 100})
     """
     # None and empty containers are made leaves so that they are refused instead of dropped.
     leaves = jax.tree.leaves_with_path(
@@ -109,11 +108,11 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file atomically: whoever reads it, and whenever we are killed, finds the old or the new one.
 
     Args:
-        path: file to write; its folder must exist.
-        content: of the file.
+      path: file to write; its folder must exist.
+      content: of the file.
 
     Raises:
-        OSError: it cannot be written, for example because the disk is full; an old file is as it was.
+      OSError: it cannot be written, for example because the disk is full; an old file is as it was.
     """
     target = _real(path)
     _clear_orphans(target)
@@ -179,22 +178,21 @@ def locked(path: str | os.PathLike[str], call: str) -> Iterator[None]:
     that ends.  On a file system without locks there is a warning, and nothing is kept out.
 
     Args:
-        path: the file; it need not exist.
-        call: what the user called, with the path in it, for messages.
+      path: the file; it need not exist.
+      call: what the user called, with the path in it, for messages.
 
     Returns:
-        A context manager.
+      A context manager.
 
     Raises:
-        ValueError: the path is a folder.
-        BlockingIOError: another process holds the lock.
-        OSError: the folder is missing, or may not be written to.
+      ValueError: the path is a folder.
+      BlockingIOError: another process holds the lock.
+      OSError: the folder is missing, or may not be written to.
 
-    Example:
-        >>> import os, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, locked(folder + "/run", "work()"):
-        ...     os.listdir(folder)
-        ['.run.lock']
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, locked(folder + "/run", "work()"):
+    ...     os.listdir(folder)
+    ['.run.lock']
     """
     target = _real(path)
     if target.is_dir():
@@ -263,22 +261,21 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
     """Read a file that `save` wrote.
 
     Args:
-        path: the file.
+      path: the file.
 
     Returns:
-        `(tree, metadata)`: nested dicts and lists of numpy arrays (tuples come back as lists and
-        NamedTuples as dicts), and the metadata as JSON gives it back.
+      `(tree, metadata)`: nested dicts and lists of numpy arrays (tuples come back as lists and NamedTuples
+      as dicts), and the metadata as JSON gives it back.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or something else wrote it.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or something else wrote it.
 
-    Example:
-        >>> import os, tempfile, numpy as np
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(os.path.join(folder, "run.npz"), [np.ones(2)], note="first")
-        ...     load(os.path.join(folder, "run.npz"))
-        ([array([1., 1.])], {'note': 'first'})
+    >>> import os, tempfile, numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "run.npz"), [np.ones(2)], note="first")
+    ...     load(os.path.join(folder, "run.npz"))
+    ([array([1., 1.])], {'note': 'first'})
     """
     name = os.fspath(path)
     if os.path.isdir(path):

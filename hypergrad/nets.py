@@ -59,11 +59,11 @@ def mlp(
     Raises ValueError where sizes holds fewer than two widths or one that is not a positive
     integer.
 
+    Source: Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, Efficient BackProp, 1998, for 1/sqrt(n_in).
+
     >>> init, apply = mlp((64, 16, 10))
     >>> apply(init(jax.random.key(0)), jnp.zeros((3, 8, 8))).shape
     (3, 10)
-
-    Source: Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, Efficient BackProp, 1998, for 1/sqrt(n_in).
     """
     widths = tuple(sizes)
     if len(widths) < 2 or not all(isinstance(n, int | np.integer) and n > 0 for n in widths):
@@ -130,12 +130,12 @@ def convnet(
             goes in: the 3x3 patches of h, what is multiplied by the scale, and ones.
     Raises ValueError where a size is not a positive integer or the depth is too great.
 
+    Source: S. Gidaris, N. Komodakis, Dynamic few-shot visual learning without forgetting, 2018;
+    B. Zhao, K. Mopuri, H. Bilen, Dataset condensation with gradient matching, 2021.
+
     >>> init, apply = convnet((8, 8, 1), 10, width=4, depth=2)
     >>> apply(init(jax.random.key(0)), jnp.zeros((3, 64))).shape
     (3, 10)
-
-    Source: S. Gidaris, N. Komodakis, Dynamic few-shot visual learning without forgetting, 2018;
-    B. Zhao, K. Mopuri, H. Bilen, Dataset condensation with gradient matching, 2021.
     """
     call = f"convnet(shape={shape!r}, classes={classes!r}, width={width!r}, depth={depth!r})"
     sizes = (*shape, classes, width, depth)

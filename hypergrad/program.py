@@ -32,12 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from hypergrad import exact
 from hypergrad._base.checks import check_arrays, check_finite, check_state
 from hypergrad._base.devices import Evaluate, in_turn
 from hypergrad._base.errors import ReversalError
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import PyTree, Scalar, Step
 
 PARAMS = "params"
 STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
@@ -171,9 +172,11 @@ class Labels(NamedTuple):
     variables: Mapping[str, frozenset[str]]
 
 
-Leaf = dict[str, Array]  # float state of one leaf: params and the optimizer's variables
-Observed = dict[str, Array]  # of one leaf, at the parameters before the step: gradient and what is observed
-Record = dict[str, Array]  # of one leaf: what was remembered or kept in one step
+Leaf = dict[str, Float[Array, "..."]]  # float state of one leaf: params and the optimizer's variables
+Observed = dict[
+    str, Float[Array, "..."]
+]  # of one leaf, at the parameters before the step: gradient and what is observed
+Record = dict[str, Float[Array, "..."]]  # of one leaf: what was remembered or kept in one step
 
 
 class Examples(NamedTuple):
@@ -199,7 +202,7 @@ class StepContext(NamedTuple):
     """
 
     loss: Callable[[PyTree], Array]
-    value: Array
+    value: Scalar
     meta: PyTree
     batch: PyTree
 
@@ -218,7 +221,7 @@ class FloatStep(NamedTuple):
     """
 
     leaves: Sequence[Leaf]
-    loss: Array
+    loss: Scalar
     observations: Sequence[Observed]
     moves: Callable[[], Sequence[Sequence[Move]]]
     hypers: Mapping[str, Array]
@@ -276,7 +279,7 @@ class Optimizer:
     """
 
     name: str
-    moves: Callable[[Any, Array], Sequence[Move]]
+    moves: Callable[[Any, Step], Sequence[Move]]
     variables: Mapping[str, Variable] = field(default_factory=dict)
     hypers: Mapping[str, float | None] = field(default_factory=dict)
     domains: Mapping[str, tuple[float, float]] = field(default_factory=dict)

@@ -46,14 +46,13 @@ class Constant(NamedTuple):
     """The same at every step, ``η(t) = value``.
 
     Args:
-        value: the value, a number.
+      value: the value, a number.
 
     Returns:
-        The schedule.
+      The schedule.
 
-    Example:
-        >>> values(Constant(0.5), 3).tolist()
-        [0.5, 0.5, 0.5]
+    >>> values(Constant(0.5), 3).tolist()
+    [0.5, 0.5, 0.5]
     """
 
     value: ArrayLike
@@ -67,17 +66,16 @@ class PerStep(NamedTuple):
     """A value for each step, ``η(t) = values[min(t, T - 1)]``; the last one is held after the end.
 
     Args:
-        values: shape `(T,)`, T >= 1.
+      values: shape `(T,)`, T >= 1.
 
     Returns:
-        The schedule; called, it raises ValueError where `values` has another shape.
+      The schedule; called, it raises ValueError where `values` has another shape.
 
-    Example:
-        >>> import optax
-        >>> schedule = PerStep(jnp.array([0.5, 0.25]))
-        >>> [float(schedule(count)) for count in range(4)]
-        [0.5, 0.25, 0.25, 0.25]
-        >>> optimizer = optax.sgd(schedule)
+    >>> import optax
+    >>> schedule = PerStep(jnp.array([0.5, 0.25]))
+    >>> [float(schedule(count)) for count in range(4)]
+    [0.5, 0.25, 0.25, 0.25]
+    >>> optimizer = optax.sgd(schedule)
     """
 
     values: ArrayLike
@@ -99,19 +97,17 @@ class PiecewiseLinear(NamedTuple):
     ``η(t) = (1 - x) y_k + x y_{k+1},  x = (t - p_k) / (p_{k+1} - p_k),  p_k <= t < p_{k+1}``
 
     Args:
-        positions: shape `(K,)`, K >= 2: the counts p_k at which the knots stand, in steps, ascending.
-            Two equal ones make a jump.  `hypergrad.constraints.ascending` keeps them in order while they
-            are learned; a traced knot that stands before its predecessor counts as standing at it.
-        values: shape `(K,)`: the values y_k at the knots.
+      positions: shape `(K,)`, K >= 2: the counts p_k at which the knots stand, in steps, ascending. Two
+        equal ones make a jump.  `hypergrad.constraints.ascending` keeps them in order while they are
+        learned; a traced knot that stands before its predecessor counts as standing at it.
+      values: shape `(K,)`: the values y_k at the knots.
 
     Returns:
-        The schedule.  For a count exactly at a knot, the derivative in its position is that of the line
-        to the right.  Called, it raises ValueError where the shapes are others, or known positions
-        descend.
+      The schedule.  For a count exactly at a knot, the derivative in its position is that of the line to
+      the right.  Called, it raises ValueError where the shapes are others, or known positions descend.
 
-    Example:
-        >>> values(PiecewiseLinear(jnp.array([0.0, 2.0, 4.0]), jnp.array([0.0, 1.0, 0.0])), 6).tolist()
-        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    >>> values(PiecewiseLinear(jnp.array([0.0, 2.0, 4.0]), jnp.array([0.0, 1.0, 0.0])), 6).tolist()
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
 
     positions: ArrayLike
@@ -142,21 +138,20 @@ class WarmupCosine(NamedTuple):
     ``η(t) = end + (peak - end) (1 + cos πx)/2, x = (t - warmup) / (decay - warmup),    t >= warmup``
 
     Args:
-        init_value: value at count 0.
-        peak_value: value at `warmup_steps`.
-        warmup_steps: length of the warm-up in steps, >= 0.
-        decay_steps: where `end_value` is reached, in steps from count 0, >= `warmup_steps`.
-        end_value: value from `decay_steps` on.
+      init_value: value at count 0.
+      peak_value: value at `warmup_steps`.
+      warmup_steps: length of the warm-up in steps, >= 0.
+      decay_steps: where `end_value` is reached, in steps from count 0, >= `warmup_steps`.
+      end_value: value from `decay_steps` on.
 
     Returns:
-        The schedule.  Called, it raises ValueError where known lengths are out of order.
-
-    Example:
-        >>> values(WarmupCosine(0.0, 1.0, warmup_steps=2.0, decay_steps=4.0), 6).tolist()
-        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+      The schedule.  Called, it raises ValueError where known lengths are out of order.
 
     Source: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, eq. 5;
     Goyal et al., "Accurate, large minibatch SGD", 2017, section 2.2, for the warm-up.
+
+    >>> values(WarmupCosine(0.0, 1.0, warmup_steps=2.0, decay_steps=4.0), 6).tolist()
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     """
 
     init_value: ArrayLike
@@ -181,18 +176,17 @@ class Triangular(NamedTuple):
     ``η(t) = base + (max - base) (1 - |2x - 1|),  x = t / cycle - floor(t / cycle)``
 
     Args:
-        base_value: value at the start of each cycle.
-        max_value: value half-way through.
-        cycle_steps: length of a cycle in steps, > 0; twice what the paper calls stepsize.
+      base_value: value at the start of each cycle.
+      max_value: value half-way through.
+      cycle_steps: length of a cycle in steps, > 0; twice what the paper calls stepsize.
 
     Returns:
-        The schedule.  Called, it raises ValueError where a known `cycle_steps` is not positive.
-
-    Example:
-        >>> values(Triangular(0.0, 1.0, cycle_steps=4.0), 7).tolist()
-        [0.0, 0.5, 1.0, 0.5, 0.0, 0.5, 1.0]
+      The schedule.  Called, it raises ValueError where a known `cycle_steps` is not positive.
 
     Source: Smith, "Cyclical learning rates for training neural networks", 2017, section 3.1.
+
+    >>> values(Triangular(0.0, 1.0, cycle_steps=4.0), 7).tolist()
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.5, 1.0]
     """
 
     base_value: ArrayLike
@@ -218,22 +212,21 @@ class OneCycle(NamedTuple):
     and on to ``peak / div / final_div`` at ``T``, which is held.
 
     Args:
-        transition_steps: T, the length of it all in steps, > 0.
-        peak_value: the largest value.
-        pct_start: share of T at which the peak stands, in [0, pct_final].
-        pct_final: share of T at which the cycle closes, in [pct_start, 1].
-        div_factor: how many times smaller than the peak the first value is, > 0.
-        final_div_factor: how many times smaller than the first value the last is, > 0.
+      transition_steps: T, the length of it all in steps, > 0.
+      peak_value: the largest value.
+      pct_start: share of T at which the peak stands, in [0, pct_final].
+      pct_final: share of T at which the cycle closes, in [pct_start, 1].
+      div_factor: how many times smaller than the peak the first value is, > 0.
+      final_div_factor: how many times smaller than the first value the last is, > 0.
 
     Returns:
-        The schedule.  Called, it raises ValueError where known arguments are outside their ranges.
-
-    Example:
-        >>> values(OneCycle(8.0, 1.0, 0.25, 0.5, div_factor=4.0, final_div_factor=4.0), 9).tolist()
-        [0.25, 0.625, 1.0, 0.625, 0.25, 0.203125, 0.15625, 0.109375, 0.0625]
+      The schedule.  Called, it raises ValueError where known arguments are outside their ranges.
 
     Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
     learning rates", 2018, section 3.
+
+    >>> values(OneCycle(8.0, 1.0, 0.25, 0.5, div_factor=4.0, final_div_factor=4.0), 9).tolist()
+    [0.25, 0.625, 1.0, 0.625, 0.25, 0.203125, 0.15625, 0.109375, 0.0625]
     """
 
     transition_steps: ArrayLike
@@ -261,25 +254,24 @@ def values(schedules: PyTree, steps: int) -> PyTree:
     """The values ``η(0), ..., η(T - 1)`` of schedules over a run, as `hypergrad.train` takes them.
 
     Args:
-        schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer; a
-            schedule is one of the classes here, or a function of a count, which is traced, that returns
-            a scalar.  All else, callable pytrees such as modules included, are trees, and numbers and
-            arrays in them stay as they are.
-        steps: T, at least 1.
+      schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer; a schedule is
+        one of the classes here, or a function of a count, which is traced, that returns a scalar.  All
+        else, callable pytrees such as modules included, are trees, and numbers and arrays in them stay as
+        they are.
+      steps: T, at least 1.
 
     Returns:
-        The tree with a floating-point array of shape `(T,)` for each schedule, differentiable in its
-        parameters, and in whatever an optax schedule closes over.
+      The tree with a floating-point array of shape `(T,)` for each schedule, differentiable in its
+      parameters, and in whatever an optax schedule closes over.
 
     Raises:
-        ValueError: `steps` is below 1, or a schedule does not return scalars.
+      ValueError: `steps` is below 1, or a schedule does not return scalars.
 
-    Example:
-        >>> import optax
-        >>> values(optax.linear_schedule(1.0, 0.0, 4), 3).tolist()
-        [1.0, 0.75, 0.5]
-        >>> values({"learning_rate": Constant(0.5), "momentum": 0.9}, 2)
-        {'learning_rate': Array([0.5, 0.5], dtype=float32), 'momentum': 0.9}
+    >>> import optax
+    >>> values(optax.linear_schedule(1.0, 0.0, 4), 3).tolist()
+    [1.0, 0.75, 0.5]
+    >>> values({"learning_rate": Constant(0.5), "momentum": 0.9}, 2)
+    {'learning_rate': Array([0.5, 0.5], dtype=float32), 'momentum': 0.9}
     """
     if not is_whole(steps):
         raise ValueError(
@@ -316,17 +308,16 @@ def per_layer(schedule: Any, params: PyTree) -> PyTree:
     """A schedule of its own for each layer, all starting as the one given.
 
     Args:
-        schedule: any schedule, or a number or array that `hypergrad.train` takes.
-        params: parameters; a layer is one entry of the outermost tuple, list or dictionary.
+      schedule: any schedule, or a number or array that `hypergrad.train` takes.
+      params: parameters; a layer is one entry of the outermost tuple, list or dictionary.
 
     Returns:
-        The container of `params` with the schedule at each entry: a tree of schedules that is a prefix of
-        `params`.  For one at each leaf instead: `jax.tree.map(lambda leaf: schedule, params)`.
+      The container of `params` with the schedule at each entry: a tree of schedules that is a prefix of
+      `params`.  For one at each leaf instead: `jax.tree.map(lambda leaf: schedule, params)`.
 
-    Example:
-        >>> params = {"first": (jnp.ones((2, 3)), jnp.ones(3)), "last": (jnp.ones((3, 1)), jnp.ones(1))}
-        >>> per_layer(Constant(0.1), params)
-        {'first': Constant(value=0.1), 'last': Constant(value=0.1)}
+    >>> params = {"first": (jnp.ones((2, 3)), jnp.ones(3)), "last": (jnp.ones((3, 1)), jnp.ones(1))}
+    >>> per_layer(Constant(0.1), params)
+    {'first': Constant(value=0.1), 'last': Constant(value=0.1)}
     """
     return jax.tree.map(lambda _: schedule, params, is_leaf=lambda node: node is not params)
 

@@ -8,8 +8,16 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int
+from jaxtyping import Key as KeyArray
 
 PyTree = Any
+
+# Arrays of one number.
+Scalar = Float[Array, ""]
+Step = Int[Array, ""]  # the number of a step
+Flag = Bool[Array, ""]
+Key = KeyArray[Array, ""]  # of `jax.random`
 
 # Products of matrices: an accelerator's default keeps too few digits for roots, solutions and derivatives.
 dot = partial(jnp.matmul, precision="highest")

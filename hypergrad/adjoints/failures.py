@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.errors import error_if
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.integers import LARGEST_LOSS, Trouble
 from hypergrad.adjoints.tapes import Taped
 from hypergrad.program import PARAMS, Variable
@@ -36,13 +37,13 @@ class Health(NamedTuple):
       broken: ``(2,)``, the last step whose derivatives were no numbers, or `Broken`; and the leaf.
     """
 
-    failed: Array
+    failed: Int[Array, "3"]
     needed: list[Array]
-    recovered: Array
-    broken: Array
+    recovered: Flag
+    broken: Int[Array, "2"]
 
 
-def unbroken(numbers: Array) -> Array:
+def unbroken(numbers: Flag) -> Int[Array, "2"]:
     """`Health.broken` before the way back, from whether the cotangents that come in are numbers."""
     where = jnp.where(numbers, Broken.NOWHERE, Broken.FROM_OUTSIDE).astype(jnp.int32)
     return jnp.stack([where, jnp.int32(0)])

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import in_place
+from hypergrad._base.trees import Flag, Step
 from hypergrad.adjoints.integers import LARGEST_LOSS, Exact, Stepped
 from hypergrad.program import PARAMS
 
@@ -20,19 +22,19 @@ class Guard(NamedTuple):
       since: -1 for none.
     """
 
-    total: Array
-    since: Array
+    total: Float[Array, " rows"]
+    since: Step
 
 
 Guards = list[dict[str, Guard]]  # by leaf and variable
 
 
-def is_guarded(step: Array) -> Array:
+def is_guarded(step: Step) -> Flag:
     """Whether rounding is looked at in a step: in the first ones and in every eighth, as all are alike."""
     return (step < 8) | (step % 8 == 0)
 
 
-def weighed(guards: Guards, now: Stepped, at: tuple[Array, Array], steps: int) -> Guards:
+def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> Guards:
     """The guards after one more step.
 
     Looked at is what was added up to now: later steps may be large only because an earlier one was lost.
@@ -68,7 +70,7 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Array, Array], steps: int) -
     return new
 
 
-def failed_by_rounding(failed: Array, guards: Guards, integers: Exact) -> Array:
+def failed_by_rounding(failed: Int[Array, "3"], guards: Guards, integers: Exact) -> Int[Array, "3"]:
     """The first failure of a run, rounding that took too much included; see `Health.failed`."""
     for i, leaf in enumerate(guards):
         for name, guard in leaf.items():
@@ -78,7 +80,9 @@ def failed_by_rounding(failed: Array, guards: Guards, integers: Exact) -> Array:
     return failed
 
 
-def failed_by_range(numbers: Sequence[dict[str, exact.Fixed]], step: Array, integers: Exact) -> Array:
+def failed_by_range(
+    numbers: Sequence[dict[str, exact.Fixed]], step: Step, integers: Exact
+) -> Int[Array, "3"]:
     """The first failure at a start, where numbers may be too large already; see `Health.failed`."""
     failed = jnp.array([-1, 0, 0], jnp.int32)
     for i, leaf in enumerate(numbers):

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import same_bits
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import Flag, PyTree, Step
+from hypergrad.exact import Floats, Numerators
 from hypergrad.program import (
     PARAMS,
     Keep,
@@ -73,8 +75,8 @@ class Moment(NamedTuple):
 
     fixed: Sequence[dict[str, Array]]
     scheduled: Sequence[dict[str, Array]]
-    step: Array
-    always_true: Array
+    step: Step
+    always_true: Flag
 
 
 class Stepped(NamedTuple):
@@ -94,7 +96,7 @@ class Stepped(NamedTuple):
     records: list[Record]
     coarse: list[dict[str, Array]]
     faded: list[Array]
-    wrong: Array
+    wrong: Int[Array, "2"]
 
 
 class Exact(NamedTuple):
@@ -117,7 +119,7 @@ class Exact(NamedTuple):
         kinds = ("range", "factor", "rounding")
         return [NO_TROUBLE, BAD_LOSS, BAD_LEVEL, *((kind, v) for kind in kinds for v in self.variables)]
 
-    def floats(self, always_true: Array, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
+    def floats(self, always_true: Flag, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
         """The float state that the integers stand for: all variables, or those named."""
         return _floats(always_true, leaves, self.dtypes, *names)
 
@@ -127,7 +129,7 @@ class Exact(NamedTuple):
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Sequence[Array]],
         observations: Sequence[Observed],
-        guarded: Array,
+        guarded: Flag,
     ) -> Stepped:
         """One step on integers, and if it is guarded how coarse it was."""
         doing = _Forwards(self, at, leaves, tapes, observations, [{} for _ in leaves], guarded=guarded)
@@ -218,7 +220,7 @@ class _Step:
         self.now = [ExactLeaf(dict(leaf.numbers), list(leaf.buffers)) for leaf in self.leaves]
         self.programs = self.exact.program(*self.at[:3])
 
-    def factors(self, group: Sequence[int], k: int) -> list[Array]:
+    def factors(self, group: Sequence[int], k: int) -> list[Numerators]:
         """The numerators by which scale ``k`` of the programs multiplies the leaves of a group."""
 
         def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
@@ -241,7 +243,7 @@ class _Step:
             numerators.append(exact.spread(move.numerator(factor), shape))
         return numerators
 
-    def amounts(self, group: Sequence[int], k: int) -> list[Array]:
+    def amounts(self, group: Sequence[int], k: int) -> list[Floats]:
         """By how much shift ``k`` of the programs moves the leaves of a group."""
         variable = moved_variable(self.programs[group[0]][k])
         others = [
@@ -288,7 +290,7 @@ class _Step:
 class _Forwards(_Step):
     """A step forwards: what it writes and what it looks out for, besides; see `Stepped`."""
 
-    guarded: Array = field(kw_only=True)
+    guarded: Flag = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,7 +299,7 @@ class _Forwards(_Step):
         self.faded = [jnp.float64(1) for _ in self.leaves]
         self.wrong = jnp.zeros(2, jnp.int32)
 
-    def look(self, valid: Array, trouble: Trouble, leaf: int) -> None:
+    def look(self, valid: Flag, trouble: Trouble, leaf: int) -> None:
         """Note what goes wrong first."""
         code = jnp.array([self.exact.troubles().index(trouble), leaf], jnp.int32)
         self.wrong = jnp.where((self.wrong[0] == 0) & ~valid, code, self.wrong)
@@ -364,7 +366,7 @@ class _Forwards(_Step):
 
 
 def _floats(
-    always_true: Array, leaves: Sequence[ExactLeaf], dtypes: Sequence[Any], *names: str
+    always_true: Flag, leaves: Sequence[ExactLeaf], dtypes: Sequence[Any], *names: str
 ) -> list[Leaf]:
     """The floats, of these types, that the integers of some leaves stand for."""
     result: list[Leaf] = [{} for _ in leaves]
@@ -375,12 +377,12 @@ def _floats(
     return result
 
 
-def _at_least_one(n: Array) -> Array:
+def _at_least_one(n: Numerators) -> Numerators:
     """A numerator to divide by: a division by zero would trap, not tell."""
     return jnp.maximum(n, jnp.ones_like(n))
 
 
-def _level(levels: Sequence[float], value: Array) -> tuple[Array, Array]:
+def _level(levels: Sequence[float], value: Float[Array, "*leaf"]) -> tuple[Int[Array, "*leaf"], Flag]:
     """Which of the levels every element is, and whether all are one of them."""
     same = jnp.stack([value == level for level in levels])
     return jax.lax.argmax(same, 0, jnp.int32), jnp.all(jnp.any(same, axis=0))

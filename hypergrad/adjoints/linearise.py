@@ -26,11 +26,11 @@ from jax.extend.core import Var
 
 from hypergrad._base.compiler import noinline
 from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, prevent_dce, thaw
-from hypergrad._base.trees import PyTree, scatter, split
+from hypergrad._base.trees import Flag, PyTree, Scalar, scatter, split
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
 from hypergrad.program import Leaf, Observed
 
-Gradient = Callable[..., tuple[Array, list[Observed]]]
+Gradient = Callable[..., tuple[Scalar, list[Observed]]]
 
 
 def gradient_of(run: Run) -> Gradient:
@@ -44,13 +44,13 @@ def gradient_of(run: Run) -> Gradient:
 
 def _gradient(
     run: Run, params: list[Array], loss_constants: list[Array], batch: list[Array]
-) -> tuple[Array, list[Observed]]:
+) -> tuple[Scalar, list[Observed]]:
     """`Run.plain_gradient` with the rule of `linearise`."""
 
     @jax.custom_vjp
     def evaluate(
         params: list[Array], theta: tuple[list[Array], list[Array]]
-    ) -> tuple[Array, list[Observed]]:
+    ) -> tuple[Scalar, list[Observed]]:
         return run.plain_gradient(params, *theta)
 
     def forward(params: Any, theta: Any) -> Any:
@@ -118,11 +118,11 @@ class Linearised(NamedTuple):
         ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
     """
 
-    primal: tuple[Array, list[Observed], list[Array]]
+    primal: tuple[Scalar, list[Observed], list[Array]]
     residuals: list[Array]
     jaxprs: tuple[Any, Any]
 
-    def transposed(self, loss_cotangent: Array | None, direction: Sequence[Observed]) -> Products:
+    def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
         """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``; None is ``l = 0``."""
         first, second = (
             jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, given))
@@ -138,7 +138,7 @@ class Linearised(NamedTuple):
 
 
 def linearise(
-    run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Array | None = None
+    run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Flag | None = None
 ) -> Linearised:
     """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
 
@@ -209,7 +209,7 @@ def linearise(
     return Linearised((*primal, first), residuals, linear_maps[-1])
 
 
-def _first_apart(always_true: Array, function: Callable[..., Any], *arguments: PyTree) -> Any:
+def _first_apart(always_true: Flag, function: Callable[..., Any], *arguments: PyTree) -> Any:
     """Evaluate a function that returns ``((loss, seen), second)``, the first in isolation.
 
     Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler

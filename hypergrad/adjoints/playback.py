@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Int
 
 from hypergrad import exact
-from hypergrad._base.trees import PyTree, dot, split
+from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
 from hypergrad.adjoints.linearise import Linearised, linearise
@@ -67,7 +68,7 @@ class Forwards(NamedTuple):
 
     leaves: list[ExactLeaf]
     guards: Guards
-    failed: Array
+    failed: Int[Array, "3"]
 
 
 class Played(NamedTuple):
@@ -92,16 +93,16 @@ class Backwards(NamedTuple):
     leaves: list[ExactLeaf]
     cotangents: list[Leaf]
     sums: list[Array]
-    broken: Array
+    broken: Int[Array, "2"]
 
 
 class Span(NamedTuple):
     """Steps ``first ... first + length - 1`` of a run; taken one by one, so that no array is cut up."""
 
-    first: Array
+    first: Step
     length: int
 
-    def steps(self) -> Array:
+    def steps(self) -> Int[Array, " length"]:
         """Their numbers, counted from the start of the run."""
         return self.first + jnp.arange(self.length, dtype=jnp.int32)
 
@@ -130,7 +131,7 @@ class Player:
     start: list[Leaf]
     constants: Constants
     inputs: Inputs
-    always_true: Array
+    always_true: Flag
 
     @property
     def taped(self) -> Any:
@@ -141,7 +142,7 @@ class Player:
         """The start as integers, and what rounding took from it."""
         return self.beginning.begin(self.start, self.constants.exact, self.always_true)
 
-    def recovered(self, found: list[ExactLeaf]) -> Array:
+    def recovered(self, found: list[ExactLeaf]) -> Flag:
         """Whether the run backwards arrived at its start."""
         return self.beginning.recovered(self.start, self.constants.exact, found, self.always_true)
 
@@ -160,7 +161,7 @@ class Player:
         (now, tapes), (outputs, records) = jax.lax.scan(self.step, (now, tapes), span.steps())
         return Played(now, tapes, records, outputs)
 
-    def step(self, carry: tuple[Forwards, Any], t: Array) -> tuple[Any, tuple[Outputs, list[Record]]]:
+    def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, list[Record]]]:
         """One step: the gradient at ``w``, then the moves of the optimizer on integers."""
         (leaves, guards, failed), tapes = carry
         run, integers, constants = self.run, self.integers, self.constants
@@ -180,13 +181,13 @@ class Player:
         guards = weighed(guards, now, (x.step, guarded), run.steps)
         return (Forwards(now.leaves, guards, failed), now.tapes), (outputs, now.records)
 
-    def _moment(self, t: Array) -> tuple[Inputs, Moment]:
+    def _moment(self, t: Step) -> tuple[Inputs, Moment]:
         """The inputs of a step, and the hyperparameters there."""
         x = _at(self.inputs, t)
         always_true = self.always_true & (x.step >= 0)
         return x, Moment(self.constants.hypers, x.hypers, x.step, always_true)
 
-    def _gradient(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> tuple[Array, list[Observed]]:
+    def _gradient(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> tuple[Scalar, list[Observed]]:
         """Loss and gradient, to the same bits as on the way back if there will be one."""
         if self.lengths is None:
             params = self._params(leaves, at)
@@ -222,7 +223,7 @@ class Player:
         return jax.lax.scan(unstep, now, (span.steps(), played.records), reverse=True)
 
     def unstep(
-        self, now: Backwards, tapes: Any, cotangents: Cotangents, t: Array, records: list[Record]
+        self, now: Backwards, tapes: Any, cotangents: Cotangents, t: Step, records: list[Record]
     ) -> tuple[Backwards, Any]:
         """One step back: ``w`` is recovered first, then the gradient there, then everything else."""
         integers, (x, at) = self.integers, self._moment(t)
@@ -242,7 +243,9 @@ class Player:
         sums = [a + b for a, b in zip(now.sums, constants)]
         return Backwards(leaves, before, sums, self._broken(now.broken, before, t, x.step)), inputs
 
-    def _broken(self, broken: Array, cotangents: list[Leaf], t: Array, step: Array) -> Array:
+    def _broken(
+        self, broken: Int[Array, "2"], cotangents: list[Leaf], t: Step, step: Step
+    ) -> Int[Array, "2"]:
         """`Health.broken`, after one more step back."""
         for i, leaf in enumerate(cotangents):
             # Behind the first step are only the derivatives in the start of variables.
@@ -295,7 +298,7 @@ class _InFloats(NamedTuple):
 
         # As a function of everything but the parameters of the loss.
         def step(
-            floats: list[Leaf], loss: Array, evaluated: list[Observed], spread: list[Array], watch: Any
+            floats: list[Leaf], loss: Scalar, evaluated: list[Observed], spread: list[Array], watch: Any
         ) -> Any:
             new = player.run.stepped(floats, evaluated, merge(spread), self.x.step, self.kept)
             if not watches:
@@ -333,7 +336,7 @@ class _InFloats(NamedTuple):
         return shapes
 
 
-def always_true(*given: PyTree) -> Array:
+def always_true(*given: PyTree) -> Flag:
     """True, which the compiler does not know, unless it knows all that it is made from."""
     numbers = [x for x in jax.tree.leaves(given) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
     firsts = [jax.lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(()) for x in numbers]
@@ -346,7 +349,7 @@ def inexact_leaves(tree: PyTree) -> list[Any]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
-def _at(tree: PyTree, step: Array) -> PyTree:
+def _at(tree: PyTree, step: Step) -> PyTree:
     """One step's slice of arrays by step."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), tree)
 

@@ -19,7 +19,7 @@ from hypergrad._base.compiler import noinline
 from hypergrad._base.tracing import (
     Converted,
 )
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import Flag, PyTree, Scalar, Step
 from hypergrad.program import (
     PARAMS,
     AnyOptimizer,
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
 
     batch: list[Array]
     hypers: list[dict[str, Array]]
-    step: Array
+    step: Step
 
 
 class Snapshot(NamedTuple):
@@ -77,10 +77,10 @@ class Snapshot(NamedTuple):
       gradient: its gradient.
     """
 
-    step: Array
+    step: Step
     params: PyTree
     state: dict[str, PyTree]
-    loss: Array
+    loss: Scalar
     gradient: PyTree
 
 
@@ -141,7 +141,7 @@ class Run:
         self,
         constants: Sequence[Mapping[str, Array]],
         inputs: Sequence[Mapping[str, Array]],
-        t: Array,
+        t: Step,
     ) -> list[Sequence[Move]]:
         """The moves of every leaf at one step, from its hyperparameters."""
         return [
@@ -149,7 +149,7 @@ class Run:
             for i, (fixed, scheduled) in enumerate(zip(constants, inputs))
         ]
 
-    def leaf_moves(self, leaf: int, h: Any, t: Array) -> Sequence[Move]:
+    def leaf_moves(self, leaf: int, h: Any, t: Step) -> Sequence[Move]:
         """The moves of one leaf at one step, from its hyperparameters."""
         if self.layout.labels is not None:
             h.label = self.layout.labels[leaf]
@@ -166,14 +166,14 @@ class Run:
         return [{**each, "gradient": g} for each, g in zip(observations, gradient)]
 
     def observations(
-        self, hypers: Hypers, observations: Sequence[Observed], always_true: Array
+        self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
     ) -> list[Observed]:
         """The same, with the same bits in both directions (see `hypergrad._base.compiler`)."""
         if self.optimizer.transform is None:
             return list(observations)
         return noinline(always_true, self.transformed, hypers, list(observations))
 
-    def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Array:
+    def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
         """The inner loss of flat parameters."""
         loss = self.examples(loss_constants, batch).loss
         if not self.optimizer.per_example:
@@ -207,7 +207,7 @@ class Run:
         return self.watch(constants.watch, jax.tree.leaves(snapshot))
 
     def snapshot(
-        self, leaves: Sequence[Leaf], loss: Array, observations: Sequence[Observed], t: Array
+        self, leaves: Sequence[Leaf], loss: Scalar, observations: Sequence[Observed], t: Step
     ) -> Snapshot:
         """What `watch` is shown."""
         unflatten = self.layout.params.unflatten
@@ -255,14 +255,14 @@ class Run:
         leaves: Sequence[Leaf],
         observations: Sequence[Observed],
         hypers: Hypers,
-        t: Array,
+        t: Step,
         kept: Sequence[Record] | None = None,
     ) -> list[Leaf]:
         """The moves of one step in floats."""
         observations = self.transformed(hypers, observations)
         return step(self.moves(*hypers, t), leaves, observations, kept)
 
-    def loss_of(self, constants: Constants, inputs: Inputs, params: PyTree) -> Array:
+    def loss_of(self, constants: Constants, inputs: Inputs, params: PyTree) -> Scalar:
         """The inner loss of a step as a function of the parameters."""
         return self.loss_at(jax.tree.leaves(params), constants.loss, inputs.batch)
 
@@ -272,7 +272,7 @@ class Run:
 
     def plain_gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
-    ) -> tuple[Array, list[Observed]]:
+    ) -> tuple[Scalar, list[Observed]]:
         """Loss, and gradient and what is observed by leaf, with JAX's own derivatives."""
         loss, gradient = jax.value_and_grad(lambda w: self.loss_at(w, loss_constants, batch))(params)
         observed = self.observed_at(params, loss_constants, batch)

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Int
 
 from hypergrad import exact
+from hypergrad._base.trees import Flag, Step
 from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding
 from hypergrad.adjoints.integers import ExactLeaf
 from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Played, Player, Span
@@ -40,9 +42,9 @@ class Strategy(Protocol):
         self,
         player: Player,
         recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Array],
+        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
         given: Cotangents,
-    ) -> tuple[Backwards, Any, Array]:
+    ) -> tuple[Backwards, Any, Flag]:
         """The run backwards: where it is, the cotangents of its inputs, and whether it was recovered."""
 
 
@@ -85,9 +87,9 @@ class OneSegment(NamedTuple):
         self,
         player: Player,
         recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Array],
+        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
         given: Cotangents,
-    ) -> tuple[Backwards, Any, Array]:
+    ) -> tuple[Backwards, Any, Flag]:
         """See `Strategy`."""
         now = Backwards(recorded.last.now.leaves, given.end, *sums_and_broken)
         now, of_inputs = player.replay(recorded.last, now, given, Span(jnp.int32(0), self.steps))
@@ -101,18 +103,18 @@ class ManySegments(NamedTuple):
     rest: int
     length: int
 
-    def firsts(self) -> Array:
+    def firsts(self) -> Int[Array, " full"]:
         """The first steps of the segments of one length."""
         return self.length * jnp.arange(self.full, dtype=jnp.int32)
 
-    def last(self) -> Array:
+    def last(self) -> Step:
         """The first step of the shorter one."""
         return jnp.int32(self.full * self.length)
 
     def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
         """See `Strategy`."""
 
-        def segment(carry: Any, first: Array, length: int = self.length) -> Any:
+        def segment(carry: Any, first: Step, length: int = self.length) -> Any:
             now, needed = carry
             played = player.play(now, Span(first, length), taping=False)
             needed = [jnp.maximum(*pair) for pair in zip(needed, _tape_needed(played.now.leaves))]
@@ -134,9 +136,9 @@ class ManySegments(NamedTuple):
         self,
         player: Player,
         recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Array],
+        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
         given: Cotangents,
-    ) -> tuple[Backwards, Any, Array]:
+    ) -> tuple[Backwards, Any, Flag]:
         """See `Strategy`."""
         _, guards = jax.eval_shape(player.begin)
         fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), guards)  # not looked at again

@@ -10,7 +10,7 @@ from jax import Array
 
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import in_place
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guard, Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
 from hypergrad.adjoints.tapes import Taped
@@ -32,7 +32,7 @@ class Start:
     taped: Sequence[Sequence[Taped]]
 
     def begin(
-        self, start: list[Leaf], earlier: PyTree, always_true: Array
+        self, start: list[Leaf], earlier: PyTree, always_true: Flag
     ) -> tuple[list[ExactLeaf], Guards]:
         """The start as integers, and what rounding took from it.
 
@@ -66,15 +66,15 @@ class Start:
             return [leaf.buffers for leaf in before]
         return [[exact.empty(s.shape, s.factor_shape) for s in leaf] for leaf in self.taped]
 
-    def rounded(self, name: str, given: list[Array], always_true: Array) -> list[exact.Fixed]:
+    def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
         """A variable of all leaves as integers."""
         radix = self.radix.get(name, exact.UNSET)
         words = 1 if name == PARAMS else self.variables[name].words
         return bundles.shift(always_true, [exact.zero(x.shape, words, radix) for x in given], given)
 
     def recovered(
-        self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Array
-    ) -> Array:
+        self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
+    ) -> Flag:
         """Whether the run backwards arrived at its start; looked at one variable after the other."""
         before = None if earlier is None else unpacked(earlier)[0]
         same = []
@@ -97,7 +97,7 @@ class Start:
         return jnp.all(jnp.stack(same))
 
 
-def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Array:
+def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Flag:
     """Whether two states are the same bits.  The radix of an array of zeros does not count."""
 
     def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
@@ -153,6 +153,6 @@ def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
     return [number[:2] for number in numbers]
 
 
-def _all_equal(a: PyTree, b: PyTree) -> Array:
+def _all_equal(a: PyTree, b: PyTree) -> Flag:
     same = jax.tree.map(lambda x, y: jnp.all(x == y), a, b)
     return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(same)]))

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from hypergrad._base.checks import called
 from hypergrad._base.tracing import mapped
-from hypergrad._base.trees import PyTree
+from hypergrad._base.trees import PyTree, Scalar
 from hypergrad.curvature.chunks import (
     as_batch,
     count_of,
@@ -30,7 +31,7 @@ class PerExample(NamedTuple):
       hvp: ``h_i``, likewise; None without a direction.
     """
 
-    loss: Array
+    loss: Float[Array, " n"]
     gradient: PyTree
     hvp: PyTree
 
@@ -81,7 +82,7 @@ class Moment(NamedTuple):
 
     mean: PyTree
     variance: PyTree
-    average: Array
+    average: Scalar
 
 
 class Moments(NamedTuple):

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from hypergrad import nets
+from hypergrad._base.trees import Key, Scalar
 
 
 class Likelihood(NamedTuple):
@@ -37,10 +39,10 @@ def categorical() -> Likelihood:
     Array([ 0.25, -0.25], dtype=float32)
     """
 
-    def loss(z: Array, y: Array) -> Array:
+    def loss(z: Float[Array, "*output"], y: Array) -> Scalar:
         return nets.cross_entropy(z[None], jnp.asarray(y)[None])
 
-    def fisher(z: Array, t: Array) -> Array:
+    def fisher(z: Float[Array, "*output"], t: Float[Array, "*output"]) -> Float[Array, "*output"]:
         p = jax.nn.softmax(z)
         return p * (t - jnp.sum(p * t))
 
@@ -58,13 +60,13 @@ def bernoulli() -> Likelihood:
     Array([0.25, 0.5 ], dtype=float32)
     """
 
-    def loss(z: Array, y: Array) -> Array:
+    def loss(z: Float[Array, "*output"], y: Array) -> Scalar:
         return jnp.sum(jax.nn.softplus(z) - y * z)
 
-    def sample(key: Array, z: Array) -> Array:
+    def sample(key: Key, z: Array) -> Array:
         return jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(z.dtype)
 
-    def fisher(z: Array, t: Array) -> Array:
+    def fisher(z: Float[Array, "*output"], t: Float[Array, "*output"]) -> Float[Array, "*output"]:
         return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z) * t
 
     return Likelihood(loss, sample, fisher)
@@ -81,10 +83,10 @@ def normal() -> Likelihood:
     2.5
     """
 
-    def loss(z: Array, y: Array) -> Array:
+    def loss(z: Float[Array, "*output"], y: Array) -> Scalar:
         return jnp.sum((z - y) ** 2) / 2
 
-    def sample(key: Array, z: Array) -> Array:
+    def sample(key: Key, z: Array) -> Array:
         return z + jax.random.normal(key, z.shape, z.dtype)
 
     return Likelihood(loss, sample, lambda z, t: t)

@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 from hypergrad._base.checks import called
 from hypergrad._base.rules import linearized
 from hypergrad._base.tracing import trace_once
-from hypergrad._base.trees import PyTree, describe, floats, shapes_of
+from hypergrad._base.trees import Key, PyTree, describe, floats, shapes_of
 from hypergrad.curvature.chunks import (
     as_arrays,
     by_example,
@@ -194,7 +194,7 @@ def sampled_fisher(
     likelihood: Likelihood,
     params: PyTree,
     inputs: PyTree,
-    key: Array,
+    key: Key,
     *,
     chunk: int | None = None,
 ) -> Matvec:

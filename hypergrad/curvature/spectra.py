@@ -25,10 +25,11 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from hypergrad._base.checks import called, check_chunk, check_whole
 from hypergrad._base.tracing import mapped, trace_once
-from hypergrad._base.trees import PyTree, describe, dot, floats, norm, power, shapes_of
+from hypergrad._base.trees import Key, PyTree, Scalar, describe, dot, floats, norm, power, shapes_of
 
 Matvec = Callable[[PyTree], PyTree]
 # An accelerator's default keeps too few digits to keep vectors orthogonal.
@@ -58,7 +59,7 @@ def batched(matvec: Matvec, *, chunk: int | None = None) -> Matvec:
     return Partial(partial(mapped, chunk), matvec)
 
 
-def dense(matvec: Matvec, like: PyTree, *, chunk: int | None = None) -> Array:
+def dense(matvec: Matvec, like: PyTree, *, chunk: int | None = None) -> Float[Array, "n n"]:
     """The matrix of a matvec, ``(d, d)``, in the order of ``jax.flatten_util.ravel_pytree``.
 
     Args:
@@ -82,7 +83,7 @@ def dense(matvec: Matvec, like: PyTree, *, chunk: int | None = None) -> Array:
     return mapped(chunk, product, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
-def asymmetry(matvec: Matvec, like: PyTree, key: Array) -> Array:
+def asymmetry(matvec: Matvec, like: PyTree, key: Key) -> Scalar:
     """How far a matrix is from symmetric, from two products: ``|uᵀA v - vᵀA u| / √(|A v|² + |A u|²)``.
 
     The vectors ``u`` and ``v`` are random, of length 1.  Of symmetric matrices it is rounding, about
@@ -123,12 +124,12 @@ class Trace(NamedTuple):
       standard_error: of the value, from the samples.
     """
 
-    value: Array
-    standard_error: Array
+    value: Scalar
+    standard_error: Scalar
 
 
 def trace(
-    matvec: Matvec, like: PyTree, key: Array, *, samples: int, rank: int = 0, chunk: int | None = None
+    matvec: Matvec, like: PyTree, key: Key, *, samples: int, rank: int = 0, chunk: int | None = None
 ) -> Trace:
     """The trace of a matrix from products with random signs, ``tr A ≈ 1/m Σ_s g_sᵀ A g_s``.
 
@@ -176,7 +177,7 @@ def trace(
         basis = jnp.linalg.qr((products / power(products)).T)[0].T
         known = jnp.sum(basis * mapped(chunk, product, basis))
 
-    def sample(key: Array) -> Array:
+    def sample(key: Key) -> Array:
         g = _without(basis, jax.random.rademacher(key, flat.shape, flat.dtype))
         return dot(g, product(g))
 
@@ -196,9 +197,9 @@ class Ritz(NamedTuple):
       vectors: Ritz vectors ``x_i`` of length 1, a tree like the start with ``k`` as leading axis.
     """
 
-    values: Array
-    weights: Array
-    residuals: Array
+    values: Float[Array, " steps"]
+    weights: Float[Array, " steps"]
+    residuals: Float[Array, " steps"]
     vectors: PyTree
 
 
@@ -283,12 +284,12 @@ class Spectrum(NamedTuple):
       weights: ``(samples, steps)``, each row in all 1.
     """
 
-    values: Array
-    weights: Array
+    values: Float[Array, "samples steps"]
+    weights: Float[Array, "samples steps"]
 
 
 def spectrum(
-    matvec: Matvec, like: PyTree, key: Array, *, steps: int, samples: int, chunk: int | None = None
+    matvec: Matvec, like: PyTree, key: Key, *, steps: int, samples: int, chunk: int | None = None
 ) -> Spectrum:
     """The distribution of the eigenvalues of a symmetric matrix, by `lanczos` from random starts.
 
@@ -322,14 +323,14 @@ def spectrum(
     check_whole(call, "steps", steps, 1, flat.size)
     check_whole(call, "samples", samples, 1, None)
 
-    def one(key: Array) -> Spectrum:
+    def one(key: Key) -> Spectrum:
         found = _lanczos(product, jax.random.normal(key, flat.shape, flat.dtype), unravel, steps)
         return Spectrum(found.values, found.weights)
 
     return mapped(chunk, one, jax.random.split(key, samples))
 
 
-def density(found: Spectrum, points: Array, width: float | Array) -> Array:
+def density(found: Spectrum, points: Float[Array, " p"], width: float | Scalar) -> Float[Array, " p"]:
     """The smoothed density of eigenvalues, ``ρ(t) = Σ_i weights_i N(t; values_i, width²)``, of all starts.
 
     Args:
@@ -359,7 +360,7 @@ def density(found: Spectrum, points: Array, width: float | Array) -> Array:
     return jnp.mean(jnp.sum(found.weights[None] * bells, axis=2), axis=1)
 
 
-def _without(basis: Array, vector: Array) -> Array:
+def _without(basis: Float[Array, "k n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
     """``(I - QᵀQ) v``, twice: what rounding leaves of the components the first time is gone the second."""
     for _ in range(2):
         vector = vector - dot(dot(basis, vector), basis)

@@ -35,11 +35,11 @@ class Augmentation:
     Raises:
       ValueError: for a setting out of its range.
 
+    Source: B. Zhao, H. Bilen, "Dataset condensation with differentiable siamese augmentation", ICML 2021.
+
     >>> import jax, jax.numpy as jnp
     >>> Augmentation(shift=1.0)(jax.random.key(0), jnp.ones((5, 8, 8))).shape
     (5, 8, 8)
-
-    Source: B. Zhao, H. Bilen, "Dataset condensation with differentiable siamese augmentation", ICML 2021.
     """
 
     shift: float = 0.0

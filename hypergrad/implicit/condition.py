@@ -12,7 +12,7 @@ from jax import Array
 from hypergrad._base.errors import ConvergenceError, error_if
 from hypergrad._base.rules import has_custom_rule
 from hypergrad._base.tracing import Converted, closure_convert
-from hypergrad._base.trees import PyTree, describe, shapes_of
+from hypergrad._base.trees import PyTree, Scalar, describe, shapes_of
 from hypergrad.implicit.linear import GMRES, ConjugateGradients, LinearSolver
 
 
@@ -156,7 +156,7 @@ def cast_like(call: str, params: PyTree, init: PyTree) -> PyTree:
     return jax.tree.map(lambda x, w: jnp.asarray(x, w.dtype), params, init)
 
 
-def refuse_point(call: str, result: PyTree, size: Array, tolerance: Any) -> PyTree:
+def refuse_point(call: str, result: PyTree, size: Scalar, tolerance: Any) -> PyTree:
     """What was computed at a point, unless its condition is not met there."""
 
     def explain(size: float, tolerance: float) -> str | None:

@@ -38,9 +38,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg
+from jaxtyping import Float
 
 from hypergrad._base.errors import ConvergenceError, error_if
-from hypergrad._base.trees import PyTree, describe, dot, floats, norm, power, shapes_of, sub
+from hypergrad._base.trees import PyTree, Scalar, describe, dot, floats, norm, power, shapes_of, sub
 from hypergrad.curvature.spectra import Matvec, dense
 
 
@@ -53,9 +54,9 @@ class Solved(NamedTuple):
     """
 
     x: PyTree
-    residual: Array
+    residual: Scalar
 
-    def over(self, scale: Array) -> "Solved":
+    def over(self, scale: Scalar) -> "Solved":
         """The solution divided by the scale, by which the matrix was divided before."""
         return Solved(_times(1 / scale, self.x), self.residual)
 
@@ -497,7 +498,7 @@ def _unscaled(matvec: Matvec, b: PyTree) -> tuple[Array, Matvec]:
     return scale, lambda v: _times(1 / scale, matvec(v))
 
 
-def _times(factor: Array, tree: PyTree) -> PyTree:
+def _times(factor: Scalar, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
 
@@ -509,6 +510,10 @@ def _or_one(x: Array) -> Array:
     return jnp.where(x == 0, 1, x)
 
 
-def _flat(matvec: Matvec, b: PyTree) -> tuple[Array, Callable[[Array], Array], Callable[[Array], PyTree]]:
+def _flat(
+    matvec: Matvec, b: PyTree
+) -> tuple[
+    Float[Array, " n"], Callable[[Float[Array, " n"]], Float[Array, " n"]], Callable[[Array], PyTree]
+]:
     flat, unravel = ravel_pytree(b)
     return flat, lambda v: ravel_pytree(matvec(unravel(v)))[0], unravel

@@ -32,22 +32,21 @@ class LBFGSB:
     It suits deterministic objectives with few hyperparameters: its keys are held fixed.
 
     Args:
-        corrections: how many past steps model the curvature.
-        loss_tolerance: stop when the relative decrease of the loss is below this.
-        gradient_tolerance: stop when every entry of the projected gradient is below this.
-        line_search_steps: most evaluations in one line search.
-        bounds: `(low, high)` on the raw values, each a number or a tree of numbers or arrays that
-            is a prefix of the hyperparameters; infinite entries are free.
+      corrections: how many past steps model the curvature.
+      loss_tolerance: stop when the relative decrease of the loss is below this.
+      gradient_tolerance: stop when every entry of the projected gradient is below this.
+      line_search_steps: most evaluations in one line search.
+      bounds: `(low, high)` on the raw values, each a number or a tree of numbers or arrays that is a prefix
+        of the hyperparameters; infinite entries are free.
 
     Returns:
-        The settings; `optimize(steps=...)` is the most iterations.
-
-    Example:
-        >>> LBFGSB(bounds=(-5.0, 5.0)).corrections
-        10
+      The settings; `optimize(steps=...)` is the most iterations.
 
     Source: Byrd, Lu, Nocedal and Zhu 1995, "A limited memory algorithm for bound constrained
     optimization".
+
+    >>> LBFGSB(bounds=(-5.0, 5.0)).corrections
+    10
     """
 
     corrections: int = 10

@@ -66,71 +66,68 @@ def optimize(
     call with more `steps` it reaches those of a run that was given as many at once.
 
     Args:
-        objective: `(hypers, key) -> loss`, a floating-point scalar, or `(loss, aux)` with
-            `has_aux`; any function JAX differentiates, such as a validation loss after
-            `hypergrad.train`.
-        hypers: tree of floating-point arrays, inside the domains of `constraints`.
-        optimizer: an optax optimiser, which moves the raw values (default `optax.adam(0.04)`) and
-            is given the loss as `value`; or `LBFGSB(...)`.
-        steps: meta-iterations in total, including those in the checkpoint, which must not have made more;
-            for LBFGSB the most iterations, each of one evaluation or more.
-        constraints: one `hypergrad.constraints.Constraint` or a tree of them, a prefix of `hypers`.
-        key: PRNG key of shape `()`; default `jax.random.key(0)`.
-        seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration i
-            `jax.random.split(jax.random.fold_in(key, i), seeds)`. A seed whose loss or gradient is not
-            finite, or is large enough to carry the average beyond `explosion`, is named by a
-            `SeedFailure` warning and left out, unless none would be left; with LBFGSB, whose line
-            searches compare losses, it stops the run.
-        resample: False holds the keys at `jax.random.split(key, seeds)`. LBFGSB always holds them,
-            because its line searches compare losses.
-        has_aux: whether the objective returns `(loss, aux)`.
-        checkpoint: file to resume from if it exists and to write atomically as the run goes. It knows the
-            objective with all it closes over, the optimizer and every argument that decides the result,
-            and is refused by a call in which one of them is another. One process at a time can use it.
-        checkpoint_every: write it after each so many iterations (evaluations for LBFGSB), >= 1.
-        progress: show a progress bar on stderr.
-        explosion: stop when the gradient norm exceeds this many times the median of those before
-            it (three at least), > 1; `math.inf` stops only at losses or gradients that are not
-            finite.
-        select: `select(hypers) -> score`, a JAX function, such as the error on examples that the
-            objective never sees. With it the hypers that are returned are not the last but those
-            with the smallest score, of equals the last. For optax optimisers.
-        select_every: look after each so many iterations, and after the last one; >= 1.
-        about: what the run is of, by name, in words: a checkpoint that says otherwise is refused by
-            those names.
+      objective: `(hypers, key) -> loss`, a floating-point scalar, or `(loss, aux)` with `has_aux`; any
+        function JAX differentiates, such as a validation loss after `hypergrad.train`.
+      hypers: tree of floating-point arrays, inside the domains of `constraints`.
+      optimizer: an optax optimiser, which moves the raw values (default `optax.adam(0.04)`) and is given
+        the loss as `value`; or `LBFGSB(...)`.
+      steps: meta-iterations in total, including those in the checkpoint, which must not have made more; for
+        LBFGSB the most iterations, each of one evaluation or more.
+      constraints: one `hypergrad.constraints.Constraint` or a tree of them, a prefix of `hypers`.
+      key: PRNG key of shape `()`; default `jax.random.key(0)`.
+      seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration i
+        `jax.random.split(jax.random.fold_in(key, i), seeds)`. A seed whose loss or gradient is not finite,
+        or is large enough to carry the average beyond `explosion`, is named by a `SeedFailure` warning and
+        left out, unless none would be left; with LBFGSB, whose line searches compare losses, it stops the
+        run.
+      resample: False holds the keys at `jax.random.split(key, seeds)`. LBFGSB always holds them, because
+        its line searches compare losses.
+      has_aux: whether the objective returns `(loss, aux)`.
+      checkpoint: file to resume from if it exists and to write atomically as the run goes. It knows the
+        objective with all it closes over, the optimizer and every argument that decides the result, and is
+        refused by a call in which one of them is another. One process at a time can use it.
+      checkpoint_every: write it after each so many iterations (evaluations for LBFGSB), >= 1.
+      progress: show a progress bar on stderr.
+      explosion: stop when the gradient norm exceeds this many times the median of those before it (three at
+        least), > 1; `math.inf` stops only at losses or gradients that are not finite.
+      select: `select(hypers) -> score`, a JAX function, such as the error on examples that the objective
+        never sees. With it the hypers that are returned are not the last but those with the smallest score,
+        of equals the last. For optax optimisers.
+      select_every: look after each so many iterations, and after the last one; >= 1.
+      about: what the run is of, by name, in words: a checkpoint that says otherwise is refused by those
+        names.
 
     Returns:
-        `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError (such as
-        `hypergrad.ReversalError`) after the first iteration, the run warns with `HypergradientExplosion`
-        and returns the last values with a sound loss and gradient.
-        A `hypergrad.implicit.ZeroHypergradientWarning` names what the first hypergradient is exactly 0 in.
+      `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError (such as
+      `hypergrad.ReversalError`) after the first iteration, the run warns with `HypergradientExplosion` and
+      returns the last values with a sound loss and gradient. A
+      `hypergrad.implicit.ZeroHypergradientWarning` names what the first hypergradient is exactly 0 in.
 
     Raises:
-        TypeError: `hypers` are not floating-point, the objective does not return a floating-point
-            scalar, or the optimizer or key is not one.
-        ValueError: an argument is out of range, `hypers` are outside their domains, or the
-            checkpoint is damaged or of another run.
-        ArithmeticError: the first hypergradient could not be computed, and none has been followed.
-        KeyboardInterrupt: with Ctrl-C; its message says how to go on.
-        BlockingIOError: another process works on the checkpoint.
-        OSError: the checkpoint cannot be written, which is tried before any work.
-        jax.errors.JaxRuntimeError: as when memory runs out; what was done is in the checkpoint.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from hypergrad.constraints import positive
-        >>> best = optimize(
-        ...     lambda hypers, key: jnp.sum((hypers["rate"] - 0.5) ** 2),
-        ...     {"rate": jnp.ones(3)},
-        ...     optimizer=LBFGSB(),
-        ...     constraints=positive,
-        ...     progress=False,
-        ... )
-        >>> best.hypers["rate"].round(3).tolist()
-        [0.5, 0.5, 0.5]
+      TypeError: `hypers` are not floating-point, the objective does not return a floating-point scalar, or
+        the optimizer or key is not one.
+      ValueError: an argument is out of range, `hypers` are outside their domains, or the checkpoint is
+        damaged or of another run.
+      ArithmeticError: the first hypergradient could not be computed, and none has been followed.
+      KeyboardInterrupt: with Ctrl-C; its message says how to go on.
+      BlockingIOError: another process works on the checkpoint.
+      OSError: the checkpoint cannot be written, which is tried before any work.
+      jax.errors.JaxRuntimeError: as when memory runs out; what was done is in the checkpoint.
 
     Source: Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
     reversible learning", section 3.
+
+    >>> import jax.numpy as jnp
+    >>> from hypergrad.constraints import positive
+    >>> best = optimize(
+    ...     lambda hypers, key: jnp.sum((hypers["rate"] - 0.5) ** 2),
+    ...     {"rate": jnp.ones(3)},
+    ...     optimizer=LBFGSB(),
+    ...     constraints=positive,
+    ...     progress=False,
+    ... )
+    >>> best.hypers["rate"].round(3).tolist()
+    [0.5, 0.5, 0.5]
     """
     optimizer = optax.adam(0.04) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key

@@ -35,14 +35,14 @@ class History(NamedTuple):
     """What was measured, in order; row i is meta-iteration i (or L-BFGS-B's evaluation i).
 
     Args:
-        loss: shape `(n,)`, the objective averaged over the seeds that did not fail.
-        gradient_norm: shape `(n,)`, Euclidean norm of the gradient in the raw values.
-        aux: the objective's aux with leading axes `(n, seeds)`; None without `has_aux`.
-        failed: shape `(n, seeds)`, bool: which seeds were left out of the average, because their loss or
-            gradient was not finite, or by itself beyond `explosion`. All False where none was left.
+      loss: shape `(n,)`, the objective averaged over the seeds that did not fail.
+      gradient_norm: shape `(n,)`, Euclidean norm of the gradient in the raw values.
+      aux: the objective's aux with leading axes `(n, seeds)`; None without `has_aux`.
+      failed: shape `(n, seeds)`, bool: which seeds were left out of the average, because their loss or
+        gradient was not finite, or by itself beyond `explosion`. All False where none was left.
 
     Returns:
-        All as numpy arrays. After an explosion the last row is what stopped the run.
+      All as numpy arrays. After an explosion the last row is what stopped the run.
     """
 
     loss: Any
@@ -55,14 +55,14 @@ class Optimized(NamedTuple):
     """What `optimize` returns.
 
     Args:
-        hypers: the constrained values after the last good update, or those that `select` chose.
-        raw: the same, unconstrained.
-        history: what was measured on the way.
-        stopped: why the run ended early, in words; empty when it made all its steps.
-        scores: `{iterations made: score}` of the values that `select` looked at; empty without it.
+      hypers: the constrained values after the last good update, or those that `select` chose.
+      raw: the same, unconstrained.
+      history: what was measured on the way.
+      stopped: why the run ended early, in words; empty when it made all its steps.
+      scores: `{iterations made: score}` of the values that `select` looked at; empty without it.
 
     Returns:
-        All of it.
+      All of it.
     """
 
     hypers: PyTree
