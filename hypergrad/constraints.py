@@ -1,7 +1,7 @@
 """Constrained hyperparameters and the unconstrained numbers behind them.
 
-A meta-optimiser moves unconstrained ("raw") numbers; a training run wants learning rates above
-zero and momenta between zero and one. A `Constraint` is the pair of maps between the two.
+A meta-optimizer moves unconstrained ("raw") numbers, but a training run needs learning rates above zero and
+momenta between zero and one.  A `Constraint` is the pair of maps between the two.
 """
 
 import math
@@ -18,14 +18,13 @@ PyTree = Any
 class Constraint(NamedTuple):
     """A smooth bijection between raw numbers and a domain; all but `ascending` act element by element.
 
-    Args:
+    A Constraint is a leaf wherever this library takes a tree of constraints.
+
+    Attributes:
       to_constrained: raw array -> array of the same shape and dtype inside the domain.
       to_raw: its inverse; not finite exactly where its argument is outside the domain.
       name: what error messages and checkpoints call it.
       domain: the domain in words, for error messages.
-
-    Returns:
-      A Constraint; it is a leaf wherever this library takes a tree of constraints.
 
     >>> import jax.numpy as jnp
     >>> cube = Constraint(lambda raw: raw**3, jnp.cbrt, "cube", "all real numbers")
@@ -67,11 +66,13 @@ unit = Constraint(_logistic, lambda x: jnp.log(x) - jnp.log1p(-x), "unit", "0 < 
 
 
 def interval(low: float, high: float) -> Constraint:
-    """Values strictly between two numbers: `value = low + (high - low) / (1 + exp(-raw))`.
+    """Values strictly between two numbers.
+
+    ``value = low + (high - low) / (1 + exp(-raw))``
 
     Args:
       low: lower end, finite.
-      high: upper end, finite, above `low`.
+      high: upper end, finite, above ``low``.
 
     Returns:
       The Constraint.
@@ -102,7 +103,7 @@ def interval(low: float, high: float) -> Constraint:
 
 
 def _ascend(raw: jax.Array) -> jax.Array:
-    # Rounding may make a sum smaller than the one before it, by the order of additions.
+    # Rounding may make a sum smaller than the one before it, depending on the order of additions.
     return jax.lax.cummax(jnp.cumsum(jnp.concatenate([raw[:1], _exp(raw[1:])])))
 
 
@@ -122,7 +123,7 @@ ascending = Constraint(_ascend, _gaps, "ascending", "x_1 <= x_2 <= ...")
 
 
 def is_constraint(node: object) -> bool:
-    """Whether a node of a tree is a Constraint, which a tree of them has for leaves."""
+    """Whether a node of a tree is a Constraint, which is a leaf in a tree of constraints."""
     return isinstance(node, Constraint)
 
 
@@ -145,7 +146,7 @@ def _spread(call: str, constraints: PyTree, values: PyTree) -> PyTree:
 
 
 def constrain(constraints: PyTree, raw: PyTree) -> PyTree:
-    """Map raw values into their domains, `value = to_constrained(raw)`; differentiable, jittable.
+    """Map raw values into their domains, ``value = to_constrained(raw)``; differentiable and jittable.
 
     Args:
       constraints: one Constraint, or a tree of them that is a prefix of `raw`.
@@ -168,7 +169,7 @@ def constrain(constraints: PyTree, raw: PyTree) -> PyTree:
 
 
 def unconstrain(constraints: PyTree, values: PyTree) -> PyTree:
-    """Map values to raw ones, `raw = to_raw(value)`: the inverse of `constrain`.
+    """Map values to raw ones, ``raw = to_raw(value)``; the inverse of `constrain`.
 
     Args:
       constraints: one Constraint, or a tree of them that is a prefix of `values`.
@@ -180,7 +181,7 @@ def unconstrain(constraints: PyTree, values: PyTree) -> PyTree:
     Raises:
       TypeError: a leaf of `constraints` is not a Constraint, or a value is not floating-point.
       ValueError: `constraints` is not a prefix of `values`, or a value is outside its domain (values traced
-        by `jax.jit` cannot be looked at and are not checked).
+        by `jax.jit` are unknown and not checked).
 
     >>> float(unconstrain(unit, 0.5))
     0.0

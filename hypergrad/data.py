@@ -1,4 +1,4 @@
-"""Small real data sets as numpy arrays, the IDX reader behind them, and minibatch schedules."""
+"""Small real data sets as NumPy arrays, the IDX reader behind them, and minibatch schedules."""
 
 import gzip
 import hashlib
@@ -49,13 +49,15 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Labelled grey images, split into train and test, as numpy arrays.
+    """Labeled gray images as NumPy arrays, split into train and test.
 
-    train_images: (n, height, width) float32 in [0, 1].
-    train_labels: (n,) int32 in [0, classes).
-    test_images, test_labels: the same for the test split.
-    name: the set's name, such as "mnist".
-    classes: the number of classes.
+    Attributes:
+      train_images: ``(n, height, width)`` float32 in [0, 1].
+      train_labels: ``(n,)`` int32 in [0, classes).
+      test_images: as `train_images`, for the test split.
+      test_labels: as `train_labels`, for the test split.
+      name: the set's name, such as "mnist".
+      classes: the number of classes.
     """
 
     train_images: np.ndarray
@@ -67,12 +69,13 @@ class Dataset(NamedTuple):
 
 
 class Omniglot(NamedTuple):
-    """Handwritten characters of several alphabets, each drawn by the same 20 people, as numpy arrays.
+    """Handwritten characters of several alphabets, each drawn by the same 20 people, as NumPy arrays.
 
-    images: (characters, 20, 28, 28) float32 in [0, 1], ink 1; the second axis is who drew.
-    alphabet: (characters,) int32, places in `names`.
-    evaluation: (characters,) bool, whether the alphabet belongs to the set's evaluation part.
-    names: the alphabets' names.
+    Attributes:
+      images: ``(characters, 20, 28, 28)`` float32 in [0, 1], ink 1; the second axis is the person who drew.
+      alphabet: ``(characters,)`` int32, indices into `names`.
+      evaluation: ``(characters,)`` bool, whether the alphabet belongs to the set's evaluation part.
+      names: the alphabets' names.
     """
 
     images: np.ndarray
@@ -82,13 +85,15 @@ class Omniglot(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Labelled rows of numbers, split into train and test, as numpy arrays.
+    """Labeled rows of numbers as NumPy arrays, split into train and test.
 
-    train_inputs: (n, features) float32.
-    train_labels: (n,) int32 in [0, classes).
-    test_inputs, test_labels: the same for the test split.
-    name: the set's name, such as "a9a".
-    classes: the number of classes.
+    Attributes:
+      train_inputs: ``(n, features)`` float32.
+      train_labels: ``(n,)`` int32 in [0, classes).
+      test_inputs: as `train_inputs`, for the test split.
+      test_labels: as `train_labels`, for the test split.
+      name: the set's name, such as "a9a".
+      classes: the number of classes.
     """
 
     train_inputs: np.ndarray
@@ -102,13 +107,14 @@ class Table(NamedTuple):
 def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten 8x8 digits: 1,437 to train on, 360 to test on.
 
-    The split is the same everywhere: rows in the order of a stable argsort of the 1,797 raw
-    64-bit outputs of `numpy.random.PCG64(0)`, the first 1,437 of them for training. Pixels are
-    divided by 16. Needs no file beyond scikit-learn itself.
+    The split is the same everywhere: rows in the order of a stable argsort of the 1,797 raw 64-bit outputs
+    of ``numpy.random.PCG64(0)``, the first 1,437 of them for training.  Pixels are divided by 16.  No file
+    beyond scikit-learn itself is needed.
 
-    Returns a Dataset with images (n, 8, 8) and 10 classes.
+    Returns:
+      A `Dataset` with images ``(n, 8, 8)`` and 10 classes.
 
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    Source: E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI, 1998.
 
     >>> digits().train_images.shape
     (1437, 8, 8)
@@ -118,7 +124,7 @@ def digits() -> Dataset:
     bunch = load_digits()
     images = (bunch.images / 16).astype(np.float32)
     labels = bunch.target.astype(np.int32)
-    # numpy keeps the raw stream of a bit generator fixed, but not Generator.permutation's.
+    # NumPy keeps the raw stream of a bit generator fixed, but not that of Generator.permutation.
     order = np.argsort(np.random.PCG64(0).random_raw(len(labels)), kind="stable")
     train, test = order[:_DIGITS_TRAIN], order[_DIGITS_TRAIN:]
     return Dataset(images[train], labels[train], images[test], labels[test], "digits", 10)
@@ -127,15 +133,19 @@ def digits() -> Dataset:
 def mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     """MNIST: 60,000 + 10,000 handwritten 28x28 digits, in the order of the original files.
 
-    directory: the folder that holds `mnist/` with the four original `*-ubyte.gz` files; None
-        takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+    Args:
+      directory: the folder that holds ``mnist/`` with the four original ``*-ubyte.gz`` files; None takes
+        the environment variable HYPERGRAD_DATA.  Nothing is downloaded.
 
-    Returns a Dataset with images (n, 28, 28), pixels divided by 255 in float32, and 10 classes;
-    `np.rint(255 * images)` gives the bytes back.
-    Raises DataError where a file is missing or its md5 is not the original's.
+    Returns:
+      A `Dataset` with images ``(n, 28, 28)``, pixels divided by 255 in float32, and 10 classes;
+      ``np.rint(255 * images)`` restores the bytes.
 
-    Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-based learning applied to
-    document recognition, Proc. IEEE 86, 1998.
+    Raises:
+      DataError: a file is missing, or its md5 is not the original's.
+
+    Source: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied to document
+    recognition", Proc. IEEE 86, 1998.
 
     >>> mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
     array([5, 0, 4, 1, 9], dtype=int32)
@@ -146,14 +156,18 @@ def mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
 def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 28x28 pictures of clothes, in the order of its files.
 
-    directory: the folder that holds `fashion-mnist/` with the four original `*-ubyte.gz` files;
-        None takes the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+    Args:
+      directory: the folder that holds ``fashion-mnist/`` with the four original ``*-ubyte.gz`` files; None
+        takes the environment variable HYPERGRAD_DATA.  Nothing is downloaded.
 
-    Returns a Dataset with images (n, 28, 28), pixels divided by 255 in float32, and 10 classes;
-    `np.rint(255 * images)` gives the bytes back.
-    Raises DataError where a file is missing or its md5 is not the original's.
+    Returns:
+      A `Dataset` with images ``(n, 28, 28)``, pixels divided by 255 in float32, and 10 classes;
+      ``np.rint(255 * images)`` restores the bytes.
 
-    Source: H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
+    Raises:
+      DataError: a file is missing, or its md5 is not the original's.
+
+    Source: H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST", arXiv:1708.07747, 2017.
 
     >>> fashion_mnist("path/to/data").train_labels[:5]  # doctest: +SKIP
     array([9, 0, 0, 3, 0], dtype=int32)
@@ -164,21 +178,26 @@ def fashion_mnist(directory: str | os.PathLike[str] | None = None) -> Dataset:
 def omniglot(
     directory: str | os.PathLike[str] | None = None, alphabets: Sequence[str] | None = None
 ) -> Omniglot:
-    """Omniglot: 1,623 characters of 50 alphabets, each drawn by 20 people, in images of 28x28.
+    """Omniglot: 1,623 characters of 50 alphabets, each drawn by 20 people, as 28x28 images.
 
-    directory: the folder that holds `omniglot/omniglot_28.npz`, a file of the arrays `images`
-        (characters, 20, 28, 28) uint8 with ink 255, `alphabet` (names), `alphabet_id` (characters,)
-        and `is_evaluation` (characters,); None takes the environment variable HYPERGRAD_DATA.
-        Nothing is downloaded.
-    alphabets: the names of those wanted, in the order wanted; None takes all, in the file's order.
+    Args:
+      directory: the folder that holds ``omniglot/omniglot_28.npz``, a file of the arrays ``images``
+        ``(characters, 20, 28, 28)`` uint8 with ink 255, ``alphabet`` (names), ``alphabet_id``
+        ``(characters,)`` and ``is_evaluation`` ``(characters,)``; None takes the environment variable
+        HYPERGRAD_DATA.  Nothing is downloaded.
+      alphabets: the names of the alphabets to load, in the order wanted; None takes all, in the file's
+        order.
 
-    Returns an Omniglot, the characters of an alphabet one after another, pixels divided by 255 in
-    float32.
-    Raises DataError where the file is missing, damaged or another one, ValueError for alphabets that
-    it does not have, or none at all.
+    Returns:
+      An `Omniglot`, with the characters of each alphabet next to each other, and pixels divided by 255 in
+      float32.
 
-    Source: B. M. Lake, R. Salakhutdinov, J. B. Tenenbaum, Human-level concept learning through
-    probabilistic program induction, Science 350, 2015.
+    Raises:
+      DataError: the file is missing, damaged or a different one.
+      ValueError: an alphabet is not in the file, or none is asked for.
+
+    Source: B. M. Lake, R. Salakhutdinov, J. B. Tenenbaum, "Human-level concept learning through
+    probabilistic program induction", Science 350, 2015.
 
     >>> omniglot("path/to/data", ["Hebrew"]).images.shape  # doctest: +SKIP
     (22, 20, 28, 28)
@@ -223,14 +242,18 @@ def omniglot(
 def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
     """a9a: 32,561 + 16,281 people of the Adult census data in 123 binary features, in file order.
 
-    directory: the folder that holds `libsvm/` with the two files `a9a` and `a9a.t`; None takes
-        the environment variable HYPERGRAD_DATA. Nothing is downloaded.
+    Args:
+      directory: the folder that holds ``libsvm/`` with the two files ``a9a`` and ``a9a.t``; None takes the
+        environment variable HYPERGRAD_DATA.  Nothing is downloaded.
 
-    Returns a Table of zeros and ones; label 1 is an income above 50,000 dollars (+1 in the file).
-    Raises DataError where a file is missing or its md5 is not the original's.
+    Returns:
+      A `Table` of zeros and ones; label 1 is an income above 50,000 dollars (+1 in the file).
 
-    Source: J. Platt, Fast training of support vector machines using sequential minimal
-    optimization, 1998; R. Kohavi, UCI, 1996.
+    Raises:
+      DataError: a file is missing, or its md5 is not the original's.
+
+    Source: J. Platt, "Fast training of support vector machines using sequential minimal optimization",
+    1998; R. Kohavi, UCI, 1996.
 
     >>> a9a("path/to/data").train_inputs.shape  # doctest: +SKIP
     (32561, 123)
@@ -250,13 +273,17 @@ def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read one array from an IDX file, gzip-compressed if its name ends in `.gz`.
+    """Read one array from an IDX file, gzip-compressed if its name ends in ``.gz``.
 
-    path: the file. Its six element types are uint8, int8, int16, int32, float32 and float64.
+    Args:
+      path: the file.  Its element type is uint8, int8, int16, int32, float32 or float64.
 
-    Returns a fresh array of the shape and type in the header, in native byte order.
-    Raises DataError where the file is missing or unreadable, is not gzip though named `.gz`, is
-    not IDX, ends too early, or goes on after its last element.
+    Returns:
+      A fresh array of the shape and type in the header, in native byte order.
+
+    Raises:
+      DataError: the file is missing or unreadable, is not gzip though named ``.gz``, is not IDX, ends too
+        early, or continues after its last element.
 
     Source: the IDX format as MNIST's authors give it on the data set's page.
 
@@ -280,17 +307,22 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> jax.Array:
     """Row indices of the minibatches of a run, drawn without replacement in each epoch.
 
-    Epoch e is a permutation of range(examples) under `fold_in(key, e)`, cut into
-    floor(examples / batch_size) batches; the rows left over sit that epoch out. No batch
+    Epoch ``e`` is a permutation of ``range(examples)`` under ``fold_in(key, e)``, cut into
+    ``floor(examples / batch_size)`` batches; the rows left over are not used in that epoch.  No batch
     straddles two epochs, and a longer run starts with the batches of a shorter one.
 
-    key: a JAX random key; the only argument that `jax.jit` may trace.
-    examples: the number of rows to draw from.
-    batch_size: rows in a batch, 1 to examples.
-    steps: the number of batches, 0 or more.
+    Args:
+      key: a JAX random key; the only argument that `jax.jit` may trace.
+      examples: the number of rows to draw from.
+      batch_size: the number of rows in a batch, from 1 to ``examples``.
+      steps: the number of batches, 0 or more.
 
-    Returns (steps, batch_size) int32 in [0, examples).
-    Raises TypeError where a size is not an integer, ValueError where it is out of range.
+    Returns:
+      ``(steps, batch_size)`` int32 in [0, examples).
+
+    Raises:
+      TypeError: a size is not an integer.
+      ValueError: a size is out of range.
 
     >>> minibatches(jax.random.key(0), examples=10, batch_size=5, steps=4).shape
     (4, 5)
@@ -323,12 +355,14 @@ def minibatches(key: jax.Array, examples: int, batch_size: int, steps: int) -> j
 def require_classes(call: str, part: str, labels: np.ndarray, classes: int) -> None:
     """Refuse a part of split data in which a class has no example.
 
-    call: the user's call, for the message.
-    part: what the part is called.
-    labels: (n,) integers in [0, classes), of the part.
-    classes: the number of classes.
+    Args:
+      call: the user's call, for the message.
+      part: the name of the part.
+      labels: ``(n,)`` integers in [0, classes), the labels of the part.
+      classes: the number of classes.
 
-    Raises ValueError that names the classes that are lost.
+    Raises:
+      ValueError: a class has no example; the message names every such class.
 
     >>> require_classes("split(...)", "the training part", np.array([0, 1, 1]), classes=2)
     """
@@ -364,7 +398,7 @@ def _read(
     expected: str | None,
     files: str,
 ) -> bytes:
-    """The content of a file of a data set, if its md5 is the original's, where there is one."""
+    """The content of a data set's file, with its md5 checked if the original's is given."""
     root = os.environ.get("HYPERGRAD_DATA") or None if directory is None else directory
     way_out = (
         f"Pass directory=, or set the environment variable HYPERGRAD_DATA, to the folder that "

@@ -25,11 +25,11 @@ except ImportError:  # not on every system
 
 PyTree = Any
 
-# In a saved file every array is named by its path in the tree, as JSON: '["rate", 0]'. JSON keeps
-# the list index 0 and the dict key "0" apart. What lies directly in a dict has its key for a name, which
-# anybody's `np.load` can use. One more entry, HEADER, is JSON too.
+# In a saved file every array is named by its path in the tree, as JSON: '["rate", 0]'. JSON keeps the list
+# index 0 and the dict key "0" apart. An array directly in a top-level dict is named by its key, so that
+# plain `np.load` finds it. One more entry, HEADER, is JSON too.
 _HEADER = "hypergrad"
-_TAKEN = {_HEADER, "file", "allow_pickle"}  # the latter by the arguments of np.savez
+_TAKEN = {_HEADER, "file", "allow_pickle"}  # the last two are arguments of np.savez
 
 
 def _address(path: Any) -> str:
@@ -66,18 +66,18 @@ def _storable(path: Any, leaf: Any) -> np.ndarray:
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None:
-    """Write a tree of arrays to one .npz file, atomically: the file is the old or the new one.
+    """Write a tree of arrays to one .npz file atomically: the file is always the old or the new one.
 
     Args:
-      path: file to write; its folder must exist. No suffix is added. Being killed in the middle of a write
-        may leave a hidden `.tmp` file beside it, which the next write removes.
+      path: file to write; its folder must exist.  No suffix is added.  A process killed in the middle of a
+        write may leave a hidden ``.tmp`` file next to it, which the next write removes.
       tree: dicts with string keys, lists, tuples and NamedTuples of arrays of numbers.
       metadata: anything `json.dumps` takes, under any names.
 
     Raises:
       TypeError: a leaf is not an array of numbers, a container is empty, a dict key is not a string, or the
         metadata is not JSON.
-      OSError: the file cannot be written; an old one is as it was.
+      OSError: the file cannot be written; an old file is unchanged.
 
     >>> import os, tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None
         is_leaf=lambda node: node is None or (isinstance(node, list | tuple | dict) and not node),
     )
     arrays: dict[str, Any] = {_address(where): _storable(where, leaf) for where, leaf in leaves}
-    # The npy format does not know bfloat16 and its kin: their bits go in unsigned integers.
+    # The npy format does not know bfloat16 and similar types: their bits are stored as unsigned integers.
     foreign = {name: x.dtype.name for name, x in arrays.items() if np.dtype(x.dtype.str) != x.dtype}
     for name in foreign:
         arrays[name] = arrays[name].view(f"u{arrays[name].itemsize}")
@@ -105,14 +105,14 @@ def save(path: str | os.PathLike[str], tree: PyTree, /, **metadata: Any) -> None
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file atomically: whoever reads it, and whenever we are killed, finds the old or the new one.
+    """Write a file atomically: even if the process is killed, a reader finds the old or the new content.
 
     Args:
       path: file to write; its folder must exist.
-      content: of the file.
+      content: the bytes to write.
 
     Raises:
-      OSError: it cannot be written, for example because the disk is full; an old file is as it was.
+      OSError: the file cannot be written, for example because the disk is full; an old file is unchanged.
     """
     target = _real(path)
     _clear_orphans(target)
@@ -140,7 +140,7 @@ def _because(error: OSError, what: str, then: str) -> OSError:
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
-    """Behind links: they stay, and two names of one file are one."""
+    """The path with symbolic links resolved, so that links are kept and two names of one file agree."""
     return Path(os.path.realpath(path))
 
 
@@ -149,9 +149,9 @@ def _host() -> str:
 
 
 def _clear_orphans(target: Path) -> None:
-    """Remove what processes of this machine that were killed in the middle of a write have left."""
+    """Remove what processes of this machine left behind when they were killed in the middle of a write."""
     orphan = re.compile(re.escape(f".{target.name}.") + rf"(?:{_host()}-)?(\d+)(?:-\d+)?\.tmp")
-    with contextlib.suppress(OSError):  # a folder that may not be listed, or one that is missing
+    with contextlib.suppress(OSError):  # the folder may not be listed, or is missing
         for entry in os.scandir(target.parent):
             match = orphan.fullmatch(entry.name)
             if match and int(match.group(1)) != os.getpid() and not _alive(int(match.group(1))):
@@ -159,27 +159,27 @@ def _clear_orphans(target: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    if os.name == "nt":  # os.kill would end it there
+    if os.name == "nt":  # there os.kill would end the process
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # somebody else's
+    except (OSError, OverflowError):  # it belongs to another user
         return True
     return True
 
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str], call: str) -> Iterator[None]:
-    """Keep other processes from working on the same file; also finds out whether it can be written at all.
+    """Keep other processes from working on the same file, and check that it can be written at all.
 
-    The lock is one of the operating system's on a hidden file beside it, and ends with the process, however
-    that ends.  On a file system without locks there is a warning, and nothing is kept out.
+    The lock is the operating system's, on a hidden file next to the given one, and ends with the process in
+    any case.  On a file system without locks a warning is issued, and other processes are not kept out.
 
     Args:
       path: the file; it need not exist.
-      call: what the user called, with the path in it, for messages.
+      call: the user's call, with the path in it, for messages.
 
     Returns:
       A context manager.
@@ -218,19 +218,20 @@ def locked(path: str | os.PathLike[str], call: str) -> Iterator[None]:
         _clear_orphans(target)
         yield
     finally:
-        # In this order: who comes next must not get hold of a file that is about to be removed.
+        # Removed before it is closed, so that the next process cannot lock a file that is about to be
+        # removed.
         with contextlib.suppress(OSError):
             side.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def _lock(side: Path) -> int:
-    """Descriptor of a file that we hold the lock of."""
+    """The descriptor of the lock file, once this process holds the lock."""
     while True:
         descriptor = os.open(side, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _flock(descriptor, side)
-            # Whoever had the lock until now has removed the file; then there may be a new one.
+            # The previous holder of the lock removed the file, so there may be a new one.
             if os.path.exists(side) and os.path.samestat(os.stat(side), os.fstat(descriptor)):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -269,7 +270,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or something else wrote it.
+      ValueError: the file is damaged, or was not written by `save`.
 
     >>> import os, tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +281,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
     name = os.fspath(path)
     if os.path.isdir(path):
         raise ValueError(f"load({name!r}): it is a folder; give the path of a file in it")
-    content = io.BytesIO(Path(path).read_bytes())  # an error here is one of the file system
+    content = io.BytesIO(Path(path).read_bytes())  # errors of the file system pass through
     try:
         with np.load(content, allow_pickle=False) as archive:
             header = json.loads(str(archive[_HEADER]))
@@ -291,7 +292,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, dict[str, Any]]:
             arrays[key] = arrays[key].view(np.dtype(dtype))
         tree = _nest([(_parts(key), array) for key, array in arrays.items()])
         return tree, dict(header["metadata"])
-    except Exception as error:  # bytes at random can make NumPy and zipfile raise anything
+    except Exception as error:  # random bytes can make NumPy and zipfile raise anything
         raise ValueError(
             f"load({name!r}): not a whole file written by hypergrad.files.save "
             f"({type(error).__name__}: {error}); give the path of one that is"
@@ -311,7 +312,7 @@ def _nest(items: list[tuple[list[Any], np.ndarray]]) -> PyTree:
 
 
 def versions() -> dict[str, str]:
-    """Of hypergrad, JAX and NumPy, to write beside what they made.
+    """The versions of hypergrad, JAX and NumPy, to store with results.
 
     >>> sorted(versions())
     ['hypergrad', 'jax', 'numpy']

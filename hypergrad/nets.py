@@ -1,7 +1,7 @@
 """Fully connected and convolutional nets as pure functions, and the two losses that go with them.
 
-Given a third argument, ``apply(params, inputs, probes)`` is a network as `hypergrad.layers` wants them: it
-adds the probes to what its layers compute, and returns what goes into the layers beside its outputs.
+With a third argument, ``apply(params, inputs, probes)`` is a network as `hypergrad.layers` expects it: it
+adds the probes to what its layers compute, and returns the inputs of the layers next to its outputs.
 """
 
 import math
@@ -14,10 +14,11 @@ import numpy as np
 
 
 class Dense(NamedTuple):
-    """One fully connected layer: inputs @ weights + biases.
+    """One fully connected layer, ``inputs @ weights + biases``.
 
-    weights: (n_in, n_out).
-    biases: (n_out,).
+    Attributes:
+      weights: ``(n_in, n_out)``.
+      biases: ``(n_out,)``.
     """
 
     weights: jax.Array
@@ -25,11 +26,12 @@ class Dense(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """One block of `convnet`: convolution, instance normalisation, ReLU, pooling.
+    """One block of `convnet`: convolution, instance normalization, ReLU, pooling.
 
-    weights: (3, 3, n_in, n_out).
-    scale: (n_out,), what each normalised channel is multiplied by.
-    offset: (n_out,), what is then added to it.
+    Attributes:
+      weights: ``(3, 3, n_in, n_out)``.
+      scale: ``(n_out,)``, by which each normalized channel is multiplied.
+      offset: ``(n_out,)``, added to each channel after the scale.
     """
 
     weights: jax.Array
@@ -40,26 +42,29 @@ class Conv(NamedTuple):
 def mlp(
     sizes: Sequence[int], activation: Callable[[jax.Array], jax.Array] = jnp.tanh
 ) -> tuple[Callable[..., tuple[Dense, ...]], Callable[..., Any]]:
-    """A multilayer perceptron, as a pair of pure functions (init, apply).
+    """A multilayer perceptron, as a pair of pure functions ``(init, apply)``.
 
-    h_0 = inputs,  h_l = activation(h_{l-1} W_l + b_l),  logits = h_{L-1} W_L + b_L
+    ``h_0 = inputs,  h_l = activation(h_{l-1} W_l + b_l),  logits = h_{L-1} W_L + b_L``
 
-    sizes: the widths from inputs to logits, two or more positive integers. With just two,
-        `mlp((n, classes))`, it is multinomial logistic regression.
-    activation: the elementwise function after each hidden layer; the logits do without.
+    Args:
+      sizes: the widths from inputs to logits, two or more positive integers.  With just two,
+        ``mlp((n, classes))``, this is multinomial logistic regression.
+      activation: the elementwise function after each hidden layer; none follows the logits.
 
-    Returns two functions:
-        `init(key, scale=None)` gives a tuple of Dense, one a layer, in JAX's default float type.
-            With scale None, weights are normal / sqrt(n_in) and biases zero; with a float, which
-            may be traced, weights and biases are normal * scale.
-        `apply(params, inputs)` gives logits (n, sizes[-1]) for inputs (n, ...) whose axes after
-            the first multiply to sizes[0]; it raises ValueError where they do not.
-            `apply(params, inputs, probes)` adds the L probes to h_{l-1} W_l + b_l, and gives the
-            logits and a tuple of all h_{l-1}.
-    Raises ValueError where sizes holds fewer than two widths or one that is not a positive
-    integer.
+    Returns:
+      ``init(key, scale=None)``, which returns a tuple of one `Dense` per layer in JAX's default float type.
+      By default weights are ``normal / sqrt(n_in)`` and biases zero; with a float ``scale``, which may be
+      traced, both are ``normal * scale``.
 
-    Source: Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, Efficient BackProp, 1998, for 1/sqrt(n_in).
+      ``apply(params, inputs)``, which returns logits ``(n, sizes[-1])`` for inputs ``(n, ...)`` whose axes
+      after the first multiply to ``sizes[0]``, and raises ValueError for others.
+      ``apply(params, inputs, probes)`` adds the ``L`` probes to ``h_{l-1} W_l + b_l``, and returns the
+      logits and a tuple of all ``h_{l-1}``.
+
+    Raises:
+      ValueError: ``sizes`` holds fewer than two widths, or one that is not a positive integer.
+
+    Source: Y. LeCun, L. Bottou, G. Orr, K.-R. Müller, "Efficient BackProp", 1998, for ``1 / sqrt(n_in)``.
 
     >>> init, apply = mlp((64, 16, 10))
     >>> apply(init(jax.random.key(0)), jnp.zeros((3, 8, 8))).shape
@@ -105,33 +110,39 @@ def mlp(
 def convnet(
     shape: tuple[int, int, int], classes: int, *, width: int = 128, depth: int = 3
 ) -> tuple[Callable[..., tuple[Conv | Dense, ...]], Callable[..., Any]]:
-    """The ConvNet-D of dataset distillation, as a pair of pure functions (init, apply).
+    """The ConvNet-D of dataset distillation, as a pair of pure functions ``(init, apply)``.
 
-    h <- pool(relu(a (W * h - μ) / sqrt(σ² + ε) + b)),  D times;  logits = h W + b
+    ``h <- pool(relu(a (W * h - μ) / sqrt(σ² + ε) + b))``, ``D`` times;  ``logits = h W + b``
 
-    W * h is a 3x3 convolution with zero padding, μ and σ² are mean and variance over the pixels
-    of each channel of each image, ε = 1e-5, and pool averages squares of 2x2 pixels, leaving out
-    an odd last row or column. The convolutions have no biases, which subtracting μ would undo.
+    ``W * h`` is a 3x3 convolution with zero padding, ``μ`` and ``σ²`` are the mean and variance over the
+    pixels of each channel of each image, and ``ε = 1e-5``.  ``pool`` averages squares of 2x2 pixels and
+    drops an odd last row or column.  The convolutions have no biases, because subtracting ``μ`` would undo
+    them.
 
-    shape: (height, width, channels) of an image.
-    classes: the number of logits.
-    width: the channels of every block.
-    depth: the number D of blocks, at most log2 of the smaller side of the image.
+    Args:
+      shape: (height, width, channels) of an image.
+      classes: the number of logits.
+      width: the number of channels of every block.
+      depth: ``D``, the number of blocks, at most log2 of the shorter side of the image.
 
-    Returns two functions:
-        `init(key)` gives a tuple of D Conv and a Dense, in JAX's default float type: weights are
-            normal / sqrt(n_in), with 9 n_in for n_in in convolutions; scales one; offsets and
-            biases zero.
-        `apply(params, inputs)` gives logits (n, classes) for inputs (n, height, width, channels),
-            (n, height * width * channels) or, with one channel, (n, height, width); it raises
-            ValueError for others. `apply(params, inputs, probes)` with probes like the layers of
-            the parameters, a tuple of D Conv and one more, adds them to W * h (`weights`) and to
-            what scale and offset give, and gives the logits and a tuple like the probes of what
-            goes in: the 3x3 patches of h, what is multiplied by the scale, and ones.
-    Raises ValueError where a size is not a positive integer or the depth is too great.
+    Returns:
+      ``init(key)``, which returns a tuple of ``D`` `Conv` and a `Dense` in JAX's default float type.
+      Weights are ``normal / sqrt(n_in)``, with ``9 n_in`` in place of ``n_in`` in convolutions; scales are
+      one, offsets and biases zero.
 
-    Source: S. Gidaris, N. Komodakis, Dynamic few-shot visual learning without forgetting, 2018;
-    B. Zhao, K. Mopuri, H. Bilen, Dataset condensation with gradient matching, 2021.
+      ``apply(params, inputs)``, which returns logits ``(n, classes)`` for inputs
+      ``(n, height, width, channels)``, ``(n, height * width * channels)`` or, with one channel,
+      ``(n, height, width)``, and raises ValueError for others.  ``apply(params, inputs, probes)`` takes
+      probes structured like the parameters, a tuple of ``D`` `Conv` and one more.  It adds them to
+      ``W * h`` (``weights``) and to the results of scale and offset.  It returns the logits and a tuple
+      like the probes of the layers' inputs: the 3x3 patches of ``h``, what is multiplied by the scale, and
+      ones.
+
+    Raises:
+      ValueError: a size is not a positive integer, or the depth is too great.
+
+    Source: S. Gidaris, N. Komodakis, "Dynamic few-shot visual learning without forgetting", 2018; B. Zhao,
+    K. Mopuri, H. Bilen, "Dataset condensation with gradient matching", 2021.
 
     >>> init, apply = convnet((8, 8, 1), 10, width=4, depth=2)
     >>> apply(init(jax.random.key(0)), jnp.zeros((3, 64))).shape
@@ -191,12 +202,12 @@ def convnet(
 
 
 def _probed(computed: jax.Array, probe: jax.Array | None) -> jax.Array:
-    """With the probe added, if there is one."""
+    """The value with the probe added, if there is one."""
     return computed if probe is None else computed + probe
 
 
 def _patches(images: jax.Array) -> jax.Array:
-    """The 3x3 neighbourhoods with zero padding, (n, h, w, n_in) -> (n, h, w, 9 n_in), channels last."""
+    """The 3x3 neighborhoods with zero padding, (n, h, w, n_in) -> (n, h, w, 9 n_in), channels last."""
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -204,37 +215,41 @@ def _patches(images: jax.Array) -> jax.Array:
 
 
 def _convolve(patches: jax.Array, weights: jax.Array) -> jax.Array:
-    """Convolution from the patches, (n, h, w, 9 n_in) and (3, 3, n_in, n_out) -> (n, h, w, n_out)."""
-    # One matrix product with the nine shifted images side by side. XLA has fast convolutions for CPUs,
-    # but does not use them inside a loop, where training runs: there this is 5 to 10 times faster.
+    """Convolution of the patches, (n, h, w, 9 n_in) and (3, 3, n_in, n_out) -> (n, h, w, n_out)."""
+    # One matrix product with the nine shifted images side by side. XLA has fast convolutions for CPUs, but
+    # does not use them inside a loop, where training runs; there this is 5 to 10 times faster.
     return jnp.tensordot(patches, weights.reshape(-1, weights.shape[3]), axes=1)
 
 
 def _normalise(images: jax.Array) -> jax.Array:
-    """Every channel of every image with mean zero and, but for the ε, variance one."""
+    """Every channel of every image scaled to mean zero and, up to ε, variance one."""
     centred = images - jnp.mean(images, axis=(1, 2), keepdims=True)
-    # The ε stands inside the root, so that its derivative is finite where an image is constant.
+    # The ε is inside the root, so that the derivative is finite where an image is constant.
     return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=(1, 2), keepdims=True) + 1e-5)
 
 
 def _pool(images: jax.Array) -> jax.Array:
-    """Means of squares of 2x2 pixels, without an odd last row or column."""
+    """Means over squares of 2x2 pixels, without an odd last row or column."""
     n, height, width, channels = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]
     return even.reshape(n, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
 def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> jax.Array:
-    """Mean cross-entropy of softmax(logits) against the labels, in nats.
+    """Mean cross-entropy of ``softmax(logits)`` against the labels, in nats.
 
-    -1/n sum_i sum_c p_ic log softmax(logits_i)_c,  with p_i one-hot for integer labels
+    ``-1/n sum_i sum_c p_ic log softmax(logits_i)_c``, with ``p_i`` one-hot for integer labels
 
-    logits: (n, classes) float, any size that is finite.
-    labels: (n,) integers in [0, classes), or (n, classes) probabilities. An integer out of range
+    Args:
+      logits: ``(n, classes)`` floats of any finite size.
+      labels: ``(n,)`` integers in [0, classes), or ``(n, classes)`` probabilities.  An integer out of range
         makes the result NaN.
 
-    Returns a scalar.
-    Raises ValueError where the shapes or the labels' type do not fit.
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: the shapes or the labels' type do not fit.
 
     >>> round(float(cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 1, 2]))), 4)  # log 4
     1.3863
@@ -243,8 +258,8 @@ def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray
     log_p = jax.nn.log_softmax(jnp.asarray(logits))
     targets = jnp.asarray(labels)
     if targets.ndim == 1:
-        # A product with one-hot rows, not a gather: its derivative is no scatter, which is slow
-        # inside scan. An out-of-range label would be a row of zeros, so it is made loud.
+        # A product with one-hot rows, not a gather, because the derivative of a gather is a scatter, which
+        # is slow inside scan. An out-of-range label would become a row of zeros, so it is turned into NaN.
         classes = log_p.shape[1]
         one_hot = jax.nn.one_hot(targets, classes, dtype=log_p.dtype)
         valid = (targets >= 0) & (targets < classes)
@@ -253,14 +268,18 @@ def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray
 
 
 def error_rate(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> jax.Array:
-    """Share of examples whose largest logit is not at the label; the first wins a tie.
+    """The share of examples whose largest logit is not at the label; the first wins a tie.
 
-    logits: (n, classes) float.
-    labels: (n,) integers in [0, classes), or (n, classes) probabilities, of which the largest
+    Args:
+      logits: ``(n, classes)`` floats.
+      labels: ``(n,)`` integers in [0, classes), or ``(n, classes)`` probabilities, of which the largest
         counts.
 
-    Returns a scalar in [0, 1].
-    Raises ValueError where the shapes or the labels' type do not fit.
+    Returns:
+      A scalar in [0, 1].
+
+    Raises:
+      ValueError: the shapes or the labels' type do not fit.
 
     >>> float(error_rate(jnp.array([[0.0, 1.0], [0.0, 1.0]]), jnp.array([1, 0])))
     0.5

@@ -2,7 +2,7 @@
 
 The minibatch gradient of a diagonal quadratic is ``g = h θ + ε`` with ``ε ~ N(0, c)``, drawn anew at every
 step.  A linear optimizer then moves ``θ``, and whatever else it keeps, by ``z <- M z + b ε``, and the
-second moments follow exactly, coordinate by coordinate:
+second moments follow exactly, coordinate by coordinate::
 
     S <- M S Mᵀ + c b bᵀ,    expected loss = ½ Σ w E θ²
 
@@ -71,7 +71,7 @@ class Method:
     """A linear optimizer on the model.
 
     Attributes:
-      name: as the user would call it.
+      name: the call that makes it.
       hypers: names of the hyperparameters.
       start: ``z_0 = start θ_0``, one number for every entry of ``z``.
       update: ``(problem, **hypers) -> Update``; each hyperparameter a number or ``(d,)``.
@@ -88,7 +88,7 @@ class Method:
 
 
 class Expected(NamedTuple):
-    """The expectation of a training run.
+    """The expected course of a training run.
 
     Attributes:
       losses: ``(T + 1,)``, the expected loss before every step, and after the last.
@@ -100,7 +100,7 @@ class Expected(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What chance decides in a run.
+    """The random part of a run.
 
     Attributes:
       params: ``θ_0``, ``(d,)``.
@@ -167,7 +167,7 @@ def preconditioned(problem: NoisyQuadratic, power: float | Array) -> NoisyQuadra
 
 
 def expected_loss(problem: NoisyQuadratic, second_moment: Array) -> Array:
-    """``½ Σ w A``, the loss in expectation; of one sample, give ``θ²``.
+    """``½ Σ w A``, the loss in expectation; for a single sample, pass ``θ²``.
 
     Args:
       problem: the model.
@@ -272,16 +272,16 @@ def iterate_average() -> Method:
 
 
 def transported_average() -> Method:
-    """Descent along an average ``m`` of gradients, each carried along to where ``θ`` is now.
+    """Descent along an average ``m`` of gradients, each transported to the current ``θ``.
 
     ``m <- m + K (g - m);  δ = -α m;  θ <- θ + δ;  m <- m + h δ``, the last being exact on a quadratic.  The
-    error ``e = m - h θ`` does not feel the moves, ``e <- (1 - K) e + K ε``.  With ``K = 1, 1/2, 1/3, ...``
-    all gradients count alike and ``e`` falls as ``1/t``: this is the mean of the Kalman filter for the
-    gradient.  ``K = 1`` is `sgd`.  For constant ``K``, in the steady state, with ``q = r (1 - K)``,
-    ``A = α c K (1 + q) / (h (2 - K) (2 - α h) (1 - q))``.
+    error ``e = m - h θ`` does not depend on the moves, ``e <- (1 - K) e + K ε``.  With
+    ``K = 1, 1/2, 1/3, ...`` all gradients have equal weight and ``e`` falls as ``1/t``: this is the mean of
+    the Kalman filter for the gradient.  ``K = 1`` is `sgd`.  For constant ``K``, in the steady state, with
+    ``q = r (1 - K)``, ``A = α c K (1 + q) / (h (2 - K) (2 - α h) (1 - q))``.
 
-    Hyperparameters: ``learning_rate`` (α) and ``gain`` (K), whose first should be 1, since ``m`` is not
-    known at the start: ``e_0 = 0`` stands for a gradient known exactly.  ``z = (θ, e)``.
+    Hyperparameters: ``learning_rate`` (α) and ``gain`` (K), whose first value should be 1, since ``m`` is
+    not known at the start: ``e_0 = 0`` means that the gradient is known exactly.  ``z = (θ, e)``.
 
     Source: Chen, Choi, Balles, Duvenaud, Hennig, "Self-tuning stochastic optimization with curvature-aware
     gradient filtering", 2020, Proposition 1.
@@ -333,7 +333,7 @@ def expect(
     steps: int,
     moments: Array | None = None,
 ) -> Expected:
-    """The expected losses of a whole run, by the exact recursion; what `hypergrad.train` samples.
+    """The expected losses of a whole run, by the exact recursion; `hypergrad.train` samples such runs.
 
     Differentiable, in both modes, in the problem, the hyperparameters and the start.
 
@@ -341,7 +341,7 @@ def expect(
       method: such as `sgd()`.
       problem: the model.
       hypers: by name a number, or an array whose leading axis is the step, of length ``T`` (or 1, for the
-        same at every step); behind it, an array may have one entry per coordinate.
+        same at every step); a second axis may have one entry per coordinate.
       steps: ``T``, at least 1.
       moments: ``S`` at the start, ``(n, n, d)``; by default that of `problem`.
 
@@ -349,7 +349,7 @@ def expect(
       An `Expected`.
 
     Raises:
-      ValueError: where shapes, names or the number of steps do not fit.
+      ValueError: shapes, names or the number of steps do not fit.
 
     >>> problem = noisy_quadratic(100, batch_size=10)
     >>> first = lambda rate: expect(sgd(), problem, {"learning_rate": rate}, steps=50).losses[-1]
@@ -390,13 +390,13 @@ def sgd_after(
 ) -> Array:
     """`sgd` at a constant rate in closed form, ``A_t = r^(2t) A_0 + (1 - r^(2t)) α c / (h (2 - α h))``.
 
-    A schedule that is constant in pieces is one call for every piece.  Right also where ``α h > 2`` and the
-    run diverges, up to overflow.
+    For a piecewise constant schedule, call it once for every piece.  It is also correct if ``α h > 2`` and
+    the run diverges, up to overflow.
 
     Args:
       problem: the model, with curvature above 0.
       learning_rate: ``α``, above 0, a number or ``(d,)``.
-      steps: ``t``, at least 0; a real number, ``r^(2t)`` being ``|r|^(2t)``, so that it can be solved for.
+      steps: ``t``, at least 0; a real number, so that it can be solved for: ``r^(2t)`` means ``|r|^(2t)``.
       second_moment: ``A_0``, ``(d,)``; by default that of `problem`.
 
     Returns:
@@ -458,13 +458,13 @@ def sgd_hypergradient(problem: NoisyQuadratic, learning_rate: Array) -> Array:
 
 
 def optimal_learning_rates(problem: NoisyQuadratic, steps: int) -> Array:
-    """The best schedule of `sgd` for every coordinate by itself, ``α_t = h A_t / (h² A_t + c)``.
+    """The best schedule of `sgd` for each coordinate separately, ``α_t = h A_t / (h² A_t + c)``.
 
-    Best for one step and for the whole run alike: the hypergradient is zero there.  It leads along
+    It is best for one step as well as for the whole run: the hypergradient is zero there.  It gives
     ``A_t = 1 / (1/A_0 + t h²/c)``, the smallest that any method could reach (see `least_loss`).
 
     Args:
-      problem: the model; in one dimension, the result is the best schedule as such.
+      problem: the model; in one dimension, the result is the best schedule of all.
       steps: ``T``, at least 1.
 
     Returns:
@@ -484,8 +484,8 @@ def optimal_learning_rates(problem: NoisyQuadratic, steps: int) -> Array:
 def least_loss(problem: NoisyQuadratic, steps: float | Array) -> Array:
     """The least expected loss any method can have after T gradients, ``½ Σ w / (1/A_0 + T h²/c)``.
 
-    It is the posterior variance for a normal start: wherever a method evaluates them, ``T`` gradients tell
-    ``θ_0`` with variance ``c / (T h²)``, and no more.
+    It is the posterior variance for a normal start: wherever a method evaluates them, ``T`` gradients
+    determine ``θ_0`` with variance ``c / (T h²)`` and no better.
 
     Args:
       problem: the model.
@@ -502,10 +502,10 @@ def least_loss(problem: NoisyQuadratic, steps: float | Array) -> Array:
 
 
 def information_bound(problem: NoisyQuadratic, target: float | Array) -> Array:
-    """The steps to a target for want of information, ``Σ w c / (2 target h²)``; ``d / (2 target B)`` here.
+    """The steps that information alone requires to reach a target, ``Σ w c / (2 target h²)``.
 
-    This is `least_loss` with nothing known of the start, and a little larger; where the target is far below
-    the initial loss the two agree.
+    For `noisy_quadratic` this is ``d / (2 target B)``.  It is the bound of `least_loss` with nothing known
+    about the start, and so slightly larger; if the target is far below the initial loss the two agree.
 
     Args:
       problem: the model.
@@ -550,9 +550,9 @@ def sample(problem: NoisyQuadratic, key: Array, steps: int) -> Sample:
 def sampled_loss(params: Array, problem: NoisyQuadratic, normals: Array) -> Array:
     """A loss for `hypergrad.train` whose gradient is ``h θ + ε``: ``½ Σ h θ² + √c ξ θ``, ``ε = √c ξ``.
 
-    The `problem` goes in as ``meta``, so that curvature and noise get hypergradients too (noise where it is
-    not zero).  The result of training is judged by `expected_loss` of ``params**2``, since with
-    preconditioning this here is not the loss.
+    The `problem` is passed as ``meta``, so that curvature and noise get hypergradients too (noise where it
+    is not zero).  Judge the result of training by `expected_loss` of ``params**2``, since with
+    preconditioning the function here is not the loss.
 
     Args:
       params: ``θ``, ``(d,)``.

@@ -1,10 +1,10 @@
 """Schedules whose every parameter can be learned, each at once a pytree and an optax schedule.
 
-A schedule is a small NamedTuple of its parameters: `jax.grad`, optax and `hypergrad.meta.optimize` move
-them as they move any pytree.  It is also a function of the count of steps, so it goes wherever optax
-takes a schedule; and `values` makes the array of it, or of any optax schedule, that `hypergrad.train`
-takes as a hyperparameter.  Lengths and places are real numbers of steps, not integers, and the values
-are differentiable in them too wherever a kink does not fall exactly on a count.
+A schedule is a small NamedTuple of its parameters, which `jax.grad`, optax and `hypergrad.meta.optimize`
+handle like any pytree.  It is also a function of the step count, so it works wherever optax takes a
+schedule; `values` turns it, or any optax schedule, into the array that `hypergrad.train` takes as a
+hyperparameter.  Lengths and positions are real numbers of steps, not integers, and the values are
+differentiable in them too wherever a kink does not fall exactly on a count.
 
 ======  ============  =====================================================
 symbol  name          meaning
@@ -43,13 +43,10 @@ PyTree = Any
 
 
 class Constant(NamedTuple):
-    """The same at every step, ``η(t) = value``.
+    """The same value at every step, ``η(t) = value``.
 
-    Args:
+    Attributes:
       value: the value, a number.
-
-    Returns:
-      The schedule.
 
     >>> values(Constant(0.5), 3).tolist()
     [0.5, 0.5, 0.5]
@@ -65,11 +62,10 @@ class Constant(NamedTuple):
 class PerStep(NamedTuple):
     """A value for each step, ``η(t) = values[min(t, T - 1)]``; the last one is held after the end.
 
-    Args:
-      values: shape `(T,)`, T >= 1.
+    Calling it raises ValueError if ``values`` has another shape.
 
-    Returns:
-      The schedule; called, it raises ValueError where `values` has another shape.
+    Attributes:
+      values: shape ``(T,)``, T >= 1.
 
     >>> import optax
     >>> schedule = PerStep(jnp.array([0.5, 0.25]))
@@ -96,15 +92,14 @@ class PiecewiseLinear(NamedTuple):
 
     ``η(t) = (1 - x) y_k + x y_{k+1},  x = (t - p_k) / (p_{k+1} - p_k),  p_k <= t < p_{k+1}``
 
-    Args:
-      positions: shape `(K,)`, K >= 2: the counts p_k at which the knots stand, in steps, ascending. Two
-        equal ones make a jump.  `hypergrad.constraints.ascending` keeps them in order while they are
-        learned; a traced knot that stands before its predecessor counts as standing at it.
-      values: shape `(K,)`: the values y_k at the knots.
+    For a count exactly at a knot, the derivative in its position is that of the line to the right.  Calling
+    it raises ValueError if the shapes do not fit, or if known positions descend.
 
-    Returns:
-      The schedule.  For a count exactly at a knot, the derivative in its position is that of the line to
-      the right.  Called, it raises ValueError where the shapes are others, or known positions descend.
+    Attributes:
+      positions: shape ``(K,)``, K >= 2: the positions ``p_k`` of the knots in steps, ascending.  Two equal
+        ones make a jump.  `hypergrad.constraints.ascending` keeps them in order while they are learned; a
+        traced knot that is before its predecessor counts as being at it.
+      values: shape ``(K,)``: the values ``y_k`` at the knots.
 
     >>> values(PiecewiseLinear(jnp.array([0.0, 2.0, 4.0]), jnp.array([0.0, 1.0, 0.0])), 6).tolist()
     [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
@@ -131,21 +126,19 @@ class PiecewiseLinear(NamedTuple):
 class WarmupCosine(NamedTuple):
     """Linear warm-up, then half a cosine down.
 
-    For whole lengths and a peak other than 0, the values of `optax.warmup_cosine_decay_schedule`; from a
-    peak of 0, optax's stays at 0 and this one goes to `end_value`.
-
     ``η(t) = (1 - x) init + x peak,             x = t / warmup,                         t < warmup``
     ``η(t) = end + (peak - end) (1 + cos πx)/2, x = (t - warmup) / (decay - warmup),    t >= warmup``
 
-    Args:
-      init_value: value at count 0.
-      peak_value: value at `warmup_steps`.
-      warmup_steps: length of the warm-up in steps, >= 0.
-      decay_steps: where `end_value` is reached, in steps from count 0, >= `warmup_steps`.
-      end_value: value from `decay_steps` on.
+    For whole lengths and a peak other than 0, these are the values of `optax.warmup_cosine_decay_schedule`;
+    from a peak of 0, optax's schedule stays at 0 and this one goes to ``end_value``.  Calling it raises
+    ValueError if known lengths are out of order.
 
-    Returns:
-      The schedule.  Called, it raises ValueError where known lengths are out of order.
+    Attributes:
+      init_value: value at count 0.
+      peak_value: value at ``warmup_steps``.
+      warmup_steps: length of the warm-up in steps, >= 0.
+      decay_steps: the count at which ``end_value`` is reached, >= ``warmup_steps``.
+      end_value: value from ``decay_steps`` on.
 
     Source: Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017, eq. 5;
     Goyal et al., "Accurate, large minibatch SGD", 2017, section 2.2, for the warm-up.
@@ -171,17 +164,16 @@ class WarmupCosine(NamedTuple):
 
 
 class Triangular(NamedTuple):
-    """The cyclical schedule: linearly up for half a cycle and down for the other half, for ever.
+    """The cyclical schedule: linearly up for half a cycle and down for the other half, forever.
 
     ``η(t) = base + (max - base) (1 - |2x - 1|),  x = t / cycle - floor(t / cycle)``
 
-    Args:
-      base_value: value at the start of each cycle.
-      max_value: value half-way through.
-      cycle_steps: length of a cycle in steps, > 0; twice what the paper calls stepsize.
+    Calling it raises ValueError if a known ``cycle_steps`` is not positive.
 
-    Returns:
-      The schedule.  Called, it raises ValueError where a known `cycle_steps` is not positive.
+    Attributes:
+      base_value: value at the start of each cycle.
+      max_value: value halfway through.
+      cycle_steps: length of a cycle in steps, > 0; twice what the paper calls stepsize.
 
     Source: Smith, "Cyclical learning rates for training neural networks", 2017, section 3.1.
 
@@ -204,26 +196,24 @@ class Triangular(NamedTuple):
 class OneCycle(NamedTuple):
     """One cycle in three straight lines.
 
-    Where ``pct_start T`` and ``pct_final T`` are whole numbers, the values of
-    `optax.linear_onecycle_schedule`.  Elsewhere optax cuts them to whole numbers, and this one does not,
-    which is why it has derivatives in them; ``floor(pct T) / T`` in their place gives optax's values.
-
     From ``peak / div`` up to ``peak`` at ``pct_start T``, back down to ``peak / div`` at ``pct_final T``,
     and on to ``peak / div / final_div`` at ``T``, which is held.
 
-    Args:
-      transition_steps: T, the length of it all in steps, > 0.
+    If ``pct_start T`` and ``pct_final T`` are whole numbers, these are the values of
+    `optax.linear_onecycle_schedule`.  Otherwise optax truncates them to whole numbers and this schedule
+    does not, which is why it has derivatives in them; ``floor(pct T) / T`` in their place gives optax's
+    values. Calling it raises ValueError if known arguments are outside their ranges.
+
+    Attributes:
+      transition_steps: T, the total length in steps, > 0.
       peak_value: the largest value.
-      pct_start: share of T at which the peak stands, in [0, pct_final].
+      pct_start: share of T at which the peak is reached, in [0, pct_final].
       pct_final: share of T at which the cycle closes, in [pct_start, 1].
       div_factor: how many times smaller than the peak the first value is, > 0.
       final_div_factor: how many times smaller than the first value the last is, > 0.
 
-    Returns:
-      The schedule.  Called, it raises ValueError where known arguments are outside their ranges.
-
-    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large
-    learning rates", 2018, section 3.
+    Source: Smith and Topin, "Super-convergence: very fast training of neural networks using large learning
+    rates", 2018, section 3.
 
     >>> values(OneCycle(8.0, 1.0, 0.25, 0.5, div_factor=4.0, final_div_factor=4.0), 9).tolist()
     [0.25, 0.625, 1.0, 0.625, 0.25, 0.203125, 0.15625, 0.109375, 0.0625]
@@ -254,10 +244,10 @@ def values(schedules: PyTree, steps: int) -> PyTree:
     """The values ``η(0), ..., η(T - 1)`` of schedules over a run, as `hypergrad.train` takes them.
 
     Args:
-      schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer; a schedule is
-        one of the classes here, or a function of a count, which is traced, that returns a scalar.  All
-        else, callable pytrees such as modules included, are trees, and numbers and arrays in them stay as
-        they are.
+      schedules: one schedule, ours or optax's, or a tree of them, such as one for each layer.  A schedule
+        is one of the classes here, or a function from a traced count to a scalar.  Everything else,
+        including callable pytrees such as modules, is a tree, and numbers and arrays in it are returned
+        unchanged.
       steps: T, at least 1.
 
     Returns:
@@ -296,7 +286,7 @@ def values(schedules: PyTree, steps: int) -> PyTree:
 def is_schedule(x: Any) -> bool:
     """Whether a node of a tree is a schedule: one of ours, or a function, but no other callable tree.
 
-    A module is a tree of numbers, such as one rate for each of its arrays, though it can be called.
+    A module is a tree of numbers, such as one rate for each of its arrays, even though it can be called.
 
     >>> is_schedule(Constant(0.5)), is_schedule(lambda count: 0.5 * count), is_schedule({"rate": 0.5})
     (True, True, False)
@@ -305,7 +295,7 @@ def is_schedule(x: Any) -> bool:
 
 
 def per_layer(schedule: Any, params: PyTree) -> PyTree:
-    """A schedule of its own for each layer, all starting as the one given.
+    """A separate schedule for each layer, all starting as the one given.
 
     Args:
       schedule: any schedule, or a number or array that `hypergrad.train` takes.
@@ -323,13 +313,13 @@ def per_layer(schedule: Any, params: PyTree) -> PyTree:
 
 
 def _floats(*numbers: ArrayLike) -> list[Array]:
-    """All in one dtype, float32 at least: a count above 256 is no bfloat16."""
+    """All in one dtype, at least float32, because bfloat16 cannot represent every count above 256."""
     dtype = promoted(jnp.float32, promoted(float, *map(jnp.asarray, numbers)))
     return [jnp.asarray(x, dtype) for x in numbers]
 
 
 def _fraction(t: Array, start: Array | float, end: Array) -> Array:
-    """How far on the way from start to end, 0 before it and 1 after; no NaN where it has no length."""
+    """The fraction of the way from start to end, 0 before and 1 after; not NaN if the way has no length."""
     inside = (start <= t) & (t < end)
     length = jnp.where(inside, end - start, 1)
     return jnp.where(inside, (t - start) / length, (t >= end).astype(t.dtype))

@@ -93,7 +93,7 @@ def check_callable(call: str, name: str, function: Any, *arguments: str) -> None
       arguments: names of those that it will be called with.
 
     Raises:
-      TypeError: where it cannot be.
+      TypeError: if it cannot be.
     """
     called = f"{name}({', '.join(arguments)})"
     if not callable(function):

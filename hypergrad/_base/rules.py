@@ -58,7 +58,7 @@ def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree
       at: where, a tree of floats.
 
     Raises:
-      ValueError: where what a rule makes of a cotangent is not linear in it, so that there is no ``J``.
+      ValueError: if what a rule makes of a cotangent is not linear in it, so that there is no ``J``.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.custom_vjp

@@ -108,7 +108,7 @@ def solve(
       A `Solution`.
 
     Raises:
-      ValueError, TypeError: where an argument cannot be meant as it is; before any work starts.
+      ValueError, TypeError: if an argument cannot be meant as it is; before any work starts.
 
     >>> import jax
     >>> from hypergrad import bilevel

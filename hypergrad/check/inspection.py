@@ -61,8 +61,8 @@ def check_hypergradient(
       A `Report`, printed unless `quiet`; `Report.trusted` sums it up.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is; before any work starts.
-      TypeError: where the objective does not return one float.
+      ValueError: if an argument cannot be meant as it is; before any work starts.
+      TypeError: if the objective does not return one float.
       DomainError: a ValueError, where a hyperparameter itself is outside its domain; where only moving it
         leads there, that point is left out.
 

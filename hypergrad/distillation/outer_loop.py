@@ -114,7 +114,7 @@ def distill(
     Raises:
       ValueError: for arguments that do not fit each other, or a checkpoint of another call; before any
         work.
-      ReversalError: where the first inner training cannot be reversed, as with a momentum of 0.
+      ReversalError: if the first inner training cannot be reversed, as with a momentum of 0.
       KeyboardInterrupt, OSError: see `hypergrad.meta.optimize`.
 
     Source: D. Maclaurin, D. Duvenaud, R. P. Adams, 2015, section 3.3; T. Wang et al., "Dataset

@@ -1,4 +1,4 @@
-"""Meta-optimisation: follow hypergradients to better hyperparameters, and survive being killed."""
+"""Meta-optimization: follow hypergradients to better hyperparameters, and survive being killed."""
 
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize

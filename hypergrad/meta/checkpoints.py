@@ -1,4 +1,4 @@
-"""Checkpoints of an outer loop: written atomically, refused where they are another run's."""
+"""Checkpoints of an outer loop: written atomically, and refused if they belong to another run."""
 
 import os
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def _pack(name: str, tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def _unpack(run: MetaRun, name: str, like: PyTree, arrays: Mapping[str, Any], *axes: int) -> PyTree:
-    """The tree that was packed under a name; every leaf has more leading axes than in `like`."""
+    """The tree that was packed under a name; every leaf has additional leading axes compared with `like`."""
 
     def leaf(path: Any, old: Any) -> Any:
         where = name + jax.tree_util.keystr(path)
@@ -76,7 +76,7 @@ def save_run(run: MetaRun, values: PyTree, like: PyTree, rows: list[Any], scores
 
 
 def restore(run: MetaRun, values: PyTree, row: PyTree) -> tuple[PyTree, list[Any], np.ndarray] | None:
-    """Values, rows and scores of the checkpoint, like those given; None if there is none."""
+    """The checkpoint's values, rows and scores, structured like those given; None without a checkpoint."""
     if run.checkpoint is None or not os.path.exists(run.checkpoint):
         return None
     try:

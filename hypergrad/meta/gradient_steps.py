@@ -31,7 +31,7 @@ from hypergrad.meta.runs import (
 def by_optax(
     run: MetaRun, optimizer: optax.GradientTransformation, raw: PyTree
 ) -> tuple[PyTree, list[History], str, bool, dict[int, float]]:
-    """The outer loop with an optax transformation."""
+    """Run the outer loop with an optax transformation."""
     stepper = optax.with_extra_args_support(optimizer)
 
     @jax.jit
@@ -39,13 +39,13 @@ def by_optax(
         with lenient():
             updates, state = stepper.update(gradient, state, raw, value=loss)
             raw = optax.apply_updates(raw, updates)
-        # Strong types: a checkpoint cannot hold weak ones, and a resumed run must compute with
-        # the types of the uninterrupted one.
+        # Strong types, because a checkpoint cannot hold weak ones, and a resumed run must compute with the
+        # same types as an uninterrupted one.
         return jax.tree.map(strong, (raw, state))
 
     state = jax.tree.map(strong, stepper.init(raw))
     run = _fingerprinted(run, update, (raw, state))
-    # `good` lags one update behind `raw`: the loss and gradient there are known to be sound.
+    # `good` lags one update behind `raw`, because the loss and gradient there are known to be sound.
     at, rows = _restored(run, Reached(0, raw, raw, state, raw, np.zeros((0, 2))))
     saved = len(rows)
 
@@ -66,13 +66,14 @@ def by_optax(
                 break
             new = update(gradient, at.state, at.raw, row[0].loss)
             rows += row
-            # In one assignment, so that an interrupt finds all of the old or all of the new.
+            # In one assignment, so that an interrupt finds either the whole old state or the whole new one.
             at = at._replace(made=iteration + 1, raw=new[0], good=at.raw, state=new[1])
             advance(bar, row[0])
             if at.made % run.checkpoint_every == 0:
                 save()
         save()
-        # What only the end looks at is not saved: a run that goes on would not have looked there.
+        # A score computed only because the run ends is not saved, because a longer run would not have
+        # computed it.
         end, row = (at, row) if stopped else (_scored(run, at), [])
     chosen = {int(iteration): float(score) for iteration, score in end.scores}
     last = end.good if stopped else end.raw
@@ -80,7 +81,7 @@ def by_optax(
 
 
 def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree, PyTree]) -> MetaRun:
-    """The run with what decides its result besides the objective, if there is a checkpoint to tell it."""
+    """The run, its fingerprint extended by what decides its result besides the objective, if checkpointed."""
     if run.checkpoint is None:
         return run
     raw, state = start
@@ -94,7 +95,7 @@ def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree
 
 
 def _restored(run: MetaRun, at: Reached) -> tuple[Reached, list[History]]:
-    """Where the checkpoint was left, and its history; else the start."""
+    """The state and history in the checkpoint, or else the start."""
     restored = restore(run, at[1:5], run.row)
     if restored is None:
         return at, []
@@ -109,7 +110,7 @@ def _restored(run: MetaRun, at: Reached) -> tuple[Reached, list[History]]:
 
 
 def _scored(run: MetaRun, at: Reached) -> Reached:
-    """Where a run is, with the score there, if it is chosen by a score."""
+    """The state of a run with its score, if results are chosen by a score."""
     if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
         return at
     try:

@@ -27,23 +27,21 @@ from hypergrad.meta.runs import (
 
 @dataclass(frozen=True)
 class LBFGSB:
-    """SciPy's L-BFGS-B in float64 on the raw values, as the `optimizer` of `optimize`.
+    """SciPy's L-BFGS-B in float64 on the raw values, as the ``optimizer`` of `optimize`.
 
-    It suits deterministic objectives with few hyperparameters: its keys are held fixed.
+    It suits deterministic objectives with few hyperparameters: its keys are held fixed.  The ``steps`` of
+    `optimize` is then the maximum number of iterations.
 
-    Args:
+    Attributes:
       corrections: how many past steps model the curvature.
       loss_tolerance: stop when the relative decrease of the loss is below this.
       gradient_tolerance: stop when every entry of the projected gradient is below this.
-      line_search_steps: most evaluations in one line search.
-      bounds: `(low, high)` on the raw values, each a number or a tree of numbers or arrays that is a prefix
-        of the hyperparameters; infinite entries are free.
+      line_search_steps: maximum number of evaluations in one line search.
+      bounds: ``(low, high)`` on the raw values, each a number or a tree of numbers or arrays that is a
+        prefix of the hyperparameters; infinite entries are free.
 
-    Returns:
-      The settings; `optimize(steps=...)` is the most iterations.
-
-    Source: Byrd, Lu, Nocedal and Zhu 1995, "A limited memory algorithm for bound constrained
-    optimization".
+    Source: Byrd, Lu, Nocedal and Zhu, "A limited memory algorithm for bound constrained optimization",
+    1995.
 
     >>> LBFGSB(bounds=(-5.0, 5.0)).corrections
     10
@@ -63,7 +61,7 @@ class _Explosion(Exception):  # noqa: N818  (it stops SciPy, and is no error of 
 def by_lbfgsb(
     run: MetaRun, optimizer: LBFGSB, raw: PyTree
 ) -> tuple[PyTree, list[History], str, bool, dict[int, float]]:
-    """The outer loop with L-BFGS-B."""
+    """Run the outer loop with L-BFGS-B."""
     start = _flat(raw)
     bounds = _bounds(optimizer, raw, start)
     settings = f"LBFGSB({optimizer.corrections}, {optimizer.line_search_steps}, {digest(bounds)})"
@@ -107,12 +105,12 @@ def by_lbfgsb(
 class _Journal:
     """All evaluations of a run.
 
-    SciPy's inner state cannot be saved.  But SciPy is deterministic: fed the evaluations of the journal
-    from the start, it comes to where it was.
+    SciPy's inner state cannot be saved.  But SciPy is deterministic: replaying the evaluations of the
+    journal from the start brings it back to the same state.
 
     Args:
       run: the run.
-      raw: the tree that its vectors stand for.
+      raw: a tree with the structure that its vectors encode.
       start: where it starts.
     """
 
@@ -126,13 +124,13 @@ class _Journal:
         self.unused: list[History] = []
 
     def save(self) -> int:
-        """Write what is not saved."""
+        """Write the evaluations that are not saved yet."""
         if len(self.entries) > self.saved:
             self.saved = save_run(self.run, (), self.like, self.entries)
         return len(self.entries)
 
     def evaluate(self, bar: Any, point: Any) -> Any:
-        """Loss and gradient at a point: from the journal, or for the first time."""
+        """Loss and gradient at a point, from the journal or by a new evaluation."""
         run, entries = self.run, self.entries
         if len(self.done) == len(entries):
             rows = [entry.row for entry in self.done]

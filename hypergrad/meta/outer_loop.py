@@ -58,64 +58,66 @@ def optimize(
     select_every: int = 10,
     about: Mapping[str, str] | None = None,
 ) -> Optimized:
-    """Minimise `mean_seed objective(constrain(raw), key_seed)` over `raw` by gradient steps.
+    """Minimize ``mean_seed objective(constrain(raw), key_seed)`` over ``raw`` by gradient steps.
 
-    The loss and its gradient are traced and compiled once. With a checkpoint, a run that is killed or
-    interrupted at any moment and started again by the same call reaches bitwise the numbers of an
-    uninterrupted run, on the same kind of device and with the same versions of the libraries; by the same
-    call with more `steps` it reaches those of a run that was given as many at once.
+    The loss and its gradient are traced and compiled once.  With a checkpoint, a run that is killed or
+    interrupted at any moment and restarted by the same call reaches bitwise the numbers of an uninterrupted
+    run, on the same kind of device and with the same versions of the libraries.  The same call with more
+    ``steps`` reaches those of a run that had that many from the beginning.
 
     Args:
-      objective: `(hypers, key) -> loss`, a floating-point scalar, or `(loss, aux)` with `has_aux`; any
-        function JAX differentiates, such as a validation loss after `hypergrad.train`.
-      hypers: tree of floating-point arrays, inside the domains of `constraints`.
-      optimizer: an optax optimiser, which moves the raw values (default `optax.adam(0.04)`) and is given
-        the loss as `value`; or `LBFGSB(...)`.
-      steps: meta-iterations in total, including those in the checkpoint, which must not have made more; for
-        LBFGSB the most iterations, each of one evaluation or more.
-      constraints: one `hypergrad.constraints.Constraint` or a tree of them, a prefix of `hypers`.
-      key: PRNG key of shape `()`; default `jax.random.key(0)`.
-      seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration i
-        `jax.random.split(jax.random.fold_in(key, i), seeds)`. A seed whose loss or gradient is not finite,
-        or is large enough to carry the average beyond `explosion`, is named by a `SeedFailure` warning and
-        left out, unless none would be left; with LBFGSB, whose line searches compare losses, it stops the
-        run.
-      resample: False holds the keys at `jax.random.split(key, seeds)`. LBFGSB always holds them, because
+      objective: ``(hypers, key) -> loss``, a floating-point scalar, or ``(loss, aux)`` with ``has_aux``;
+        any function JAX differentiates, such as a validation loss after `hypergrad.train`.
+      hypers: tree of floating-point arrays, inside the domains of ``constraints``.
+      optimizer: an optax optimizer, which moves the raw values (default ``optax.adam(0.04)``) and is given
+        the loss as ``value``; or ``LBFGSB(...)``.
+      steps: total number of meta-iterations, including those in the checkpoint, which must not have made
+        more; for LBFGSB the maximum number of iterations, each of one evaluation or more.
+      constraints: one `hypergrad.constraints.Constraint` or a tree of them, a prefix of ``hypers``.
+      key: PRNG key of shape ``()``; default ``jax.random.key(0)``.
+      seeds: how many keys the loss is averaged over, through `jax.vmap`: at iteration ``i``,
+        ``jax.random.split(jax.random.fold_in(key, i), seeds)``.  A seed whose loss or gradient is not
+        finite, or is large enough to carry the average beyond ``explosion``, is named by a `SeedFailure`
+        warning and left out, unless none would be left; with LBFGSB, whose line searches compare losses, it
+        stops the run.
+      resample: False holds the keys at ``jax.random.split(key, seeds)``.  LBFGSB always holds them, because
         its line searches compare losses.
-      has_aux: whether the objective returns `(loss, aux)`.
-      checkpoint: file to resume from if it exists and to write atomically as the run goes. It knows the
-        objective with all it closes over, the optimizer and every argument that decides the result, and is
-        refused by a call in which one of them is another. One process at a time can use it.
-      checkpoint_every: write it after each so many iterations (evaluations for LBFGSB), >= 1.
+      has_aux: whether the objective returns ``(loss, aux)``.
+      checkpoint: file to resume from if it exists, and to write atomically during the run.  It identifies
+        the objective with everything it closes over, the optimizer and every argument that decides the
+        result, and is refused by a call in which any of them differs.  Only one process at a time can use
+        it.
+      checkpoint_every: write the checkpoint every this many iterations (evaluations for LBFGSB), >= 1.
       progress: show a progress bar on stderr.
-      explosion: stop when the gradient norm exceeds this many times the median of those before it (three at
-        least), > 1; `math.inf` stops only at losses or gradients that are not finite.
-      select: `select(hypers) -> score`, a JAX function, such as the error on examples that the objective
-        never sees. With it the hypers that are returned are not the last but those with the smallest score,
-        of equals the last. For optax optimisers.
-      select_every: look after each so many iterations, and after the last one; >= 1.
-      about: what the run is of, by name, in words: a checkpoint that says otherwise is refused by those
-        names.
+      explosion: stop when the gradient norm exceeds this many times the median of the earlier ones (at
+        least three), > 1; ``math.inf`` stops only at losses or gradients that are not finite.
+      select: ``select(hypers) -> score``, a JAX function, such as the error on examples that the objective
+        never uses.  The hypers returned are then not the last but those with the smallest score, the last
+        of equals.  For optax optimizers.
+      select_every: compute the score every this many iterations, and after the last one; >= 1.
+      about: a description of the run, by name, in words; a checkpoint that says otherwise is refused, and
+        the error names the entry.
 
     Returns:
-      `Optimized`. If the hypergradient explodes, or computing it raises an ArithmeticError (such as
+      An `Optimized`.  If the hypergradient explodes, or computing it raises an ArithmeticError (such as
       `hypergrad.ReversalError`) after the first iteration, the run warns with `HypergradientExplosion` and
-      returns the last values with a sound loss and gradient. A
-      `hypergrad.implicit.ZeroHypergradientWarning` names what the first hypergradient is exactly 0 in.
+      returns the last values with a sound loss and gradient.  A
+      `hypergrad.implicit.ZeroHypergradientWarning` names the hyperparameters in which the first
+      hypergradient is exactly 0.
 
     Raises:
-      TypeError: `hypers` are not floating-point, the objective does not return a floating-point scalar, or
-        the optimizer or key is not one.
-      ValueError: an argument is out of range, `hypers` are outside their domains, or the checkpoint is
+      TypeError: ``hypers`` are not floating-point, the objective does not return a floating-point scalar,
+        or the optimizer or key is not one.
+      ValueError: an argument is out of range, ``hypers`` are outside their domains, or the checkpoint is
         damaged or of another run.
       ArithmeticError: the first hypergradient could not be computed, and none has been followed.
-      KeyboardInterrupt: with Ctrl-C; its message says how to go on.
-      BlockingIOError: another process works on the checkpoint.
-      OSError: the checkpoint cannot be written, which is tried before any work.
-      jax.errors.JaxRuntimeError: as when memory runs out; what was done is in the checkpoint.
+      KeyboardInterrupt: the user pressed Ctrl-C; the message says how to resume.
+      BlockingIOError: another process uses the checkpoint.
+      OSError: the checkpoint cannot be written, which is checked before any work.
+      jax.errors.JaxRuntimeError: for example if memory runs out; the work done is in the checkpoint.
 
-    Source: Maclaurin, Duvenaud and Adams 2015, "Gradient-based hyperparameter optimization through
-    reversible learning", section 3.
+    Source: Maclaurin, Duvenaud and Adams, "Gradient-based hyperparameter optimization through reversible
+    learning", 2015, section 3.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad.constraints import positive
@@ -171,7 +173,7 @@ def optimize(
 
 
 def _fingerprint(hypers: PyTree, constraints: PyTree, key: jax.Array, row: PyTree) -> dict[str, str]:
-    """What decides the result of a run besides the objective, in words that can be compared."""
+    """Everything besides the objective that decides the result of a run, in words that can be compared."""
     broadcast = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
     leaves = jax.tree.leaves(broadcast, is_leaf=is_constraint)
     return {
@@ -187,7 +189,7 @@ class _Traced(NamedTuple):
     """An objective traced once, and compiled when it is first needed.
 
     Attributes:
-      compile: gives the compiled function of raw values, key, iteration and threshold.
+      compile: returns the compiled function of raw values, key, iteration and threshold.
       row: shapes of the row of history that it returns.
       jaxpr: of the objective.
       data: what it closes over.
@@ -200,9 +202,10 @@ class _Traced(NamedTuple):
 
     @staticmethod
     def of(function: Callable[..., Any], raw: PyTree, key: jax.Array) -> "_Traced":
-        """Traced here, so that a bad objective is refused before any work.
+        """Trace an objective now, so that a bad one is refused before any work.
 
-        Data that the objective closes over is passed in, lest the compiler copy it into the program.
+        Data that the objective closes over is passed in, so that the compiler does not copy it into the
+        program.
         """
         arguments = (raw, key, np.uint32(0), np.float32(math.inf))
         with readable_errors():
@@ -215,7 +218,7 @@ class _Traced(NamedTuple):
         return _Traced(compiled, row, evaluate.jaxpr, data)
 
     def told(self, run: MetaRun, more: Mapping[str, str]) -> MetaRun:
-        """The run with the objective in its fingerprint, if there is a checkpoint to tell it."""
+        """The run with the objective in its fingerprint, if there is a checkpoint."""
         if run.checkpoint is None:
             return run
         run = with_entries(run, **more, **{"objective (digest)": digest(self.jaxpr)})
@@ -223,7 +226,7 @@ class _Traced(NamedTuple):
 
 
 def _about(run: MetaRun, about: Mapping[str, Any] | None) -> MetaRun:
-    """The run with what the user says of it in its fingerprint: first, for people to read."""
+    """The run with the user's description in its fingerprint, in the first place for people to read."""
     if taken := sorted(set(about or {}) & set(run.fingerprint)):
         raise ValueError(
             f"optimize(about=...): {taken} are names of what every checkpoint says; use others"

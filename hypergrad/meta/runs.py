@@ -1,4 +1,4 @@
-"""What every outer loop needs: the evaluation of an objective, its history, what stops it."""
+"""What every outer loop needs: the evaluation of an objective, its history, and what stops it."""
 
 import contextlib
 import math
@@ -32,17 +32,18 @@ class SeedFailure(RuntimeWarning):
 
 
 class History(NamedTuple):
-    """What was measured, in order; row i is meta-iteration i (or L-BFGS-B's evaluation i).
+    """What was measured, in order, as NumPy arrays.
 
-    Args:
-      loss: shape `(n,)`, the objective averaged over the seeds that did not fail.
-      gradient_norm: shape `(n,)`, Euclidean norm of the gradient in the raw values.
-      aux: the objective's aux with leading axes `(n, seeds)`; None without `has_aux`.
-      failed: shape `(n, seeds)`, bool: which seeds were left out of the average, because their loss or
-        gradient was not finite, or by itself beyond `explosion`. All False where none was left.
+    Row ``i`` is meta-iteration ``i`` (or L-BFGS-B's evaluation ``i``).  After an explosion the last row is
+    what stopped the run.
 
-    Returns:
-      All as numpy arrays. After an explosion the last row is what stopped the run.
+    Attributes:
+      loss: shape ``(n,)``, the objective averaged over the seeds that did not fail.
+      gradient_norm: shape ``(n,)``, Euclidean norm of the gradient in the raw values.
+      aux: the objective's aux with leading axes ``(n, seeds)``; None without ``has_aux``.
+      failed: shape ``(n, seeds)``, bool: which seeds were left out of the average, because their loss or
+        gradient was not finite or by itself beyond ``explosion``.  All False in a row in which every seed
+        failed.
     """
 
     loss: Any
@@ -54,15 +55,12 @@ class History(NamedTuple):
 class Optimized(NamedTuple):
     """What `optimize` returns.
 
-    Args:
-      hypers: the constrained values after the last good update, or those that `select` chose.
+    Attributes:
+      hypers: the constrained values after the last good update, or those that ``select`` chose.
       raw: the same, unconstrained.
-      history: what was measured on the way.
-      stopped: why the run ended early, in words; empty when it made all its steps.
-      scores: `{iterations made: score}` of the values that `select` looked at; empty without it.
-
-    Returns:
-      All of it.
+      history: what was measured during the run.
+      stopped: why the run ended early, in words; empty if it made all its steps.
+      scores: ``{iterations made: score}`` of the values that ``select`` scored; empty without it.
     """
 
     hypers: PyTree
@@ -73,7 +71,7 @@ class Optimized(NamedTuple):
 
 
 class _EachSeed(NamedTuple):
-    """What a row averages over, `(seeds,)` each."""
+    """What a row averages over, ``(seeds,)`` each."""
 
     loss: Any
     gradient_norm: Any
@@ -105,7 +103,7 @@ def with_entries(run: MetaRun, **entries: str) -> MetaRun:
 def scorer(
     select: Callable[[PyTree], Any], constraints: PyTree, raw: PyTree
 ) -> tuple[Callable[[PyTree], float], str]:
-    """`select` as a function of raw values, compiled when first called, and its digest."""
+    """``select`` as a function of raw values, compiled when first called, and its digest."""
     score, data, shape = closure_convert(lambda raw: select(constrain(constraints, raw)), raw)
     if not (isinstance(shape, jax.ShapeDtypeStruct) and shape.shape == ()):
         raise TypeError(
@@ -148,7 +146,7 @@ def evaluation_of(
     ) -> tuple[History, PyTree, _EachSeed]:
         both = jax.value_and_grad(one, has_aux=True)
         keys = jax.random.split(jax.random.fold_in(key, iteration) if resample else key, seeds)
-        if seeds == 1:  # vmap would turn the objective's lax.cond into computing both branches
+        if seeds == 1:  # vmap would make the objective's lax.cond compute both branches
             (loss, aux), gradient = both(raw, keys[0])
             norm = _norm(gradient)
             row = History(
@@ -157,7 +155,7 @@ def evaluation_of(
             return row, gradient, _EachSeed(loss[None], norm[None])
         (losses, aux), gradients = jax.vmap(both, in_axes=(None, 0))(raw, keys)
         norms = jax.vmap(_norm)(gradients)
-        # A norm above seeds * limit takes that of the average above the limit by itself.
+        # A norm above seeds * limit puts the norm of the average above the limit by itself.
         most = jnp.asarray(seeds * limit, norms.dtype)
         sound = jnp.isfinite(losses) & jnp.isfinite(norms) & (norms <= most)
         taken = jnp.where(averaged & jnp.any(sound), sound, True)
@@ -192,7 +190,7 @@ def measure(
     norms = [row.gradient_norm for row in rows]
     limit = run.explosion * _median(norms)
     try:
-        # NaN is looked for below; JAX's search would rerun the objective operation by operation.
+        # NaN is checked for below; JAX's own check would rerun the objective operation by operation.
         # Waiting here makes errors of the computation surface inside this `try`.
         with jax.debug_nans(False), jax.debug_infs(False), readable_errors():
             arguments = np.uint32(iteration), np.float32(limit if limit < 1e38 else math.inf)
@@ -221,7 +219,7 @@ def measure(
 
 
 def _median(norms: Sequence[Any]) -> float:
-    """Of the norms so far; infinite where there is nothing to compare with."""
+    """The median of the norms so far; infinite if there are too few to compare with."""
     median = float(np.median(np.asarray(norms, float))) if len(norms) >= 3 else 0.0
     return median or math.inf
 
@@ -289,7 +287,7 @@ def _warn_of_seeds(
 
 @contextlib.contextmanager
 def kept_on_exit(run: MetaRun, save: Callable[[], int]) -> Iterator[None]:
-    """Before anything that ends the run gets out, save what is not saved, and say how to go on."""
+    """Save unsaved work before any exception that ends the run propagates, and say how to resume."""
     try:
         yield
     except BaseException as error:
@@ -324,7 +322,7 @@ def progress_bar(run: MetaRun, **settings: Any) -> Any:
 
 
 def advance(bar: Any, row: History) -> None:
-    """Move a progress bar on by one row."""
+    """Advance a progress bar by one row."""
     bar.set_postfix_str(
         f"loss {float(row.loss):.4g}, gradient {float(row.gradient_norm):.2g}", refresh=False
     )
@@ -332,7 +330,7 @@ def advance(bar: Any, row: History) -> None:
 
 
 class Reached(NamedTuple):
-    """Where a run is."""
+    """The state of a run."""
 
     made: int
     raw: PyTree

@@ -25,7 +25,7 @@ from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
 
-# A factor that is learned stays above this, or above half of where it began; the buffers have room for it.
+# A learned factor stays above this, or above half of its start; the buffers have room for that.
 SMALLEST_FACTOR = 0.25
 
 
@@ -34,7 +34,7 @@ class Tuned(NamedTuple):
 
     Attributes:
       hypers: all hyperparameters by name, learned or not, as `hypergrad.train` takes them.
-      optimizer: whose they are.
+      optimizer: the optimizer that they belong to.
       history: loss and norm of the hypergradient at every meta-step.
       stopped: why tuning ended early, in words; empty if it did not.
     """
@@ -45,7 +45,7 @@ class Tuned(NamedTuple):
     stopped: str
 
     def optax(self) -> optax.GradientTransformation:
-        """The tuned optimizer as an optax transformation; a schedule's last value is held after its end."""
+        """The tuned optimizer as an optax transformation; a schedule holds its last value after its end."""
         return as_optax(self.optimizer, self.hypers)
 
 
@@ -70,21 +70,21 @@ def tune(
 ) -> Tuned:
     """Tune an optimizer's hyperparameters by hypergradients through whole training runs.
 
-    ``minimise validation(train(loss, params, hypers)) over hypers``, in coordinates without bounds: the
-    logarithm of what is positive, the logit of what lies between 0 and 1.  A hyperparameter without
-    influence on the validation, or with none that has a slope (``b1`` in ``optax.lion``, which is inside of
-    a sign), cannot be learned so; the first meta-step announces it.
+    ``minimize validation(train(loss, params, hypers)) over hypers``, in coordinates without bounds: the
+    logarithm of what is positive, the logit of what is between 0 and 1.  A hyperparameter that does not
+    affect the validation, or only through a function of slope 0 (``b1`` in ``optax.lion``, which is inside
+    a sign), cannot be learned in this way; the first meta-step warns about it.
 
     Args:
       loss: ``loss(params, meta, batch) -> scalar``, as for `hypergrad.train`.
       params: start, or a function from a key to a start.
-      hypers: where to begin, by name; numbers, ``(T, ...)`` schedules or trees of them, each of which is
-        learned as it stands.  Others begin at the optimizer's defaults.
+      hypers: initial values, by name; numbers, ``(T, ...)`` schedules or trees of them, each of which is
+        learned in the form given.  The others begin at the optimizer's defaults.
       meta: passed to the loss, not learned.
-      batches: by step, or a function from a key to such.
+      batches: batches by step, as for `hypergrad.train`, or a function from a key to them.
       steps: ``T``, of each training run.
       optimizer: by default `hypergrad.adam`.
-      validation: ``validation(params) -> scalar``, to be small after training; by default the mean of the
+      validation: ``validation(params) -> scalar``, minimized after training; by default the mean of the
         training losses of the last tenth of the run.
       learn: names of the hyperparameters to learn; by default all that begin inside their domain, which a
         weight decay of 0 does not.
@@ -92,8 +92,8 @@ def tune(
       meta_optimizer: as the ``optimizer`` of `hypergrad.meta.optimize`; by default ``optax.adam(0.1)``.
       adjoint: by default `Reversible` where that is possible, else `Checkpointed`.
       key: PRNG key; by default ``jax.random.key(0)``.
-      seeds: how many runs, with keys of their own, each meta-step averages over.
-      checkpoint: file to resume from and to write as it goes.
+      seeds: how many runs, each with its own key, a meta-step averages over.
+      checkpoint: file to resume from and to write during the run.
       progress: show a progress bar.
 
     Returns:
@@ -101,7 +101,7 @@ def tune(
       names the hyperparameters in which the first hypergradient is exactly 0.
 
     Raises:
-      ValueError: for names that the optimizer does not have, or a start outside the domain.
+      ValueError: a name is not one of the optimizer's hyperparameters, or a start is outside its domain.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
@@ -170,7 +170,7 @@ def _learned(
     given: Mapping[str, PyTree] | None,
     wanted: Sequence[str],
 ) -> list[str]:
-    """The names of what is learned: those wanted or, where values are given instead, all that can be."""
+    """The names to learn: those wanted or, if none are given, all that can be learned."""
     if unknown := sorted(set(wanted) - set(start)):
         raise ValueError(f"{call}: learn={wanted!r}, but {unknown} are none of {list(start)}")
     inside = {name: _inside(optimizer.domains.get(name), value) for name, value in start.items()}
@@ -185,12 +185,12 @@ def _learned(
 
 
 def _lowest(value: PyTree) -> float:
-    """Down to where a factor may fall while it is learned."""
+    """The lower limit of a factor while it is learned."""
     return min(SMALLEST_FACTOR, 0.5 * min(float(np.min(x)) for x in jax.tree.leaves(value)))
 
 
 def _constraint(optimizer: AnyOptimizer, name: str, value: PyTree) -> Constraint:
-    """What keeps a hyperparameter inside its domain."""
+    """The constraint that keeps a hyperparameter inside its domain."""
     low, high = optimizer.domains.get(name, (-np.inf, np.inf))
     if not np.isfinite(low):
         return real if not np.isfinite(high) else _beyond(high, -1)
@@ -215,7 +215,7 @@ def _beyond(end: float, side: int) -> Constraint:
 
 
 def _adjoint(optimizer: AnyOptimizer, start: Mapping[str, PyTree]) -> Adjoint:
-    """Exact reversal where it is possible, with room for the smallest factors that can come up."""
+    """Exact reversal if possible, with room for the smallest factors that can occur."""
     if not optimizer.reversible:
         return Checkpointed()
     domains = {name: domain for name, domain in optimizer.domains.items() if name in start}

@@ -1,4 +1,4 @@
-"""Hypergradients that are exactly 0, and so teach nothing, are announced by name."""
+"""Warnings that name the hyperparameters whose hypergradient is exactly 0."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from hypergrad._base.trees import PyTree
 
 
 def zeros(hypergradient: PyTree) -> list[str]:
-    """The names of the leaves of a hypergradient of which every element is exactly 0.
+    """The names of the leaves of a hypergradient in which every element is exactly 0.
 
     Args:
       hypergradient: a tree of arrays whose values are known, such as `jax.grad` returns outside ``jit``.
@@ -27,7 +27,7 @@ def zeros(hypergradient: PyTree) -> list[str]:
 
 
 def announce_zeros(call: str, hypergradient: PyTree) -> None:
-    """Warn, with a `ZeroHypergradientWarning`, of what a hypergradient says nothing about.
+    """Warn with a `ZeroHypergradientWarning` about hyperparameters whose hypergradient is exactly 0.
 
     Args:
       call: the user's call, for the message.

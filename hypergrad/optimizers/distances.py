@@ -105,7 +105,7 @@ def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
       estim_lr0: ``d₀ > 0``.
 
     Raises:
-      ValueError: where a number for every leaf differs within one.
+      ValueError: if a number for every leaf differs within one.
 
     Source: Defazio and Mishchenko, "Learning-rate-free learning by D-Adaptation", ICML 2023, Algorithm 5.
 
@@ -188,7 +188,7 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
       safeguard_warmup: whether ``s`` gathers ``(d² / d₀) g`` instead.
 
     Raises:
-      ValueError: where a number for every leaf differs within one.
+      ValueError: if a number for every leaf differs within one.
 
     Source: Mishchenko and Defazio, "Prodigy: an expeditiously adaptive parameter-free learner", ICML 2024,
     Algorithm 4.

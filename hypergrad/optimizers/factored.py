@@ -57,7 +57,7 @@ def novograd() -> Optimizer:
     bits per parameter and step, 0.152 at the defaults, and ``log2(1 / β2)`` per leaf.
 
     Raises:
-      ValueError: where ``b2`` differs within a leaf.
+      ValueError: if ``b2`` differs within a leaf.
 
     Source: Ginsburg et al., "Stochastic gradient methods with layer-wise adaptive moments for training of
     deep networks", 2019, Algorithm 1.
@@ -114,7 +114,7 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
       multiply_by_parameter_scale: whether ``s`` is as above; else it is 1.
 
     Raises:
-      ValueError: where ``decay_rate`` differs within a leaf.
+      ValueError: if ``decay_rate`` differs within a leaf.
 
     Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", ICML 2018,
     Algorithms 4 and 5.

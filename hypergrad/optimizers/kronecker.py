@@ -48,7 +48,7 @@ def shampoo(limit: int = 1024) -> Optimizer:
         takes time proportional to its cube.
 
     Raises:
-      ValueError: where ε differs within a leaf, and for a limit below 0.
+      ValueError: if ε differs within a leaf, and for a limit below 0.
 
     Source: Gupta, Koren, Singer, "Shampoo: preconditioned stochastic tensor optimization", ICML 2018,
     Algorithm 1; diagonal factors of long axes, as in its experiments.

@@ -90,9 +90,9 @@ def from_optax(
       An optimizer for `hypergrad.train`.
 
     Raises:
-      TypeError: where `build` must know a hyperparameter before the run, or its update needs what a
+      TypeError: if `build` must know a hyperparameter before the run, or its update needs what a
         training run does not have.
-      ValueError: where a loop of unknown length, such as a line search, is differentiated in reverse.
+      ValueError: if a loop of unknown length, such as a line search, is differentiated in reverse.
 
     >>> import hypergrad as hg
     >>> import jax, jax.numpy as jnp, optax

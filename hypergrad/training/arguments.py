@@ -41,7 +41,7 @@ def checked_call(function: str, steps: Any, optimizer: Any, adjoint: Any) -> str
       adjoint: as given; None where there is none yet.
 
     Raises:
-      TypeError: where one of them is something else.
+      TypeError: if one of them is something else.
     """
     call = f"{function}(steps={steps!r}, optimizer="
     if not is_optimizer(optimizer):

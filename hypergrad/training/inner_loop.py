@@ -93,12 +93,12 @@ def train(
       A `Trained`.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is; before any work starts.  Under ``jit`` the
+      ValueError: if an argument cannot be meant as it is; before any work starts.  Under ``jit`` the
         running program raises `hypergrad.errors.DomainError`, a ValueError, for a hyperparameter that left
         its domain.
       TypeError: for what is no array, function, optimizer or adjoint where one must be, for parameters of a
         dtype in which a hypergradient would be noise, and for an optimizer that closes over traced values.
-      ReversalError: where the run could not be, or was not, reversed exactly.
+      ReversalError: if the run could not be, or was not, reversed exactly.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
     learning", ICML 2015.

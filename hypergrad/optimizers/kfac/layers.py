@@ -226,7 +226,7 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
       batch: passed on.
 
     Raises:
-      ValueError: where what the network returns does not fit its parameters, or it adds no probe.
+      ValueError: if what the network returns does not fit its parameters, or it adds no probe.
     """
     layers, structure = _layers(params)
     returned = jax.eval_shape(network, params, meta, batch, no_probes(params))

@@ -68,7 +68,7 @@ def kfac(
       asynchrony: how late statistics and inverses are, and on what devices; None for not at all.
 
     Raises:
-      ValueError: where the network's inputs do not fit its parameters, or it forgets to add a probe, or a
+      ValueError: if the network's inputs do not fit its parameters, or it forgets to add a probe, or a
         hyperparameter differs within a layer, or inputs are no matrices of so many rows.
 
     Source: Martens and Grosse, ICML 2015, sections 3 to 6; Ba, Grosse, Martens, ICLR 2017, for the norm
