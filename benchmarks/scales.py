@@ -23,7 +23,8 @@ reference is `hypergrad.Stored` in float64.  A hypergradient is
 
 * **right** if each of its parts is within 1e-3 of that part, in the Euclidean norm;
 * **hard** if what is not is within three times the error of `Stored` in float32, the largest in any units
-  of what is one run, or if that has no number either;
+  of what is one run, or, in an experiment of one unit, of runs that begin a few roundings away; or if that
+  has no number either;
 * **refused** if there was an error instead;
 * **wrong** else.
 """
@@ -440,31 +441,42 @@ def classify(error: Mapping[str, float], plain: Mapping[str, float] | None, refu
     return HARD if hard else WRONG
 
 
-def judge(name: str, steps: int, run: Callable[[Any, Any], Found], reversible: bool = True) -> list[Row]:
+def judge(
+    name: str,
+    steps: int,
+    run: Callable[..., Found],
+    reversible: bool = True,
+    nudges: Sequence[int] = (0,),
+) -> list[Row]:
     """Rows of results, one for every cell.
 
     Args:
       name: of the experiment.
       steps: of its runs.
-      run: from an adjoint and a dtype to what was found.
+      run: from an adjoint, a dtype and a nudge to what was found.
       reversible: whether the optimizer is.
+      nudges: by how many roundings to move where `Stored` in float32 begins.
     """
     begin = time.perf_counter()
     true, found = run(hg.Stored(), np.float64), run(OURS if reversible else hg.Checkpointed(), np.float32)
     count, of_all = len(true.value), errors(found, true)
     each = [{key: float(e[k]) for key, e in of_all.items()} for k in range(count)]
     refused = [k in found.messages or not np.isfinite(found.value[k]) for k in range(count)]
+    no_number = [refused[k] or not all(np.isfinite(list(each[k].values()))) for k in range(count)]
     plain, lost = None, [False] * count
     if any(classify(e, None, no) != RIGHT for e, no in zip(each, refused)):
-        of_plain = errors(run(hg.Stored(), np.float32), true)
-        plain = {key: float(np.max(e, where=np.isfinite(e), initial=0)) for key, e in of_plain.items()}
-        lost = [not all(np.isfinite(e[k]) for e in of_plain.values()) for k in range(count)]
+        plains = [errors(run(hg.Stored(), np.float32, nudge), true) for nudge in nudges]
+        plain = {
+            key: float(max(np.max(e[key], where=np.isfinite(e[key]), initial=0) for e in plains))
+            for key in of_all
+        }
+        lost = [not all(np.isfinite(e[k]) for e in plains[0].values()) for k in range(count)]
     return [
         {
             "experiment": name,
             "steps": steps,
             "cell": k,
-            "result": HARD if refused[k] and lost[k] else classify(each[k], plain, refused[k]),
+            "result": HARD if lost[k] and no_number[k] else classify(each[k], plain, refused[k]),
             "errors": each[k],
             "float32": plain,
             "message": found.messages.get(k),
@@ -479,7 +491,7 @@ def measure(name: str, steps: int, pairs: Sequence[tuple[float, float]]) -> list
     """Rows of an optimizer at a number of steps, one for every pair of units."""
     scaled = OPTIMIZERS[name]
 
-    def run(adjoint: Any, dtype: Any) -> Found:
+    def run(adjoint: Any, dtype: Any, nudge: int = 0) -> Found:
         one = jax.value_and_grad(partial(outer, name, steps, adjoint))
         with jax.enable_x64(dtype == np.float64):
             arguments = cells(scaled, pairs, steps, dtype), ones(name, dtype)
@@ -590,12 +602,13 @@ def measure_special(name: str, steps: int) -> list[Row]:
     """Rows of another experiment, one for every scale."""
     special = SPECIAL[name]
 
-    def run(adjoint: Any, dtype: Any) -> Found:
+    def run(adjoint: Any, dtype: Any, nudge: int = 0) -> Found:
         def one(c: Any, factors: PyTree) -> Any:
             return jax.value_and_grad(lambda f: special.outer(f, c, adjoint, steps))(factors)
 
         with jax.enable_x64(dtype == np.float64):
-            factors = {k: jnp.ones(shape, dtype) for k, shape in special.factors.items()}
+            factor = 1 + nudge * np.finfo(dtype).eps
+            factors = {k: jnp.full(shape, factor, dtype) for k, shape in special.factors.items()}
         found = solve(jax.vmap(one, in_axes=(0, None)), dtype, np.array(special.scales), factors)
         if special.by_row and found.gradient:
             by_row = found.gradient.pop("learning_rate")
@@ -603,7 +616,7 @@ def measure_special(name: str, steps: int) -> list[Row]:
             found = found._replace(gradient=found.gradient | of_rows)
         return found
 
-    return judge(name, steps, run)
+    return judge(name, steps, run, nudges=range(-4, 5))
 
 
 # ---- the report

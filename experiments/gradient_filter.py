@@ -568,7 +568,7 @@ def fourth_part(config: Config, problem: Noisy) -> tuple[Learning, dict[str, Jud
         knob = {k: float(np.exp(np.mean(np.log(x)))) for k, x in judged.hypers.items()}
         shown = ", ".join(f"{k} {x:.3g}" for k, x in knob.items()) if "learned" in name else ""
         print(
-            f"  {name:<31} {plus_minus(judged.mean, judged.error, '7.3f')} "
+            f"  {name:<31} {plus_minus(judged.mean, judged.error, '.3f'):>15} "
             f"{np.mean(judged.steps):>6.3f}  {shown}"
         )
     lines = answer(config, knobs)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -119,7 +121,7 @@ def digits() -> Dataset:
     >>> digits().train_images.shape
     (1437, 8, 8)
     """
-    from sklearn.datasets import load_digits  # here, since it takes a second to import
+    load_digits = _sklearn("digits()").load_digits
 
     bunch = load_digits()
     images = (bunch.images / 16).astype(np.float32)
@@ -258,7 +260,7 @@ def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
     >>> a9a("path/to/data").train_inputs.shape  # doctest: +SKIP
     (32561, 123)
     """
-    from sklearn.datasets import load_svmlight_file  # here, since it takes a second to import
+    load_svmlight_file = _sklearn(f"a9a(directory={directory!r})").load_svmlight_file
 
     call = f"a9a(directory={directory!r})"
     arrays = []
@@ -270,6 +272,17 @@ def a9a(directory: str | os.PathLike[str] | None = None) -> Table:
         arrays += [rows.toarray(), (signs > 0).astype(np.int32)]
     train_inputs, train_labels, test_inputs, test_labels = arrays
     return Table(train_inputs, train_labels, test_inputs, test_labels, "a9a", 2)
+
+
+def _sklearn(call: str) -> ModuleType:
+    """``sklearn.datasets``; imported here, since it takes a second and nothing else needs it."""
+    try:
+        return importlib.import_module("sklearn.datasets")
+    except ImportError as error:
+        raise ImportError(
+            f"{call}: scikit-learn, which has or reads these data, is not installed; install it, or "
+            "hypergrad-jax[data]"
+        ) from error
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:

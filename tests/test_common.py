@@ -47,7 +47,7 @@ def test_flags_of_every_type():
     config, run = parsed(words)
     expected = {"rates": (1.0, 2.0, 3.0), "pair": (3, 4), "window": 5, "late": True, "inits": 4}
     assert config == replace(PRESETS["large"], **expected)
-    assert run.checkpoint == "c" and run.gates == "1"
+    assert run.checkpoint == "file" and run.gates == "1"
 
 
 def test_what_is_given_counts_more_than_fast():

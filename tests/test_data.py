@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import os
 import struct
+import sys
 from pathlib import Path
 
 import jax
@@ -437,3 +438,11 @@ def test_error_minibatches_types():
         data.minibatches(jax.random.key(0), 10, 5, 1e3)
     with pytest.raises(TypeError, match=r"static_argnums=\(1, 2, 3\)"):
         jax.jit(data.minibatches)(jax.random.key(0), 10, 5, 3)
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(
+        ImportError, match=r"digits\(\): scikit-learn, .* install it, or hypergrad-jax\[data\]"
+    ):
+        data.digits()

@@ -95,9 +95,7 @@ class Config:
     """What to run; see `--help`."""
 
     all_points: bool = cli.option(False, "all 1000 step sizes, not every 4th")
-    only: tuple[str, ...] = cli.option(
-        (*EXPERIMENTS,), "(default all)", metavar="NAME", choices=EXPERIMENTS
-    )
+    only: tuple[str, ...] = cli.option((*EXPERIMENTS,), "default all", metavar="NAME", choices=EXPERIMENTS)
 
 
 class Result(NamedTuple):
@@ -161,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
             options.error("nothing is left to run without HYPERGRAD_DATA")
     try:
         theirs = {name: read_reference(Path(reference), name) for name in names}
-        needed = any(EXPERIMENTS[name].needs_data for name in names)
-        digits = read_digits(folder) if needed else (None, None)
+        digits = read_digits(folder) if any(EXPERIMENTS[x].needs_data for x in names) else (None, None)
     except OSError as error:
         options.error(f"{error}; --reference or HYPERGRAD_REFERENCE must be the folder of the results")
     except data.DataError as error:

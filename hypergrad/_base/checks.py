@@ -1,4 +1,4 @@
-"""Checks of what a user passed, and words for what it was."""
+"""Checks of what a user passed, and descriptions of it for error messages."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from hypergrad._base.trees import PyTree
 
 
 def is_function(x: Any) -> bool:
-    """Whether something is a function, such as a schedule, and no tree that happens to be callable.
+    """Whether something is a function, such as a schedule, and not a tree that happens to be callable.
 
     A module, such as Equinox's, is a tree of arrays that can be called; a function is a leaf of any tree.
-    `jax.tree_util.Partial`, a function with its arguments as leaves, is one too.
+    `jax.tree_util.Partial`, a function with its arguments as leaves, counts as a function too.
 
     >>> is_function(lambda count: 0.1), is_function({"rate": 0.1})
     (True, False)
@@ -26,7 +26,7 @@ def is_function(x: Any) -> bool:
 
 
 def is_whole(x: Any, least: int = 1) -> bool:
-    """Whether something is a whole number, not below another.
+    """Whether something is a whole number of at least ``least``.
 
     >>> is_whole(3), is_whole(2.5), is_whole(True), is_whole(0)
     (True, False, False, False)
@@ -35,13 +35,13 @@ def is_whole(x: Any, least: int = 1) -> bool:
 
 
 def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of an array, as JAX would see it, also a NumPy array or a number."""
+    """The shape and type that JAX would give an array, a NumPy array or a number."""
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def describe(tree: PyTree) -> str:
-    """What something is, in words for a message."""
+    """A description of something, for a message."""
     if isinstance(tree, jax.ShapeDtypeStruct):
         return f"{tree.dtype}{list(tree.shape)}"
     if isinstance(tree, str):
@@ -59,7 +59,7 @@ def describe(tree: PyTree) -> str:
 
 
 def quoted(x: Any) -> str:
-    """An argument of the wrong type, in a quoted call."""
+    """An argument of the wrong type, as text for a quoted call."""
     if isinstance(x, str):
         return repr(x)
     return x.__name__ if isinstance(x, type) or inspect.isroutine(x) else f"<{type(x).__name__}>"
@@ -70,7 +70,7 @@ def is_no_adjoint(adjoint: Any) -> bool:
 
 
 def check_adjoint(call: str, adjoint: Any) -> None:
-    """Refuse what is no adjoint."""
+    """Refuse what is not an adjoint."""
     if isinstance(adjoint, type):
         raise TypeError(
             f"{call}: adjoint is {describe(adjoint)}, not one of its instances: add brackets, "
@@ -84,23 +84,23 @@ def check_adjoint(call: str, adjoint: Any) -> None:
 
 
 def check_callable(call: str, name: str, function: Any, *arguments: str) -> None:
-    """Refuse what cannot be called with so many arguments, before it is.
+    """Refuse what cannot be called with the given arguments, before it is called.
 
     Args:
       call: the user's call.
-      name: of the argument that the function is.
+      name: the name of the argument that holds the function.
       function: the user's.
-      arguments: names of those that it will be called with.
+      arguments: names of the arguments that it will be called with.
 
     Raises:
-      TypeError: if it cannot be.
+      TypeError: the function cannot be called with them.
     """
     called = f"{name}({', '.join(arguments)})"
     if not callable(function):
         raise TypeError(f"{call}: {name} is {describe(function)}; it must be a function, {called}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # functions that are not written in Python need not tell
+    except (TypeError, ValueError):  # functions that are not written in Python may have no signature
         return
     try:
         signature.bind(*arguments)
@@ -112,20 +112,20 @@ def check_callable(call: str, name: str, function: Any, *arguments: str) -> None
 
 
 def checked_steps(call: str, steps: Any) -> int:
-    """The number of steps, a whole one."""
+    """The number of steps, checked to be whole."""
     if not is_whole(steps):
         raise ValueError(f"{call}: steps must be a whole number of at least 1")
     return int(steps)
 
 
 def check_chunk(call: str, chunk: int | None) -> None:
-    """Refuse a chunk that is not None or a number of rows."""
+    """Refuse a chunk that is neither None nor a number of rows."""
     if chunk is not None:
         check_whole(call, "chunk", chunk, 1, None)
 
 
 def check_whole(call: str, name: str, value: Any, least: int, most: int | None) -> None:
-    """Refuse what is not a whole number in a range."""
+    """Refuse a value that is not a whole number in a range."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         limit = "" if most is None else f" and at most {most}, the number of parameters"
@@ -138,7 +138,7 @@ def called(start: str, chunk: int | None) -> str:
 
 
 def why_no_array(x: Any) -> str:
-    """Why JAX can make no array of something; empty if it can."""
+    """Why JAX cannot make an array of something; empty if it can."""
     try:
         shape_of(x)
     except (TypeError, ValueError, OverflowError) as error:
@@ -147,7 +147,7 @@ def why_no_array(x: Any) -> str:
 
 
 def check_arrays(call: str, name: str, tree: PyTree) -> None:
-    """Refuse a tree with anything in it that is no array: a string, a function, an object."""
+    """Refuse a tree with a leaf that is not an array: a string, a function, an object."""
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if why := why_no_array(x):
             raise TypeError(
@@ -158,7 +158,7 @@ def check_arrays(call: str, name: str, tree: PyTree) -> None:
 
 
 def known_value(x: Any) -> Any:
-    """The numbers of an array where they are known, as in ``jax.grad`` outside of ``jit``; else None."""
+    """The numbers of an array if they are known, as in ``jax.grad`` outside ``jit``; otherwise None."""
     if not isinstance(x, jax.core.Tracer):
         return x
     primal = jax.lax.stop_gradient(x)
@@ -166,12 +166,12 @@ def known_value(x: Any) -> Any:
 
 
 def check_finite(call: str, name: str, x: Any) -> None:
-    """Refuse NaN and infinity where the numbers are known."""
+    """Refuse NaN and infinity if the numbers are known."""
     known = known_value(x)
     if known is None:
         return
     if isinstance(known, jax.Array):
-        with jax.ensure_compile_time_eval():  # else jit would trace it
+        with jax.ensure_compile_time_eval():  # otherwise jit would trace it
             finite = bool(jnp.all(jnp.isfinite(known)))
     else:
         finite = bool(np.all(np.isfinite(known)))

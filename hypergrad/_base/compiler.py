@@ -1,15 +1,25 @@
 """What the library says to the compiler: which computations to keep apart.
 
-Compilers fuse what stands side by side, compute again what is used twice, and round ``a * b + c`` once
-where they can.  That changes bits, and costs memory and time to compile.  Loops and conditionals whose
-number of turns and whose condition they do not know are compiled apart.
+Compilers fuse what is side by side, compute again what is used twice, leave out what goes unused, and
+round ``a * b + c`` once where they can.  That changes bits, and costs memory and compile time.  Loops and
+conditionals whose number of turns and whose condition the compiler does not know are compiled by
+themselves.  So every function below takes ``always_true``, a scalar made from the inputs of the run.
 
-=============  =================================================================================
-`in_place`     integers that change stay where they are
-`computed`     what many use is computed once
-`isolated`     floats get the same bits wherever they are computed
-`same_bits`    the same, but for arithmetic that gives them anyway
-=============  =================================================================================
+===============  ==============================================================================
+`noinline`       Floats get the same bits wherever they are computed.  Without it, a fused
+                 ``a * b + c`` is rounded once, and twice where the product is used elsewhere too:
+                 257 of 1000 random numbers differ, and a run does not return to its start.
+`same_bits`      The same, except for arithmetic whose bits do not depend on fusion.
+`prevent_dce`    What goes unused is computed all the same.  Without it, the loss, which nobody
+                 needs on the way back, is left out, and what remains is compiled differently.
+`computed`       What many use is computed once.  Without it, a cheap function of a large array is
+                 computed inside each of its users: 8 sines instead of 1.
+`in_place`       Integers that change stay where they are.  Without it, old and new state of all
+                 leaves are in memory together: a hypergradient through Adam takes 153 bytes
+                 per parameter instead of 95.
+===============  ==============================================================================
+
+``tests/test_compiler.py`` tests each of them, with and without.
 """
 
 from collections.abc import Callable
@@ -26,12 +36,12 @@ from hypergrad._base.trees import PyTree
 def in_place(
     always_true: Array, function: Callable[..., PyTree], state: PyTree, *arguments: PyTree
 ) -> PyTree:
-    """``function(state, *arguments)``, a state like the old one, in a computation of its own.
+    """``function(state, *arguments)``, a new state like the old one, in a separate computation.
 
-    Compilers would rather compute integers anew from the old state wherever they are used than keep them,
+    Compilers tend to recompute integers from the old state wherever they are used instead of keeping them,
     so that old and new state of all leaves are in memory at the same time.  The body of a loop is compiled
-    apart, and what it carries stays where it is; this one is run once.  What does not depend on its count
-    would be moved out of it again: all arguments are made to.
+    separately, and its carry stays in place; this loop runs once.  What does not depend on the loop count
+    would be moved out of the loop again, so all arguments are made to depend on it.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
@@ -54,8 +64,8 @@ def in_place(
 def computed(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """``function(*arguments)`` as arrays in memory.
 
-    Compilers put what is cheap to compute into everything that uses it.  Of a computation on many arrays
-    laid end to end, that is as many copies, each with the instructions of all.
+    Compilers inline what is cheap to compute into everything that uses it.  For a computation on many
+    concatenated arrays, this makes as many copies, each with the instructions for all of them.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
@@ -68,11 +78,11 @@ def computed(always_true: Array, function: Callable[..., PyTree], *arguments: Py
 
 
 def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Evaluate a function in a compiled computation of its own.
+    """Evaluate a function in a separate compiled computation.
 
-    The same instructions then give the same bits wherever it is called.  A compiler fuses arithmetic
-    with what stands around it, and contracts ``a * b + c`` to one rounding where it can: forwards and
-    backwards it would not always do so alike.  A branch of a conditional is compiled apart.
+    The same instructions then give the same bits wherever it is called.  A compiler fuses arithmetic with
+    its surroundings, and contracts ``a * b + c`` to one rounding where it can, not always in the same way
+    forwards and backwards.  A branch of a conditional is compiled separately.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
@@ -87,7 +97,23 @@ def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: Py
     return jax.lax.cond(always_true, function, never, *arguments)
 
 
-# Each is one correctly rounded operation for every element, and nothing to fuse changes its bits.
+def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
+    """The value, made to depend on arrays that nobody may use, so that they are computed all the same.
+
+    Args:
+      always_true: a scalar that is true, which the compiler must not know.
+      unused: pytree of arrays.
+      value: one of them, or another; comes out unchanged.
+    """
+
+    def never(value: Array, unused: PyTree) -> Array:
+        numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+        return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
+
+    return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
+
+
+# Each is one correctly rounded operation per element, and fusion does not change its bits.
 ROUNDED_ALONE = {
     "abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "max", "min", "mul", "neg", "reshape",
     "select_n", "sign", "sqrt", "squeeze", "stop_gradient", "transpose",
@@ -95,10 +121,10 @@ ROUNDED_ALONE = {
 
 
 def _rounds_alike(function: Callable[..., PyTree], *arguments: PyTree) -> bool:
-    """Whether a function gives the same bits however it is compiled, so that it need not stand apart.
+    """Whether a function gives the same bits however it is compiled, so that it need not be isolated.
 
-    So it is if it consists of single roundings, and adds or subtracts scalars only, or nothing that a
-    multiplication gave; ``a * b + c`` in one rounding would differ.
+    It does if it consists of single roundings and no addition or subtraction has an operand that comes from
+    a product, because ``a * b + c`` in one rounding would differ.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     products = set()

@@ -1,8 +1,8 @@
-"""Work that is independent, such as that of different layers, on different devices.
+"""Independent work, such as that of different layers, on different devices.
 
-Inside a compiled program all devices of a mesh run the same code.  What only one of them is to compute is a
-branch that the others do not take; the result, zero elsewhere, is then summed over all, which gives every
-device the same bits that the one has found.
+Inside a compiled program all devices of a mesh run the same code.  What only one of them should compute is
+a branch that the others do not take.  The result, zero elsewhere, is then summed over all devices, which
+gives every device exactly the bits that the one computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Evaluate = Callable[[Sequence[Job]], Sequence[PyTree]]
 
 
 def in_turn(jobs: Sequence[Job]) -> list[PyTree]:
-    """One job after the other, where everything else is computed.
+    """Run one job after the other, on the same device as everything else.
 
     >>> in_turn([lambda: 1, lambda: 2])
     [1, 2]
@@ -27,17 +27,18 @@ def in_turn(jobs: Sequence[Job]) -> list[PyTree]:
 
 
 def spread(mesh: Mesh, owners: Sequence[int]) -> Evaluate:
-    """Jobs on the devices of a mesh, those of the owners in turn.
+    """Run jobs on the devices of a mesh, assigned to the owners in turn.
 
-    Costs the communication of every result to all devices.  Can be differentiated, inside or outside of
+    The cost is the communication of every result to all devices.  Differentiable, inside or outside
     ``jax.jit``.
 
     Args:
-      mesh: of one or more axes.
+      mesh: a mesh with one or more axes.
       owners: indices of devices in the flattened mesh.
 
     Returns:
-      From jobs, pure functions without arguments that return trees of arrays, to their results.
+      A function from jobs, which are pure functions without arguments that return trees of arrays, to their
+      results.
 
     >>> import jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((1,), ("workers",))
@@ -45,7 +46,8 @@ def spread(mesh: Mesh, owners: Sequence[int]) -> Evaluate:
     [Array(1., dtype=float32), Array(2., dtype=float32)]
     """
 
-    # Jobs may close over what was on the mesh before; the explicit axes of `jax.make_mesh` forbid it.
+    # Automatic axes, because jobs may close over what was on the mesh before, which the explicit axes of
+    # `jax.make_mesh` forbid.
     mesh = Mesh(mesh.devices, mesh.axis_names)
 
     def evaluate(jobs: Sequence[Job]) -> list[PyTree]:

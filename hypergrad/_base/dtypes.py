@@ -1,4 +1,4 @@
-"""Types of numbers, also in a strict session of JAX, which promotes none by itself."""
+"""Types of numbers, also under JAX's strict promotion, which promotes none implicitly."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,12 +10,12 @@ from jax import Array
 
 
 def lenient() -> AbstractContextManager[None]:
-    """A context in which types are promoted, for code of others: optax multiplies floats and counts."""
+    """A context in which types are promoted, for foreign code: optax multiplies floats and counts."""
     return jax.numpy_dtype_promotion("standard")
 
 
 def promoted(*numbers: Any) -> np.dtype:
-    """The type to which JAX promotes numbers, arrays and types when it is not told to be strict.
+    """The type to which JAX promotes numbers, arrays and types under standard promotion.
 
     >>> import jax, jax.numpy as jnp
     >>> with jax.numpy_dtype_promotion("strict"):
@@ -27,6 +27,6 @@ def promoted(*numbers: Any) -> np.dtype:
 
 
 def widened(x: Array) -> Array:
-    """Floats of 16 bits or fewer as such of 32, in which derivatives are added over the steps."""
+    """Floats of 16 bits or fewer converted to 32 bits, in which derivatives are summed over the steps."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if narrow else x

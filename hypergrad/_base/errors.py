@@ -1,4 +1,4 @@
-"""Errors and warnings, and how they leave compiled code with the words that they began with."""
+"""Errors and warnings, and how they leave compiled code with their original messages."""
 
 import builtins
 import contextlib
@@ -21,15 +21,15 @@ class ReversalError(ArithmeticError):
 
 
 class DomainError(ValueError):
-    """A hyperparameter is outside its domain, which only the running program could tell."""
+    """A hyperparameter is outside its domain, which only the running program could detect."""
 
 
 class ConvergenceError(ArithmeticError):
-    """A point is no solution, or a linear system was not solved; no hypergradient is returned."""
+    """A point is not a solution, or a linear system was not solved; no hypergradient is returned."""
 
 
 class ZeroHypergradientWarning(UserWarning):
-    """A hypergradient is 0 because the solution does not depend on what it is taken in."""
+    """A hypergradient is 0 because the solution does not depend on the variable in question."""
 
 
 class LaneWarning(RuntimeWarning):
@@ -42,14 +42,14 @@ def error_if(
     *numbers: Array,
     error: type[Exception] = ReversalError,
 ) -> PyTree:
-    """Pass the result on, unless the numbers are a reason not to: then raise an error.
+    """Return the result, or raise an error if the numbers call for one.
 
-    Raises at once where the numbers are known, else from the running program, by a callback on which the
-    result depends.  Of several runs under ``vmap`` those that failed end in NaN, derivatives too, with a
-    `LaneWarning` that names them; only where all did is the error raised.
+    It raises at once if the numbers are known, and otherwise from the running program, by a callback on
+    which the result depends.  Of several runs under ``vmap``, those that failed return NaN, derivatives
+    included, with a `LaneWarning` that names them; the error is raised only if all of them failed.
 
     Args:
-      explain: from the numbers, as Python scalars, to a message, or None if all is well.
+      explain: function from the numbers, as Python scalars, to a message, or None if there is no error.
       result: a pytree of arrays.
       numbers: scalars.
       error: its class.
@@ -74,7 +74,7 @@ def error_if(
         return result
     shape = jax.ShapeDtypeStruct((), bool)
     refused = jax.pure_callback(check, shape, *numbers, vmap_method="broadcast_all")
-    # A product, so that derivatives are NaN too.
+    # A product, so that derivatives become NaN too.
     return jax.tree.map(
         lambda x: (
             x * jnp.where(refused, jnp.nan, 1.0).astype(x.dtype)
@@ -91,7 +91,7 @@ _OWN: dict[str, type[BaseException]] = {
     "ConvergenceError": ConvergenceError,
     "KeyboardInterrupt": KeyboardInterrupt,
 }
-# The lines of a traceback are indented; the error stands below them.
+# The lines of a traceback are indented; the error is below them.
 _RAISED = re.compile(
     r"Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n|\n)*([A-Za-z_][\w.]*)(?::[ ]?(.*))?\Z",
     re.DOTALL,
@@ -100,14 +100,15 @@ _RAISED = re.compile(
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Let errors that callbacks raise inside compiled code out as what they are.
+    """Let errors that callbacks raise inside compiled code surface with their own type.
 
-    Within it a `hypergrad.ReversalError`, a `hypergrad.implicit.ConvergenceError`, a KeyboardInterrupt or
-    another of Python's own errors is raised with its type and message, from the ``JaxRuntimeError`` that
-    hid it; that JAX logs a traceback for each is suppressed.  All else passes unchanged.
+    Within this context a `hypergrad.ReversalError`, a `hypergrad.implicit.ConvergenceError`, a
+    KeyboardInterrupt or another of Python's own errors is raised with its type and message, from the
+    ``JaxRuntimeError`` that hid it, and JAX's logging of a traceback for each is suppressed.  Everything
+    else passes unchanged.
 
-    JAX computes asynchronously: wait for the result inside, by ``jax.block_until_ready``, or the error
-    comes later, where the result is used.  May be used as a decorator too.
+    JAX computes asynchronously: wait for the result inside, by ``jax.block_until_ready``, or the error is
+    raised later, where the result is used.  It also works as a decorator.
 
     Returns:
       A context manager.
@@ -134,7 +135,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Where a result is used that was still being computed, NumPy passes the message on as a ValueError.
+        # If a result is used while it is still being computed, NumPy passes the message on as a ValueError.
         hidden = isinstance(error, jax.errors.JaxRuntimeError) or "CpuCallback error" in str(error)
         found = raised_inside(error) if hidden else None
         if found is None:
@@ -145,7 +146,7 @@ def readable_errors() -> Iterator[None]:
 
 
 class _Quiet(logging.Filter):
-    """Drops every record.  One for each context, so that contexts of several threads do not mix."""
+    """Drops every record; there is one for each context, so that contexts of several threads do not mix."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to log it."""
@@ -153,7 +154,7 @@ class _Quiet(logging.Filter):
 
 
 def raised_inside(error: BaseException) -> BaseException | None:
-    """The error that a callback raised inside compiled code, or None if there was none or it is unknown.
+    """The error that a callback raised inside compiled code; None if there was none or it is unknown.
 
     Args:
       error: a ``JaxRuntimeError``, or what passes its message on.
@@ -168,20 +169,20 @@ def raised_inside(error: BaseException) -> BaseException | None:
     if not isinstance(kind, type) or not issubclass(kind, Exception | KeyboardInterrupt):
         return None
     if issubclass(kind, StopIteration | StopAsyncIteration):
-        return None  # would mean something else to who catches it
+        return None  # would mean something else to the code that catches it
     try:
         return kind(message)
-    except TypeError:  # it wants more than a message
+    except TypeError:  # it needs more than a message
         return None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of a device, was not enough.
+    """Whether an error says that the memory of the machine or of a device was not enough.
+
+    Args:
+      error: any error.
 
     >>> out_of_memory(MemoryError())
     True
-
-    Args:
-      error: any.
     """
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -1,8 +1,8 @@
 """What a traced function computes, as a digest that is the same in every process.
 
-Two functions with one digest give the same numbers.  It covers operations, shapes, dtypes and constants;
-not names, files, line numbers or addresses, so that it outlasts an edit that changes nothing.  Another
-version of JAX or Python may trace the same function differently.
+Two functions with the same digest give the same numbers.  The digest covers operations, shapes, dtypes and
+constants, but not names, files, line numbers or addresses, so that it survives an edit that changes
+nothing. Another version of JAX or Python may trace the same function differently.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ Feed = Callable[[str | bytes], None]
 Memo = dict[int, tuple[Any, str]]  # by id: the object, kept alive so that no other gets its id; its digest
 # Parameters that do not change what is computed.
 _IDLE = {"name", "debug_info", "source_info", "name_and_src_info", "ctx_mesh"}
-# Rules for derivatives that were not asked for when the function was traced.
+# Rules for derivatives that were not requested when the function was traced.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_thunk", "transpose_jaxpr_thunk"}
 _UNWATCHED = {"debug_callback", "debug_print"}  # nothing depends on them
-_OPAQUE = {"builtins", "jax", "jaxlib"}  # whose objects are what their repr says
-_SHARED = (  # what may be met often, or contain itself
+_OPAQUE = {"builtins", "jax", "jaxlib"}  # objects of these packages are identified by their repr
+_SHARED = (  # what may occur often, or contain itself
     jax.Array,
     np.ndarray,
     jax.extend.core.ClosedJaxpr,
@@ -38,12 +38,12 @@ _SHARED = (  # what may be met often, or contain itself
 
 
 def digest(*things: Any) -> str:
-    """Sixteen hexadecimal digits that say what things are.
+    """Sixteen hexadecimal digits that identify what things are.
 
     Args:
-      things: arrays, jaxprs, and containers of them; numbers and strings; functions, by their code and
-        what they close over, not by globals (a traced function has its globals in its jaxpr, a callback
-        has not); other objects by their type, repr and attributes.
+      things: arrays, jaxprs, and containers of them; numbers and strings; functions, by their code and what
+        they close over, not by globals (the jaxpr of a traced function contains its globals, a callback
+        does not); other objects by their type, repr and attributes.
 
     >>> digest(np.arange(3)) == digest(np.arange(3)) != digest(np.arange(4))
     True
@@ -56,7 +56,7 @@ def _digest(x: Any, memo: Memo) -> str:
 
     def feed(part: str | bytes) -> None:
         data = part.encode(errors="replace") if isinstance(part, str) else part
-        sha.update(f"{len(data)}:".encode())  # so that parts do not run together
+        sha.update(f"{len(data)}:".encode())  # so that the parts stay separable
         sha.update(data)
 
     _content(feed, x, memo)
@@ -132,7 +132,7 @@ def _held(cell: Any) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Without addresses."""
+    """The text without addresses."""
     return re.sub(r"0x[0-9a-f]+", "", text)
 
 
@@ -146,7 +146,7 @@ def _array(feed: Feed, x: Any) -> None:
 
 
 def _program(feed: Feed, jaxpr: Any, memo: Memo) -> None:
-    """A jaxpr, its variables by number."""
+    """Feed a jaxpr, with its variables by number."""
     numbers: dict[Any, int] = {}
 
     def variable(v: Any) -> None:

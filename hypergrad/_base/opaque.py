@@ -1,9 +1,9 @@
-"""Functions with a derivative of their own, which no transformation of JAX looks into.
+"""Functions with a custom derivative, which no transformation of JAX looks into.
 
-``jax.custom_jvp`` says the same, but within ``jax.lax.scan`` it is not kept: where the loop is
-differentiated backwards, JAX splits its body into what depends on the loop and what does not, and on
-the way puts the function in the place of its rule.  The second derivative is then one of the function
-itself, which for integers is silently zero.  A primitive is left as it is.
+``jax.custom_jvp`` does the same, but is not preserved within ``jax.lax.scan``: when the loop is
+differentiated backwards, JAX splits its body into what depends on the loop and what does not, and in doing
+so replaces the rule by the function.  The second derivative is then that of the function itself, which for
+integers is silently zero.  A primitive is left alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,13 +28,14 @@ def with_rule(
     symbolic_zeros: bool = False,
     by_hand: bool = False,
 ) -> Any:
-    """The function, with a rule for its derivative in forward mode; JAX makes the others of it.
+    """The function with a rule for its forward-mode derivative, from which JAX derives the others.
 
     Args:
-      function: of trees of arrays; it may close over tracers only if they are not differentiated.
-      rule: as for ``jax.custom_jvp``: from the arguments and their tangents (float0 for integers) to the
+      function: a function of trees of arrays; it may close over tracers only if they are not
+        differentiated.
+      rule: as for ``jax.custom_jvp``, from the arguments and their tangents (float0 for integers) to the
         result and its tangents.
-      symbolic_zeros: whether the rule is given None for the tangents of what is not differentiated.
+      symbolic_zeros: whether the rule gets None for the tangents of what is not differentiated.
       by_hand: whether the rule may be the derivative of no function; see `hypergrad._base.rules`.
 
     Returns:
@@ -102,7 +103,7 @@ def _batched(flat: Sequence[Array], axes: Sequence[Any], *, jaxpr: Any, rule: Ru
     mapped = set()
 
     def marked(k: int, x: Array) -> Array:
-        """Tell which results differ from one to another; the others are computed once."""
+        """Record which results differ between lanes; the others are computed once."""
 
         @jax.custom_batching.custom_vmap
         def same(x: Array) -> Array:

@@ -1,10 +1,10 @@
-"""Which functions hold derivatives that somebody wrote by hand, so that second ones need not be symmetric.
+"""Detection of derivatives written by hand, for which second derivatives need not be symmetric.
 
-Straight-through estimators, reversed and clipped gradients are the derivatives of no function.  The matrix
-of second derivatives ``J``, the derivative of such a "gradient", then differs from its transpose.  Reverse
-over reverse gives ``Jᵀ v``, which is what JAX's own ``jax.grad`` of a step of training needs; forward over
-reverse gives ``J v``, which costs less, is the same without such rules only, and does not exist where
-``jax.custom_vjp`` makes them.
+Straight-through estimators, reversed and clipped gradients are not the derivatives of any function.  The
+matrix of second derivatives ``J``, the derivative of such a "gradient", then differs from its transpose.
+Reverse over reverse gives ``Jᵀ v``, which is what JAX's own ``jax.grad`` of a step of training needs;
+forward over reverse gives ``J v``, which costs less, but is the same only without such rules, and does not
+exist for those made by ``jax.custom_vjp``.
 """
 
 import sys
@@ -18,22 +18,22 @@ from hypergrad._base.opaque import OPAQUE
 from hypergrad._base.trees import PyTree
 
 ROOT = Path(jax.__file__).parent
-# What these do when differentiated is another function of the user's, that no jaxpr shows.
+# When differentiated, these call another function of the user's, which no jaxpr shows.
 BY_USERS = ("_custom_root",)
 UNKNOWN = ("custom_vjp_call", "custom_transpose_call", "linear_call", "call_hi_primitive")
 
 
 def has_custom_rule(jaxpr: Any) -> bool:
-    """Whether a program holds a rule of differentiation that JAX does not define itself.
+    """Whether a program contains a differentiation rule that JAX does not define itself.
 
-    Looked for in every jaxpr within, but for the kernels of Pallas.  ``jax.custom_vjp``,
+    Every jaxpr within is searched, except for the kernels of Pallas.  ``jax.custom_vjp``,
     ``jax.custom_gradient`` and transposes written by hand always count, and so does ``jax.custom_jvp``,
     except in JAX's own functions, such as ``jax.nn.relu`` or ``jnp.logaddexp``, whose rules agree with what
-    they compute.  ``jax.lax.stop_gradient`` does not count: what stands in it is a constant at every order.
+    they compute.  ``jax.lax.stop_gradient`` does not count: its argument is a constant at every order.
 
     Args:
-      jaxpr: a ``ClosedJaxpr`` or ``Jaxpr``, of the function, not of its gradient, which holds no rules any
-        more.
+      jaxpr: a ``ClosedJaxpr`` or ``Jaxpr`` of the function, not of its gradient, which no longer contains
+        the rules.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.custom_jvp
@@ -49,16 +49,16 @@ def has_custom_rule(jaxpr: Any) -> bool:
 
 
 def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, Callable[..., PyTree]]:
-    """``jax.linearize``, of functions with rules by hand too: value and products ``J v``.
+    """``jax.linearize`` also for functions with rules written by hand: value and products ``J v``.
 
     ``jax.custom_vjp`` says only what ``Jᵀ u`` is; ``J v`` is then the transpose of that linear map.
 
     Args:
-      function: of one tree.
-      at: where, a tree of floats.
+      function: a function of one tree.
+      at: the point, a tree of floats.
 
     Raises:
-      ValueError: if what a rule makes of a cotangent is not linear in it, so that there is no ``J``.
+      ValueError: the result of a rule is not linear in the cotangent, so that there is no ``J``.
 
     >>> import jax, jax.numpy as jnp
     >>> @jax.custom_vjp
@@ -79,7 +79,7 @@ def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree
     def forwards(tangent: PyTree) -> PyTree:
         try:
             return transposed(tangent)[0]
-        except NotImplementedError as error:  # no operation that is not linear can be transposed
+        except NotImplementedError as error:  # only linear operations can be transposed
             raise ValueError(
                 "forward derivatives are wanted of a function with a jax.custom_vjp whose backward rule is "
                 "not linear in the cotangent, as where gradients are clipped: it says what Jᵀ u is, and "
@@ -113,10 +113,10 @@ def _is_custom(eqn: Any) -> bool:
 
 
 def _is_of_jax(params: Any) -> bool:
-    """Whether a ``custom_jvp_call`` is that of one of JAX's own functions; if in doubt, it is not.
+    """Whether a ``custom_jvp_call`` is one of JAX's own functions; if in doubt, it is not.
 
-    The source of the rule alone does not tell: what ``defjvps`` makes is JAX's whoever calls it.  And
-    ``jax.custom_jvp`` of JAX's function is not JAX's, but has that function within.
+    The source of the rule alone does not decide it: what ``defjvps`` makes belongs to JAX, whoever calls
+    it.  And ``jax.custom_jvp`` of a JAX function is not JAX's own, but contains that function.
     """
     function, rule = _source(params["call_jaxpr"]), _source(params["jvp_jaxpr_fun"])
     if function is None or rule is None:
@@ -135,7 +135,7 @@ def _is_of_jax(params: Any) -> bool:
 
 
 def _source(function: Any) -> tuple[str, Path] | None:
-    """Name and file of the function that a jaxpr was traced from, or None where nothing says."""
+    """Name and file of the function that a jaxpr was traced from, or None if unknown."""
     function = getattr(function, "jaxpr", function)
     about = getattr(getattr(function, "debug_info", None), "func_src_info", None)
     name, at, where = (about or "").partition(" at ")

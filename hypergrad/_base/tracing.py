@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from hypergrad._base.dtypes import widened
 from hypergrad._base.trees import PyTree
 
-RECOVERED = "hypergrad: recovered"  # by which a program shows that it plays a run backwards
+RECOVERED = "hypergrad: recovered"  # marks a program that plays a run backwards
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Converted:
     out_tree: Any
 
     def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
-        """Evaluate on flat arguments; those that were `widened` are made narrow again."""
+        """Evaluate on flat arguments; those that were `widened` are converted back."""
         narrow = [
             [x.astype(v.aval.dtype) if x.dtype != v.aval.dtype else x for x, v in zip(given, variables)]
             for given, variables in ((consts, self.jaxpr.constvars), (flat, self.jaxpr.invars))
@@ -41,7 +41,7 @@ class Converted:
 def closure_convert(
     function: Callable[..., PyTree], *arguments: PyTree
 ) -> tuple[Converted, list[Array], Any]:
-    """Trace a function once; return it hoisted, what it closed over, and the shapes it returns."""
+    """Trace a function once; return it closure-converted, what it closed over, and its result's shapes."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     consts = [widened(jnp.asarray(c) if not isinstance(c, jax.Array) else c) for c in closed.consts]
     return Converted(closed.jaxpr, jax.tree.structure(shapes)), consts, shapes
@@ -68,7 +68,7 @@ def thaw(static: Static) -> PyTree:
 
 
 def perturbed(tree: PyTree) -> PyTree:
-    """What a forward rule is told of its arguments: which are differentiated.  Integers never are."""
+    """Which of a forward rule's arguments are differentiated, as a tree of bools; integers never are."""
     return jax.tree.map(lambda x: x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact), tree)
 
 
@@ -86,18 +86,8 @@ def closed_part(jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: lis
     return jax.extend.core.ClosedJaxpr(part, [])
 
 
-def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
-    """The value, made to depend on arrays nobody may use, lest the compiler leave out computing them."""
-
-    def never(value: Array, unused: PyTree) -> Array:
-        numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-        return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
-
-    return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
-
-
 def instantiate(cotangents: PyTree) -> PyTree:
-    """Symbolic zeros made into arrays."""
+    """The cotangents with symbolic zeros made into arrays."""
     symbolic = jax.custom_derivatives.SymbolicZero
     return jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, symbolic) else x,
@@ -107,7 +97,7 @@ def instantiate(cotangents: PyTree) -> PyTree:
 
 
 def mapped(chunk: int | None, function: Callable[..., PyTree], xs: PyTree) -> PyTree:
-    """The function of every row, so many at a time, or all at once."""
+    """The function of every row, ``chunk`` rows at a time, or all at once."""
     return jax.vmap(function)(xs) if chunk is None else jax.lax.map(function, xs, batch_size=chunk)
 
 

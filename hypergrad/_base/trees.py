@@ -19,7 +19,8 @@ Step = Int[Array, ""]  # the number of a step
 Flag = Bool[Array, ""]
 Key = KeyArray[Array, ""]  # of `jax.random`
 
-# Products of matrices: an accelerator's default keeps too few digits for roots, solutions and derivatives.
+# For products of matrices: an accelerator's default keeps too few digits for roots, solutions and
+# derivatives.
 dot = partial(jnp.matmul, precision="highest")
 einsum = partial(jnp.einsum, precision="highest")
 tensordot = partial(jnp.tensordot, precision="highest")
@@ -28,8 +29,8 @@ tensordot = partial(jnp.tensordot, precision="highest")
 def power(tree: PyTree) -> Array:
     """A power of two near the largest size of a number in a tree; 1 where that is 0 or not finite.
 
-    Dividing by it rounds nothing, so that what is computed of numbers of ordinary size stays the same bit
-    for bit.  It counts as a constant where it is differentiated.
+    Dividing by it is exact, so that results for numbers of ordinary size stay the same bit for bit.  It
+    counts as a constant in differentiation.
 
     >>> import jax.numpy as jnp
     >>> float(power({"a": jnp.array([3.0, -5.0]), "b": jnp.zeros(0)}))
@@ -65,7 +66,7 @@ def norm(tree: PyTree) -> Array:
 
 
 def floats(call: str, name: str, tree: PyTree) -> PyTree:
-    """The tree as arrays without weak types, if it is one of floats."""
+    """The tree as arrays without weak types; refused if it is not one of floats."""
     structure: Any
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
     if not paths:
@@ -79,7 +80,7 @@ def floats(call: str, name: str, tree: PyTree) -> PyTree:
 
 
 def shapes_of(tree: PyTree) -> Any:
-    """What two trees have in common that may be added."""
+    """The structure, shapes and types of a tree, which two trees share if they can be added."""
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 

@@ -24,8 +24,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
-from hypergrad._base.compiler import noinline
-from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, prevent_dce, thaw
+from hypergrad._base.compiler import noinline, prevent_dce
+from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, thaw
 from hypergrad._base.trees import Flag, PyTree, Scalar, scatter, split
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
 from hypergrad.program import Leaf, Observed

@@ -1,7 +1,7 @@
 """Bilevel problems ``min_θ g(w*(θ), θ)``, ``w*(θ) = argmin_w f(w, θ)``, by solvers that move both at once.
 
 Such a solver moves the hyperparameters long before the parameters have converged.  All of them work on one
-description, a `Problem`, and each is a pair of functions, as optimizers of optax are; `solve` runs it.
+description, a `Problem`, and each is a pair of functions, like an optax optimizer; `solve` runs it.
 
 ================  =====================================  ============  ====================================
 solver            ``u`` in the step of ``θ``             work          use it
@@ -17,22 +17,22 @@ solver            ``u`` in the step of ``θ``             work          use it
 `darts(order=1)`  0                                      2             Not recommended: direct effects only
 ================  =====================================  ============  ====================================
 
-They follow ``∂g/∂θ - M u`` downwards, and at the solution ``u = A⁻¹ ∂g/∂w``.  Work is that of a step with
-minibatches of one example.  A gradient, in parameters and hyperparameters together, is 1.  A product with
-second derivatives is 2, as usual, even where the gradient in it was kept and not computed again; but
-``∂f/∂w``, ``A u`` and ``M u`` come out of one pass, and are not counted apart, as calls in papers are.
+They descend along ``∂g/∂θ - M u``, and at the solution ``u = A⁻¹ ∂g/∂w``.  Work is that of a step with
+minibatches of one example.  A gradient, in parameters and hyperparameters together, counts 1.  A product
+with second derivatives counts 2, as usual, even if the gradient in it was kept and not recomputed.  But
+``∂f/∂w``, ``A u`` and ``M u`` come out of one pass, and are not counted separately, as calls in papers are.
 
-Where ``f`` holds derivatives written by hand (``jax.custom_vjp`` and ``jax.custom_jvp``: straight-through,
-reversed, clipped gradients), ``∂f/∂w`` is what JAX gives, and ``A`` is the derivative of that, which need
-not be symmetric: ``Aᵀ`` stands in the place of ``A`` above.
+If ``f`` contains derivatives written by hand (``jax.custom_vjp`` and ``jax.custom_jvp``: straight-through,
+reversed, clipped gradients), ``∂f/∂w`` is what JAX computes, and ``A`` is its derivative, which need not be
+symmetric: ``Aᵀ`` then replaces ``A`` above.
 
 ========  ==============  ==================================================================
 symbol    name            meaning
 ========  ==============  ==================================================================
 ``w``     params          inner variables, a tree of ``d`` numbers
 ``θ``     hypers          outer variables, a tree of ``h`` numbers, unconstrained
-``f``     inner           what ``w`` minimises, a mean over examples
-``g``     outer           what ``θ`` is to minimise at the minimum, a mean over examples
+``f``     inner           what ``w`` minimizes, a mean over examples
+``g``     outer           what ``θ`` should minimize at that minimum, a mean over examples
 ``A``                     ``∂²f/∂w²``, ``(d, d)``
 ``M``                     ``∂²f/∂θ∂w``, ``(h, d)``
 ``u``     adjoint         approximation of ``A⁻¹ ∂g/∂w``, a tree like ``w``

@@ -1,4 +1,4 @@
-"""F2SA: bilevel optimization by first derivatives only, with a penalty for the inner loss."""
+"""F2SA: bilevel optimization by first derivatives only, with a penalty on the inner loss."""
 
 from typing import Any
 
@@ -26,8 +26,9 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
     ``z <- z - α ∂f(z)/∂w;  y <- y - α (∂f(y)/∂w + ∂g(y)/∂w / λ)``, ``T`` times, and then
     ``θ <- θ - γ (∂g(y)/∂θ + λ (∂f(y)/∂θ - ∂f(z)/∂θ))``.
 
-    For a constant ``λ`` the end is off by ``O(1/λ)``; let it grow slowly, such as linearly.  On minibatches
-    ``λ`` also multiplies what noise is left in the difference, of which both parts see the same examples.
+    For a constant ``λ`` the end point is off by ``O(1/λ)``; let ``λ`` grow slowly, for example linearly.
+    On minibatches ``λ`` also multiplies the noise that is left in the difference, both parts of which use
+    the same examples.
 
     Args:
       rate: ``α``, a number or a schedule; the paper's rate of ``y``, times ``λ``.
@@ -39,7 +40,7 @@ def f2sa(*, rate: Rate, hyper_rate: Rate, penalty: Rate, inner_steps: int = 1) -
       The solver; its ``params`` are ``z``, the minimum of ``f``, and its memory is ``y``.
 
     Raises:
-      ValueError: for a rate or penalty that is not above 0, and fewer than 1 step.
+      ValueError: a rate or the penalty is not above 0, or there is fewer than 1 step.
 
     Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization",
     ICML 2023, algorithm 1 (F2SA).

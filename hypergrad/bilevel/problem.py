@@ -16,19 +16,20 @@ class Problem:
     """Two functions of parameters, hyperparameters and rows of data, each a mean over its rows.
 
     ``f(w, θ) = mean_i inner(w, θ, [i])`` over ``inner_size`` examples, and ``g`` likewise.  The rows are
-    cut into blocks of ``batch_size`` neighbours, of which a step draws some at random; without a batch size
-    there is one block.  Shuffle the data before: neighbours stay together.
+    cut into blocks of ``batch_size`` neighbors, of which a step draws some at random; without a batch size
+    there is one block.  Shuffle the data first, because neighbors stay together.
 
-    Args:
+    Attributes:
       inner: ``inner(params, hypers, rows) -> scalar``, a JAX function, ``rows`` being ``(b,)`` int32.
-      outer: ``outer(params, hypers, rows) -> scalar``, on examples of its own.
-      inner_size: number of examples of the inner function; None if it does not look at the rows.  Rows
-        beyond the arrays it looks into would be read as the last, as JAX does: give their length.
+      outer: ``outer(params, hypers, rows) -> scalar``, on separate examples.
+      inner_size: number of examples of the inner function; None if it does not use the rows.  It must be
+        the length of the arrays that the rows index, because JAX reads indices beyond the end as the last
+        row.
       outer_size: number of examples of the outer function, likewise.
       batch_size: rows of a minibatch, of either kind; it divides both numbers.  None for all of them.
 
     Raises:
-      ValueError: for numbers that are not whole, or not at least 1, and a batch size that does not divide.
+      ValueError: a number is not whole or not at least 1, or the batch size does not divide both numbers.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import bilevel

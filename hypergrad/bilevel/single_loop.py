@@ -31,7 +31,7 @@ def soba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
 
     ``w <- w - α ∂f/∂w;  u <- u - β (A u - ∂g/∂w);  θ <- θ - γ (∂g/∂θ - M u)``
 
-    On minibatches it comes as near as the rates are small; they may decrease.
+    On minibatches the distance to the solution depends on how small the rates are; they may decrease.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -42,7 +42,7 @@ def soba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0.
+      ValueError: a rate is not above 0.
 
     Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic
     and global variance reduction algorithms", NeurIPS 2022 (SOBA); its ``v`` is ``-u``.
@@ -71,10 +71,10 @@ class Averages(NamedTuple):
 
     Attributes:
       table: what every block gave when it was last drawn, a tree with the blocks as leading axis.
-      mean: of the table.
-      block: the next to be drawn, int32.  It is drawn a step ahead, and read after the table was written,
-        so that the table changes in place; a loop would else copy it at every step.
-      entry: that of the table for this block.
+      mean: the mean of the table.
+      block: the block of the next step, int32.  It is drawn a step ahead and read after the table was
+        written, so that the table changes in place; otherwise a loop would copy it at every step.
+      entry: the table's entry for this block.
     """
 
     table: PyTree
@@ -100,11 +100,11 @@ class Reduced(NamedTuple):
 def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> Solver:
     """`soba` with variance reduction: constant rates on minibatches; linear convergence where ``h`` allows.
 
-    It is linear where ``h(θ) = g(w*(θ), θ)`` satisfies the Polyak-Łojasiewicz inequality, for rates that
-    are small enough; larger ones diverge, sometimes late.
+    Convergence is linear if ``h(θ) = g(w*(θ), θ)`` satisfies the Polyak-Łojasiewicz inequality and the
+    rates are small enough; with larger rates it diverges, sometimes late.
 
     Each of ``∂f/∂w``, ``A u``, ``M u``, ``∂g/∂w`` and ``∂g/∂θ`` is replaced by
-    ``x_i - table_i + mean(table)``, where ``x_i`` is that of the block drawn; then ``table_i <- x_i``.
+    ``x_i - table_i + mean(table)``, where ``x_i`` is its value on the drawn block; then ``table_i <- x_i``.
     The tables hold ``blocks (2 d + h)`` and ``blocks (d + h)`` numbers, and start with one pass over the
     data.
 
@@ -117,7 +117,7 @@ def saba(*, rate: Rate, hyper_rate: Rate, linear_rate: Rate | None = None) -> So
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0.
+      ValueError: a rate is not above 0.
 
     Source: as `soba` (SABA), with a table entry for a block of examples; Defazio, Bach, Lacoste-Julien,
     "SAGA: a fast incremental gradient method", NeurIPS 2014.
@@ -174,7 +174,7 @@ def amortized(
     """Alternating, warm-started: ``T`` steps of ``w``, ``U`` steps of ``u``, one of ``θ``.
 
     The steps are those of `soba`, each on its own minibatch of ``f`` and all on one of ``g``; ``w`` and
-    ``u`` go on from where they were.
+    ``u`` continue from their last values.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -187,7 +187,7 @@ def amortized(
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0, and numbers of steps below 1.
+      ValueError: a rate is not above 0, or a number of steps is below 1.
 
     Source: Arbel and Mairal, "Amortized implicit differentiation for stochastic bilevel optimization",
     ICLR 2022 (AmIGO); Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced
@@ -231,7 +231,7 @@ def _averages(blocks: int, value: Callable[[Array], PyTree]) -> Averages:
 
 
 def _reduced(averages: Averages, new: PyTree, block: Array) -> tuple[PyTree, Averages]:
-    """The estimate of the mean over blocks from that of one, and the averages for the next block."""
+    """The estimate of the mean over blocks from one block, and the averages for the next one."""
     table, mean, now, entry = averages
     write = partial(jax.lax.dynamic_update_index_in_dim, index=now, axis=0)
     read = partial(jax.lax.dynamic_index_in_dim, index=block, keepdims=False)

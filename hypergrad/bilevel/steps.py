@@ -1,4 +1,4 @@
-"""A solver as a pure step, the loop around it, and what steps are made of.
+"""A solver as a pure step, the loop around it, and the parts that steps are made of.
 
 Symbols: see `hypergrad.bilevel`.
 """
@@ -20,10 +20,10 @@ Rate = float | Array | Callable[[Array], Array]  # a number, or a schedule: coun
 
 
 class State(NamedTuple):
-    """Where a solver is.
+    """The state of a solver.
 
     Attributes:
-      step: how many were made, int32.
+      step: the number of steps made, int32.
       params: ``w``.
       hypers: ``θ``.
       memory: what else the solver keeps, such as ``u``.
@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Evaluations of gradients of single examples.
+    """The number of gradient evaluations on single examples.
 
     Attributes:
       start: before the first step.
@@ -48,12 +48,12 @@ class Work(NamedTuple):
 
 
 class Solver(NamedTuple):
-    """A bilevel method: two functions, as for an optimizer of optax, and what they cost.
+    """A bilevel method: two functions, as in an optax optimizer, and their cost.
 
     Attributes:
-      name: as the user would call it.
+      name: the call that makes it.
       init: ``init(problem, params, hypers) -> State``.
-      step: ``step(problem, state, key) -> State``, with a key of its own for every step.
+      step: ``step(problem, state, key) -> State``, with a different key for every step.
       work: ``work(problem) -> Work``.
     """
 
@@ -71,7 +71,7 @@ class Solution(NamedTuple):
       hypers: ``θ`` after the last step.
       state: the last state, from which the solver's ``step`` goes on.
       recorded: what ``record`` returned, with a leading axis of ``steps / every + 1``, the start first.
-      evaluations: ``(steps / every + 1,)`` int64 in NumPy: gradients of single examples up to there.
+      evaluations: ``(steps / every + 1,)`` int64 in NumPy: gradients of single examples up to that point.
     """
 
     params: PyTree
@@ -99,16 +99,16 @@ def solve(
       params: ``w`` at the start, a tree of floats.
       hypers: ``θ`` at the start, a tree of floats.
       solver: such as `soba`.
-      steps: at least 1.
-      key: of all minibatches.
+      steps: number of steps, at least 1.
+      key: PRNG key of all minibatches.
       record: ``record(state) -> pytree``, called at the start and after every ``every`` steps.
-      every: divides ``steps``.
+      every: number of steps between two records; it divides ``steps``.
 
     Returns:
       A `Solution`.
 
     Raises:
-      ValueError, TypeError: if an argument cannot be meant as it is; before any work starts.
+      ValueError, TypeError: an argument is invalid; checked before any work starts.
 
     >>> import jax
     >>> from hypergrad import bilevel
@@ -181,8 +181,9 @@ def second_derivatives(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """``∂f/∂w``, ``A u`` and ``M u``; the work is 2.
 
-    Forward over reverse, as second derivatives are symmetric.  Those of functions with derivatives written
-    by hand are not: reverse over reverse gives ``Aᵀ u``, and ``M u`` of the gradient that ``w`` follows.
+    Forward over reverse, since second derivatives are symmetric.  Those of functions with derivatives
+    written by hand are not: for them reverse over reverse gives ``Aᵀ u``, and ``M u`` of the gradient that
+    ``w`` follows.
     """
     if has_custom_rule(jax.make_jaxpr(inner)(state.params, state.hypers, rows)):
         slope_at = lambda w, h: jax.grad(inner)(w, h, rows)  # noqa: E731
@@ -197,7 +198,7 @@ def second_derivatives(
 
 
 def descended(problem: Problem, state: State, rate: Rate, blocks: Array) -> PyTree:
-    """``w`` after a step of gradient descent on every one of the blocks."""
+    """``w`` after one step of gradient descent on each of the blocks."""
 
     def step(params: PyTree, i: Array) -> tuple[PyTree, None]:
         slope, _ = first_derivatives(problem.inner, state._replace(params=params), problem.inner_rows(i))
@@ -234,7 +235,7 @@ def checked_call(name: str, *, whole: dict[str, int] | None = None, **rates: Rat
     shown = [f"{key}={_shown(rate)}" for key, rate in rates.items()]
     call = f"{name}({', '.join([*shown, *(f'{key}={number!r}' for key, number in whole.items())])})"
     for key, rate in rates.items():
-        # Of a schedule, and of a number under jit, only shape and type are known.
+        # For a schedule, or a number under jit, only shape and type are known.
         value: Any = jax.eval_shape(rate, jnp.int32(0)) if callable(rate) else rate
         known = isinstance(value, int | float | np.generic | np.ndarray | Array | jax.ShapeDtypeStruct)
         kinds = (jnp.floating, jnp.integer)

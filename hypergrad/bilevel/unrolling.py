@@ -39,23 +39,24 @@ def unrolled(
 
     ``w' = train(w, θ);  θ <- θ - γ d g(w', θ) / dθ;  w <- w'``
 
-    With gradient descent on all the data it ends where ``u = α Σ_{k<T} (I - α A)^k ∂g/∂w``, and so off by
-    ``(I - α A)^T``.  The state of the optimizer starts anew every time.
+    With gradient descent on all the data it ends where ``u = α Σ_{k<T} (I - α A)^k ∂g/∂w``, and is thus off
+    by ``(I - α A)^T``.  The state of the optimizer is reset every time.
 
     Args:
       rate: ``α``, the learning rate, a number or a schedule over the steps of ``θ``.
       hyper_rate: ``γ``, a number or a schedule.
       inner_steps: ``T >= 1``.
-      optimizer: of `hypergrad.train`, by default `hypergrad.sgd`; its other hyperparameters have their
+      optimizer: as for `hypergrad.train`, by default `hypergrad.sgd`; its other hyperparameters have their
         defaults.
       adjoint: how the run is differentiated, by default `hypergrad.Stored`.
-      restart: whether every run starts from the first parameters, and ``w`` is only where it ended.
+      restart: whether every run starts from the initial parameters, so that ``w`` only reports where it
+        ended.
 
     Returns:
-      The solver.  What an adjoint computes again is not counted.
+      The solver.  What an adjoint recomputes is not counted as work.
 
     Raises:
-      ValueError: for a rate that is not above 0, and fewer than 1 step.
+      ValueError: a rate is not above 0, or there is fewer than 1 step.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
     learning", ICML 2015; warm-started, Franceschi et al., "Bilevel programming for hyperparameter
@@ -93,9 +94,9 @@ def unrolled(
 
 
 def truncated(*, rate: Rate, hyper_rate: Rate, inner_steps: int, window: int) -> Solver:
-    """`unrolled`, warm-started, where only the last ``K`` of ``T`` steps are differentiated.
+    """`unrolled`, warm-started, with only the last ``K`` of ``T`` steps differentiated.
 
-    ``u = α Σ_{k<K} (I - α A)^k ∂g/∂w`` where it ends, for gradient descent on all the data.
+    For gradient descent on all the data it ends with ``u = α Σ_{k<K} (I - α A)^k ∂g/∂w``.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -107,7 +108,7 @@ def truncated(*, rate: Rate, hyper_rate: Rate, inner_steps: int, window: int) ->
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0, and numbers of steps out of range.
+      ValueError: a rate is not above 0, or a number of steps is out of range.
 
     Source: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel optimization", AISTATS
     2019.
@@ -136,7 +137,7 @@ def t1_t2(*, rate: Rate, hyper_rate: Rate, inner_steps: int = 1) -> Solver:
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0, and fewer than 1 step.
+      ValueError: a rate is not above 0, or there is fewer than 1 step.
 
     Source: Luketina, Berglund, Greff, Raiko, "Scalable gradient-based tuning of continuous regularization
     hyperparameters", ICML 2016.
@@ -151,10 +152,10 @@ def t1_t2(*, rate: Rate, hyper_rate: Rate, inner_steps: int = 1) -> Solver:
 
 
 def darts(*, rate: Rate, hyper_rate: Rate, order: int = 2, lookahead: Rate | None = None) -> Solver:
-    """One-level: a step of ``θ`` as if ``w`` were to take one more step, then one step of ``w``.
+    """One-level: a step of ``θ`` as if ``w`` were about to take a step, then a step of ``w``.
 
-    ``θ <- θ - γ d/dθ g(w - ξ ∂f/∂w, θ);  w <- w - α ∂f/∂w``, the first on its own minibatches.  The first
-    order has ``ξ = 0``, and sees ``θ`` only where ``g`` depends on it directly.
+    ``θ <- θ - γ d/dθ g(w - ξ ∂f/∂w, θ);  w <- w - α ∂f/∂w``, the first on its own minibatches.  At first
+    order ``ξ = 0``, and only the direct dependence of ``g`` on ``θ`` counts.
 
     Args:
       rate: ``α``, a number or a schedule.
@@ -166,7 +167,7 @@ def darts(*, rate: Rate, hyper_rate: Rate, order: int = 2, lookahead: Rate | Non
       The solver.
 
     Raises:
-      ValueError: for a rate that is not above 0, another order, and a lookahead at the first order.
+      ValueError: a rate is not above 0, the order is another, or a lookahead is given at first order.
 
     Source: Liu, Simonyan, Yang, "DARTS: differentiable architecture search", ICLR 2019, algorithm 1 and
     equation 7; the product with second derivatives is exact here.

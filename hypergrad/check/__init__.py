@@ -1,7 +1,7 @@
 """Whether a hypergradient can be trusted, on the user's own problem.
 
 Every number ``z_i`` is moved in proportion to its size ``d_i``: its absolute value or the root mean square
-of its array, whichever is larger.  So learning rates and images go by one measure.
+of its array, whichever is larger.  Learning rates and images are thus measured on one scale.
 
 ======  ================  ==========================================================================
 symbol  name              meaning

@@ -21,7 +21,7 @@ from hypergrad.check.report import Finding
 def compare_with_differences(
     point: Point, noise: float, directions: int, tolerance: float | None, key: jax.Array
 ) -> Finding:
-    """How well slopes along random directions agree with central differences."""
+    """Compare slopes along random directions with central differences."""
     name = "finite differences"
     broken = [n for n, g in zip(point.names, point.gradient) if not np.all(np.isfinite(g))]
     if broken or not math.isfinite(point.start):
@@ -53,11 +53,11 @@ def _judged(slopes: dict[str, list[Slope]], tolerance: float, noise: float, epsi
     unclear = [n for n in slopes if n not in clear]
     errors = {n: max(fraction(abs(s.error), s.scale) for s in each) for n, each in slopes.items()}
     bounds = {n: max(fraction(s.uncertainty, s.scale) for s in each) for n, each in slopes.items()}
-    # What is unclear does no harm where it is, and can only be, a small part of the hypergradient.
+    # An unclear slope does no harm if it is, and can only be, a small part of the hypergradient.
     total = np.linalg.norm([each[0].typical for each in slopes.values()])
     rest = np.linalg.norm([max(max(s.scale, s.uncertainty) for s in slopes[n]) for n in unclear])
     share = fraction(float(rest), float(total))
-    # But what is large enough to be seen, and not to be resolved, is a part that nothing confirms.
+    # But a slope that is large enough to be visible and still not resolved is a part that nothing confirms.
     unconfirmed = [n for n in unclear if all(s.visible for s in slopes[n])]
     pairs = np.array([(s.expected, s.expected + s.error) for each in slopes.values() for s in each])
     cosine = cosine_of(*pairs[np.isfinite(pairs[:, 1])].T)

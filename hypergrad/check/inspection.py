@@ -31,45 +31,45 @@ def check_hypergradient(
 ) -> Report:
     """Check the hypergradient ``∂ objective / ∂ everything`` in five ways.
 
-    - Finite differences: along random directions of every array, its slope against central differences of
-      fourth order.  Their step is chosen between truncation and rounding, which is measured; so an
-      objective too rough to tell is not taken for a wrong hypergradient.
-    - Exact recovery: runs under `hypergrad.Reversible` come back bit for bit.
+    - Finite differences: its slopes along random directions of every array, against central differences of
+      fourth order.  Their step balances truncation against rounding, which is measured, so an objective
+      too rough to tell is not mistaken for a wrong hypergradient.
+    - Exact recovery: runs under `hypergrad.Reversible` return to their start bit for bit.
     - Chaos: how its norm grows with the length of the run, as ``exp(rate T)`` or as ``T**exponent``.
     - Metasmoothness: whether it describes the objective over a meta-step ``-step d sign(g)``.
-    - Precision: types of 16 bits or fewer among everything and in the program.
+    - Precision: types of 16 bits or fewer in ``everything`` and in the program.
 
-    It costs about ``8 directions`` evaluations of the objective for every array, three hypergradients,
-    and one more for each of `steps`.  To see whether it is precision that blurs a result, call it within
-    ``with jax.enable_x64(True):`` on float64 arrays, closed-over ones too.
+    It costs about ``8 directions`` evaluations of the objective for every array, three hypergradients, and
+    one more for each of `steps`.  To see whether limited precision blurs a result, call it within
+    ``with jax.enable_x64(True):`` on float64 arrays, including those the objective closes over.
 
     Args:
       objective: ``objective(everything) -> scalar``, a deterministic function that JAX differentiates, with
         any number of `hypergrad.train` in it.
-      everything: any pytree.  Its arrays of real floats are checked; all else is held fixed.
+      everything: any pytree.  Its arrays of real floats are checked; everything else is held fixed.
       steps: three or more increasing lengths ``T >= 1`` of the inner run.  The objective is then called as
         ``objective(everything, T)``; chaos is measured over all lengths, the rest at the last one.  None
         leaves chaos unchecked.
-      directions: at least 1; random directions for every array.
-      step: positive; a meta-step, as a part of every number's size.
-      tolerance: in (0, 1); error of a slope, relative to the typical slope of its array, that counts as
-        agreement.  None is the fourth root of the machine epsilon: 0.019 for float32, 0.00012 for float64.
-      key: for the directions, by default ``jax.random.key(0)``.
+      directions: number of random directions for every array, at least 1.
+      step: size of a meta-step, > 0, as a fraction of every number's size.
+      tolerance: error of a slope, relative to the typical slope of its array, that counts as agreement; in
+        (0, 1).  None is the fourth root of the machine epsilon: 0.019 for float32, 0.00012 for float64.
+      key: PRNG key of the directions, by default ``jax.random.key(0)``.
       quiet: do not print the report.
 
     Returns:
-      A `Report`, printed unless `quiet`; `Report.trusted` sums it up.
+      A `Report`, printed unless ``quiet``; ``Report.trusted`` summarizes it.
 
     Raises:
-      ValueError: if an argument cannot be meant as it is; before any work starts.
-      TypeError: if the objective does not return one float.
-      DomainError: a ValueError, where a hyperparameter itself is outside its domain; where only moving it
-        leads there, that point is left out.
+      ValueError: an argument is invalid; checked before any work starts.
+      TypeError: the objective does not return one float.
+      DomainError: a hyperparameter itself is outside its domain (a ValueError); if only moving it leads
+        outside, that point is left out.
 
-    Sources: noise from differences, Moré and Wild, "Estimating computational noise", SIAM J. Sci. Comput.,
-    2011.  Metasmoothness after Engstrom et al., "Optimizing ML training with metagradient descent",
+    Source: for noise from differences, Moré and Wild, "Estimating computational noise", SIAM J. Sci.
+    Comput., 2011.  For metasmoothness, Engstrom et al., "Optimizing ML training with metagradient descent",
     arXiv:2503.13751, 2025, section 3: the curvature is their definition 1; their definition 2 compares
-    signs of changes of the trained parameters, here signs of the hypergradient are compared.
+    signs of changes of the trained parameters, whereas signs of the hypergradient are compared here.
 
     >>> import jax.numpy as jnp, hypergrad as hg
     >>> loss = lambda w, meta, step: jnp.sum((w - 1.0) ** 2)

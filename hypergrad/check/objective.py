@@ -12,7 +12,7 @@ from hypergrad._base.errors import DomainError, ReversalError, readable_errors
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree, split
 
-RESOLUTION = 0.02  # of a slope, relative, that finite differences must reach to confirm it
+RESOLUTION = 0.02  # relative accuracy of a slope that finite differences must reach to confirm it
 
 Leaves = list[np.ndarray]
 Move = dict[int, np.ndarray]  # by number of the leaf; the others stay
@@ -25,8 +25,8 @@ class Program(NamedTuple):
     Attributes:
       value: ``f``; NaN where the run fails.
       gradient: ``∂f/∂z`` in float64; raises one of `FAILURES` where the run fails.
-      dtype: of the value.
-      jaxpr: of the gradient.
+      dtype: the dtype of the value.
+      jaxpr: the jaxpr of the gradient.
     """
 
     value: Callable[[Leaves], float]
@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where the hypergradient is checked, and what it is there."""
+    """The point where the hypergradient is checked, and its value there."""
 
     program: Program
     names: list[str]
@@ -54,7 +54,7 @@ class Point(NamedTuple):
         return moved
 
     def linear(self, gradient: Leaves, moved: Leaves) -> float:
-        """``gradient·(moved - z)``, of the change that rounding let happen, not of the one intended."""
+        """``gradient·(moved - z)``, of the change that is left after rounding, not of the one intended."""
         pairs = [(g, y, x) for g, y, x in zip(gradient, moved, self.leaves) if y is not x]
         return sum(float(np.vdot(g, y.astype(np.float64) - x.astype(np.float64))) for g, y, x in pairs)
 
@@ -86,7 +86,7 @@ def _on_device(leaves: Leaves) -> list[jax.Array]:
 
 
 def program_of(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Leaves) -> Program:
-    """Trace the objective once and compile it on demand; refuses one that has no hypergradient."""
+    """Trace the objective once and compile it on demand; refuse one that has no hypergradient."""
     with readable_errors():
         converted, constants, result = closure_convert(objective, _on_device(leaves))
     if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
@@ -124,7 +124,7 @@ def program_of(call: str, objective: Callable[[Sequence[Any]], Any], leaves: Lea
 
 
 def sizes_of(x: np.ndarray) -> np.ndarray:
-    """Of every number, its own or the array's, whichever is larger; 1 in an array of zeros."""
+    """The size of every number, its own or the array's, whichever is larger; 1 in an array of zeros."""
     x = np.abs(x.astype(np.float64))
     whole = math.sqrt(np.mean(x**2))
     return np.maximum(x, whole) if whole > 0 else np.ones_like(x)
@@ -146,8 +146,8 @@ def random_signs(point: Point, key: jax.Array, *which: int) -> Move:
 def noise_of(point: Point, key: jax.Array) -> float:
     """``σ² = (k!)² / (2k)! mean((Δᵏ f)²)``, of values close together.
 
-    High differences of a smooth function vanish, and what is left is rounding.  The largest estimate of
-    ``k = 4, 5, 6``, and no less than what rounding the value alone makes.
+    High-order differences of a smooth function vanish, and what is left is rounding.  The result is the
+    largest estimate of ``k = 4, 5, 6``, and no less than the error of rounding the value alone.
     """
     move = random_signs(point, key, *range(len(point.leaves)))
     spacing = min(2.0**-8, math.sqrt(machine_epsilon(*(x.dtype for x in point.leaves))))
@@ -165,12 +165,12 @@ def noise_of(point: Point, key: jax.Array) -> float:
 
 
 class Slope(NamedTuple):
-    """One slope ``g·(d u)``, and what finite differences say to it.
+    """One slope ``g·(d u)``, compared with finite differences.
 
     Attributes:
       expected: the slope.
-      error: by how much differences exceed it.
-      uncertainty: by how much those may be wrong.
+      error: by how much finite differences exceed it.
+      uncertainty: by how much finite differences may be wrong.
       typical: root mean square of such slopes of the same array, over all signs.
     """
 
@@ -181,22 +181,22 @@ class Slope(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What errors are relative to."""
+        """The scale that errors are relative to."""
         measured = abs(self.expected + self.error) if math.isfinite(self.uncertainty) else 0.0
         return max(self.typical, measured)
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether it is right, as far as differences can tell, and they can."""
+        """Whether differences are accurate enough to confirm the slope, and confirm it."""
         close = abs(self.error) <= max(tolerance * self.scale, self.uncertainty)
         return close and self.uncertainty <= max(tolerance, RESOLUTION) * self.scale
 
     @property
     def visible(self) -> bool:
-        """Whether differences see it at all."""
+        """Whether differences can detect the slope at all."""
         return self.uncertainty < self.scale
 
     def disagrees(self, tolerance: float) -> bool:
-        """Whether it is wrong, beyond doubt: differences may agree with each other by chance."""
+        """Whether it is wrong beyond doubt, given that differences may agree with each other by chance."""
         return abs(self.error) > max(tolerance * self.scale, 10 * self.uncertainty)
 
 
@@ -204,14 +204,14 @@ def slope_along(point: Point, move: Move, noise: float, tolerance: float) -> Slo
     """The error of one slope: that of the residual, from central differences ``C``.
 
     ``D(h) = (16 C(h) - C(4h)) / 15`` is of fourth order.  Truncation is taken to be the change from
-    ``D(4h)`` to ``D(h)``, an overestimate; rounding makes a standard deviation of ``0.75 σ/h``, and three
-    of them are taken.  Steps shrink until rounding exceeds truncation, or all is clear.
+    ``D(4h)`` to ``D(h)``, an overestimate; rounding has a standard deviation of ``0.75 σ/h``, of which
+    three are taken.  Steps shrink until rounding exceeds truncation, or the slope is resolved.
 
-    A chaotic objective looks smooth again to differences coarser than its structure.  So an error counts
-    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.  And one that is rounded on
-    the way, as states are in exact arithmetic, is a staircase, flat to differences finer than its stairs:
-    where the change from ``C(4h)`` to ``C(h)`` has grown, it is the height of a stair over ``h``, and an
-    error counts only as far as it exceeds what such a one makes of a slope.
+    A chaotic objective looks smooth again to differences coarser than its structure, so an error counts
+    only as far as the hypergradient itself stays the same from ``-h`` to ``h``.  An objective that is
+    rounded on the way, as states are in exact arithmetic, is a staircase, flat to differences finer than
+    its stairs.  If the change from ``C(4h)`` to ``C(h)`` has grown, it is the height of a stair over ``h``,
+    and an error counts only as far as it exceeds the effect of such a stair on a slope.
     """
     (k,) = move
 
@@ -265,6 +265,6 @@ def cosine_of(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def listed(names: list[str], most: int = 4) -> str:
-    """Some names, as words for a message; at most so many."""
+    """Some names, as words for a message, up to a maximum number."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

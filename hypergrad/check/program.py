@@ -1,4 +1,4 @@
-"""What the traced program says: whether runs are played back, and at what precision it computes."""
+"""What the traced program shows: whether runs are played back, and at what precision it computes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from hypergrad.check.report import Finding
 
 
 def recovery_of(jaxpr: Any) -> Finding:
-    """The hypergradient has been computed, so every run that is played backwards in it was recovered."""
+    """Report recovery: every run that the computed hypergradient plays backwards has been recovered."""
     runs = sum(
         eqn.primitive.name == "name" and eqn.params["name"] == RECOVERED for eqn in equations_of(jaxpr)
     )

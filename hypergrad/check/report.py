@@ -8,7 +8,7 @@ class Finding(NamedTuple):
     """What one check found.
 
     Attributes:
-      name: of the check.
+      name: the name of the check.
       verdict: ``"ok"``, ``"warning"``, ``"failed"`` or ``"not checked"``.
       numbers: what was measured, by name.
       meaning: what it means and what to do about it, in words.
@@ -29,7 +29,7 @@ class Report(NamedTuple):
       recovery: whether the runs played backwards arrived at their starts.
       chaos: how the norm of the hypergradient grows with the length of the run.
       metasmoothness: whether the hypergradient describes the objective over a whole meta-step.
-      precision: numbers of low precision on the way.
+      precision: numbers of low precision in the computation.
     """
 
     subject: str

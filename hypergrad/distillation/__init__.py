@@ -1,9 +1,9 @@
-"""Dataset distillation: learn a few examples such that whoever trains on them does well on real ones.
+"""Dataset distillation: learn a few examples such that networks trained on them do well on real ones.
 
 ======  =====================  ==========================================================
 symbol  name                   meaning
 ======  =====================  ==========================================================
-``x``   images                 learned images, ``(n, ...)``; what is learned is normalised
+``x``   images                 learned images, ``(n, ...)``; what is learned is normalized
 ``y``   labels                 their labels, ``(n,)`` integers or ``(n, C)`` probabilities
 ``w``   params                 weights of the network ``f``
 ``α``   learning_rate          ``(T,)``, one for every step
@@ -13,7 +13,7 @@ symbol  name                   meaning
 ======  =====================  ==========================================================
 
 ``w_0 ~ init,   v <- γ v - (1-γ) ∇_w [H(f(w, x), y) + λ Σ w²],   w <- w + α_t v``  for ``T`` steps, and
-``minimise  E H(f(w_T, x_real), y_real)``  over all that is learned, where ``H`` is the cross-entropy.
+``minimize E H(f(w_T, x_real), y_real)``  over all that is learned, where ``H`` is the cross-entropy.
 """
 
 from hypergrad.distillation.augment import Augmentation

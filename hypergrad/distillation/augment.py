@@ -3,7 +3,7 @@
 ======  ========================================================================
 symbol  meaning
 ======  ========================================================================
-``p``   place of a pixel relative to the centre of the image, ``(row, column)``
+``p``   place of a pixel relative to the center of the image, ``(row, column)``
 ``A``   rotation times scale, ``(2, 2)``, drawn for every image
 ``b``   shift in pixels, ``(2,)``, drawn for every image
 ======  ========================================================================
@@ -24,16 +24,16 @@ class Augmentation:
     ``image(p) <- c image(A p + b)``, by linear interpolation and 0 outside; then a square is set to 0.  The
     result is differentiable in the images.
 
-    Args:
-      shift: most pixels by which an image moves up, down, left or right, >= 0.
-      degrees: most degrees by which it turns, either way, >= 0.
+    Attributes:
+      shift: maximum shift in pixels up, down, left or right, >= 0.
+      degrees: maximum rotation in degrees, in either direction, >= 0.
       scale: largest relative change of its size, in [0, 1).
       contrast: largest relative change ``|c - 1|`` of its values, in [0, 1).
       cutout: side of the square that is set to 0, as a share of the image's, in [0, 1).
       flip: whether half of the images are mirrored; not for digits.
 
     Raises:
-      ValueError: for a setting out of its range.
+      ValueError: a setting is out of its range.
 
     Source: B. Zhao, H. Bilen, "Dataset condensation with differentiable siamese augmentation", ICML 2021.
 
@@ -65,7 +65,7 @@ class Augmentation:
           images: ``(n, height, width)`` or ``(n, height, width, channels)``.
 
         Raises:
-          ValueError: for images of another number of axes.
+          ValueError: the images have another number of axes.
         """
         if images.ndim not in (3, 4):
             raise ValueError(
@@ -122,7 +122,7 @@ def moved(image: Array, matrix: Array, shift: Array) -> Array:
 
 
 def _places(image: Array) -> Array:
-    """``(height, width, 2)`` places of the pixels relative to the centre."""
+    """``(height, width, 2)`` places of the pixels relative to the center."""
     axes = [jnp.arange(n, dtype=image.dtype) - (n - 1) / 2 for n in image.shape[:2]]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
 

@@ -1,4 +1,4 @@
-"""What a distilled set is compared with, and may start from: means of classes, random rows."""
+"""Baselines that a distilled set is compared with, and may start from: class means and random rows."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ from jax import Array
 
 
 def rows_like(wanted: np.ndarray, real: np.ndarray, key: Array) -> np.ndarray:
-    """Rows of random real examples with the wanted labels; none comes twice while there are enough.
+    """Rows of random real examples with the wanted labels, without repetition while there are enough.
 
     Args:
       wanted: ``(n,)`` integers.
@@ -28,6 +28,6 @@ def class_means(images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndar
     Args:
       images: ``(N, ...)``.
       labels: ``(N,)`` integers from 0, every class at least once.
-      classes: how many.
+      classes: number of classes.
     """
     return np.stack([images[labels == c].mean(0) for c in range(classes)])

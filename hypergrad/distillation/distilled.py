@@ -1,4 +1,4 @@
-"""A distilled set: its images, its labels, its recipe; saved and loaded."""
+"""A distilled set with its images, labels and recipe, and how it is saved and loaded."""
 
 import dataclasses
 import hashlib
@@ -23,20 +23,21 @@ FORMAT = 1  # of saved sets
 
 @dataclass(frozen=True)
 class Distilled:
-    """A distilled set, with all that is needed to use it.
+    """A distilled set, with everything that is needed to use it.
 
     Attributes:
       images: ``(n, ...)`` in raw units, those of the data.
       labels: ``(n,)`` integers, or ``(n, C)`` probabilities.
-      mean: of the normalisation ``(image - mean) / std``; broadcasts against an image.
-      std: of the same.
+      mean: the mean in the normalization ``(image - mean) / std``; broadcasts against an image.
+      std: the standard deviation in the same; broadcasts against an image.
       recipe: how to train on it.
-      bases: ``(k, ...)`` images of which the images are combinations, normalised; None without.
-      coefficients: ``(n, k)``; None without.
-      history: of the learning: "loss" ``(m,)``, "gradient_norm" ``(m,)``, and "validation_error"
-        ``(r, 2)``, meta-steps made and shares of errors then.
-      about: what else to know, as JSON: initial weights, checksum of the data, how it was learned,
-        versions, and "metrics", what `Evaluation.noted` added.
+      bases: ``(k, ...)`` normalized images of which the images are linear combinations; None for free
+        images.
+      coefficients: ``(n, k)`` weights of the bases; None for free images.
+      history: the history of the learning: "loss" ``(m,)``, "gradient_norm" ``(m,)``, and
+        "validation_error" ``(r, 2)``, the number of meta-steps made and the error rate at that point.
+      about: further facts, as JSON: initial weights, checksum of the data, how it was learned, versions,
+        and "metrics", which `Evaluation.noted` adds.
     """
 
     images: Any
@@ -51,11 +52,11 @@ class Distilled:
 
     @property
     def inputs(self) -> Array:
-        """The images as a network sees them: normalised."""
+        """The images as network inputs, which are normalized."""
         return self.normalised(self.images)
 
     def normalised(self, images: Array | np.ndarray) -> Array:
-        """Any images as a network that was trained on this set wants to see them.
+        """Any images, normalized as a network that was trained on this set expects them.
 
         Args:
           images: ``(m, ...)`` in raw units.
@@ -63,7 +64,7 @@ class Distilled:
         return jnp.asarray((np.asarray(images) - self.mean) / self.std)
 
     def batches(self, key: Array | None = None) -> tuple[Array, Array]:
-        """What the recipe trains on, step by step: ``(T, batch, ...)`` inputs and labels, to scan over.
+        """The batches of the recipe's steps: ``(T, batch, ...)`` inputs and labels, to scan over.
 
         Args:
           key: PRNG key, for a shuffled order.
@@ -85,16 +86,16 @@ class Distilled:
         return self.recipe.train(network, self.inputs, jnp.asarray(self.labels), key)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one ``.npz`` file that describes itself, atomically; `load_distilled` reads it.
+        """Write one self-describing ``.npz`` file, atomically; `load_distilled` reads it.
 
-        ``numpy.load(path)`` has the arrays under their names, and the rest as JSON under ``hypergrad``.
+        ``numpy.load(path)`` gives the arrays under their names, and the rest as JSON under ``hypergrad``.
 
         Args:
-          path: of the file; its folder must exist.
+          path: path of the file; its folder must exist.
 
         Raises:
-          ValueError: images, labels and the rest do not fit each other, so that no one could read it.
-          OSError: the file cannot be written; an old one is as it was.
+          ValueError: images, labels and the rest do not fit each other, so that the file could not be read.
+          OSError: the file cannot be written; an old file is unchanged.
         """
         check_set(f"Distilled.save({os.fspath(path)!r})", self)
         recipe, given = self.recipe, dataclasses.asdict(self.recipe)
@@ -115,15 +116,15 @@ def load_distilled(path: str | os.PathLike[str]) -> Distilled:
     """Read a distilled set that `Distilled.save` wrote.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Returns:
       The `Distilled`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, is no distilled set, or is one of another format; or what it holds
-        does not fit together.
+      ValueError: the file is damaged, is not a distilled set, or has another format; or its contents do not
+        fit each other.
 
     >>> import os, tempfile, numpy as np
     >>> made = Distilled(np.ones((2, 4)), np.arange(2), np.zeros(4), np.ones(4), Recipe(steps=3))
@@ -196,7 +197,7 @@ def check_set(call: str, made: Distilled) -> None:
 
 
 def centred(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of every pixel, and 1: the normalisation of Maclaurin et al. 2015.
+    """The mean of every pixel, and 1: the normalization of Maclaurin et al. (2015).
 
     Args:
       images: ``(n, ...)``.
@@ -224,12 +225,12 @@ def shapes_in_words(network: Network) -> str:
 
 
 def array_or_none(x: Any) -> np.ndarray | None:
-    """An array of NumPy's, or None."""
+    """The value as a NumPy array, or None."""
     return None if x is None else np.asarray(x)
 
 
 def described(init: Callable[[Array], PyTree]) -> list[str]:
-    """Initial weights in words: where, which shape, mean and standard deviation in one draw."""
+    """Initial weights in words: path, shape, and mean and standard deviation in one draw."""
     return [
         f"{jax.tree_util.keystr(path)} {list(x.shape)}: {float(jnp.mean(x)):.3g} ± {float(jnp.std(x)):.3g}"
         for path, x in jax.tree.leaves_with_path(init(jax.random.key(0)))

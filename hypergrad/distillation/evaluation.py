@@ -1,4 +1,4 @@
-"""How good a distilled set is: new networks trained on it, beside what costs nothing to make."""
+"""How good a distilled set is: new networks trained on it and on baselines that need no learning."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,18 @@ from hypergrad.distillation.distilled import Distilled
 from hypergrad.distillation.recipe import Network, Recipe
 
 FULL_BATCH = 256
-FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # those of SGD on all the data that are tried
+FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # candidates for SGD on all the data
 
 
 class Score(NamedTuple):
-    """Test accuracies of networks that were trained alike.
+    """Test accuracies of networks that were trained in the same way.
 
     Attributes:
       network: its name.
       examples: what it was trained on: "distilled", "random real", "class means" or "full data".
-      recipe: how, by name.
-      inits: where from: "fixed", "pool of n" or "random".
-      accuracies: shares in [0, 1], one for every training.
+      recipe: the name of the recipe.
+      inits: origin of the initial weights: "fixed", "pool of n" or "random".
+      accuracies: shares in [0, 1], one for every training run.
     """
 
     network: str
@@ -42,12 +42,12 @@ class Score(NamedTuple):
 
     @property
     def std(self) -> float:
-        """Standard deviation over the trainings, not that of the mean."""
+        """Standard deviation over the training runs, not that of the mean."""
         return float(self.accuracies.std())
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` returns; printed, a table in per cent.
+    """What `evaluate` returns; prints as a table in percent.
 
     Attributes:
       scores: one for every network, training set and recipe.
@@ -75,7 +75,7 @@ class Evaluation(NamedTuple):
           inits: any, if None.
 
         Raises:
-          KeyError: there is none.
+          KeyError: there is no such score.
         """
         for s in self.scores:
             asked = (examples, recipe, network or s.network, inits or s.inits)
@@ -84,7 +84,7 @@ class Evaluation(NamedTuple):
         raise KeyError(f"no score of {network or 'any network'} on {examples} by {recipe}:\n{self}")
 
     def noted(self, distilled: Distilled) -> Distilled:
-        """The distilled set with these scores among its metrics, for its file.
+        """The distilled set with these scores among its metrics, ready to be saved.
 
         Args:
           distilled: the set.
@@ -108,7 +108,7 @@ def plain_recipe(examples: int) -> Recipe:
 def condensation_recipe(examples: int) -> Recipe:
     """The protocol of dataset condensation: 300 epochs of SGD.
 
-    Learning rate 0.01, a tenth of it from half time on, momentum 0.9, weight decay 5e-4, batches of 256.
+    Learning rate 0.01, a tenth of it from the middle on, momentum 0.9, weight decay 5e-4, batches of 256.
 
     Args:
       examples: in the training set.
@@ -128,7 +128,7 @@ def full_recipe(examples: int, epochs: int, learning_rate: float) -> Recipe:
 
     Args:
       examples: in the training set.
-      epochs: over it.
+      epochs: passes over the data.
       learning_rate: ``α`` at first; optax's is a tenth of it.
     """
     batch = min(examples, FULL_BATCH)
@@ -149,30 +149,30 @@ def evaluate(
     full_seeds: int = 3,
     key: Array | None = None,
 ) -> Evaluation:
-    """Train new networks on a distilled set, and on what costs nothing to make, and test them.
+    """Train new networks on a distilled set and on baselines that need no learning, and test them.
 
     Every network is trained by the set's own recipe (and, if that starts from fixed weights, by the same
-    from new ones too), by 300 steps of plain SGD, and by the protocol of dataset condensation; on the
-    distilled images, on random real ones with the same labels (others in every training), on the means of
-    the classes with the same labels, and on the full data by SGD (at the best of four rates, by a tenth
-    held out).
+    recipe from new ones too), by 300 steps of plain SGD, and by the protocol of dataset condensation.  Each
+    of these uses the distilled images, random real ones with the same labels (different ones in every
+    training run), and the class means with the same labels.  Every network is also trained on the full data
+    by SGD, at the best of four rates on a held-out tenth.
 
     Args:
       distilled: a set, or several of the same size and recipe, whose scores are pooled.
       networks: ``(init, apply)`` by name.
-      train: ``(images, labels)``, real ones, for the baselines; images in raw units.
-      test: the same; look at them once.
-      seeds: trainings on every set, from keys that no learning has seen.
-      recipes: by name, instead of plain SGD and condensation's.
-      full_epochs: of the training on full data.
-      full_seeds: trainings on full data, 0 for none.
+      train: real ``(images, labels)``, for the baselines; images in raw units.
+      test: test ``(images, labels)`` in the same form; use them only once.
+      seeds: training runs on every set, from keys that were not used in learning.
+      recipes: recipes by name, in place of plain SGD and condensation's.
+      full_epochs: number of epochs on the full data.
+      full_seeds: training runs on the full data, 0 for none.
       key: PRNG key, by default ``jax.random.key(1)``.
 
     Returns:
-      The `Evaluation`; ``print`` it.
+      An `Evaluation`, to be printed.
 
     Raises:
-      ValueError: for sets that differ in size, or data that does not fit them.
+      ValueError: the sets differ in size, or the data does not fit them.
 
     Source: for the protocol, B. Zhao, K. Mopuri, H. Bilen, ICLR 2021.
 
@@ -193,7 +193,7 @@ def evaluate(
     others = recipes
     if others is None:
         others = {"plain SGD": plain_recipe(count), "condensation": condensation_recipe(count)}
-    # New networks by own recipe, and from their own inits too where these are few.
+    # New networks by the set's own recipe, and also from its own initial weights if these are few.
     own = [first.recipe] if first.recipe.inits is None else [first.recipe, _anew(first.recipe)]
     plans = [*(("own", recipe) for recipe in own), *((n, r) for n, r in others.items())]
     labels = _probabilities(first.labels, train[1])
@@ -232,7 +232,7 @@ def evaluate(
 
 
 def _best_rate(network: Network, full: tuple[Array, Array], epochs: int, key: Array) -> float:
-    """The learning rate for full data with the best accuracy on the last tenth, held out."""
+    """The learning rate for the full data with the best accuracy on the last tenth, which is held out."""
     kept = len(full[0]) - len(full[0]) // 10
     found = {}
     for rate in FULL_RATES:

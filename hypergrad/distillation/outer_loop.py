@@ -1,4 +1,4 @@
-"""`distill`: a few learned examples on which a network learns what it would from all data."""
+"""`distill`: a few learned examples on which a network learns what it would learn from all data."""
 
 import contextlib
 import dataclasses
@@ -42,9 +42,9 @@ from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize
 from hypergrad.meta.runs import Optimized
 
-LONG = 40  # steps from which on chaos is looked for
-LOOK_EVERY = 20  # meta-steps between two looks at the examples held out
-_UNSEEN = 2**31  # runs from here on are for judging, those before it for learning
+LONG = 40  # number of steps from which chaos is checked for
+LOOK_EVERY = 20  # meta-steps between two evaluations on the held-out examples
+_UNSEEN = 2**31  # run numbers from here on are for validation, those below it for learning
 
 
 class ChaosWarning(RuntimeWarning):
@@ -75,46 +75,49 @@ def distill(
 ) -> Distilled:
     """Learn a few examples such that a network trained on them does well on real ones.
 
-    The hypergradient of the loss on real examples after a whole training run, in all that is learned, is
-    followed by a meta-optimizer.  Learning rates and the penalty stay positive, the momentum between 0 and
-    1.  At recipes of 40 steps or more the first hypergradients are tested for chaos.
+    A meta-optimizer follows the hypergradient, in everything that is learned, of the loss on real examples
+    after a whole training run.  Learning rates and the penalty stay positive, the momentum between 0 and 1.
+    For recipes of 40 steps or more the first hypergradients are tested for chaos.
 
     Args:
       network: ``(init, apply)``: from a key to parameters, and from parameters and ``(n, ...)`` inputs to
-        ``(n, C)`` logits; such as `hypergrad.nets.convnet` gives.
+        ``(n, C)`` logits; such as `hypergrad.nets.convnet` returns.
       images: ``(N, ...)`` real training images.
-      labels: ``(N,)`` their integers in ``[0, C)``.
-      recipe: of the inner training, where the learned of its numbers begin; by default ``Recipe()``.
-      per_class: learned images for every class.
-      learn: what is learned, of "images", "labels" (soft ones), "learning_rate" (one for every step),
+      labels: ``(N,)`` their classes, integers in ``[0, C)``.
+      recipe: recipe of the inner training; those of its numbers that are learned begin there.  By default
+        ``Recipe()``.
+      per_class: number of learned images for every class.
+      learn: what is learned: any of "images", "labels" (soft ones), "learning_rate" (one for every step),
         "momentum" and "l2".
       start: ``(per_class * C, ...)`` first images in raw units, image ``i`` of class ``i mod C``; by
         default real ones.
-      bases: how many shared bases the images are learned as combinations of; None for free images.
-      normalise: from the training images to the ``(mean, std)`` of ``(image - mean) / std``.
-      window: only so many steps are differentiated, which end at a random step in ``[window, T]``; None for
+      bases: number of shared bases, of which the images are learned as linear combinations; None for free
+        images.
+      normalise: function from the training images to the ``(mean, std)`` in ``(image - mean) / std``.
+      window: differentiate only this many steps, which end at a random step in ``[window, T]``; None for
         all ``T``.
-      runs: inner trainings that each meta-step averages over, side by side.
-      real_batch: real images in each meta-step; None for all.
-      validation: how many real images are held out to choose, among the sets on the way, the one to return;
-        by default a tenth of them, 0 for the last set.
-      meta_steps: of the meta-optimizer.
-      optimizer: of `hypergrad.meta.optimize`, by default Adam at ``0.02 / sqrt(1 + t / 100)`` in meta-step
-        ``t``, which does not depend on how many there will be.
+      runs: inner training runs that each meta-step averages over, computed in parallel.
+      real_batch: number of real images in each meta-step; None for all.
+      validation: how many real images are held out to choose which of the sets along the way to return; by
+        default a tenth of them, 0 to return the last set.
+      meta_steps: number of steps of the meta-optimizer.
+      optimizer: as for `hypergrad.meta.optimize`, by default Adam at ``0.02 / sqrt(1 + t / 100)`` in
+        meta-step ``t``, which does not depend on their total number.
       adjoint: how the inner training is differentiated, by default `hypergrad.Reversible`.
       key: PRNG key, by default ``jax.random.key(0)``.
-      checkpoint: file to resume from and to write as it goes; with a larger `meta_steps` it goes on to the
-        same set as if that had been asked for at once.  Refused if it is of another network, recipe, data
-        or other settings.
+      checkpoint: file to resume from and to write during the run; a resumed run with larger ``meta_steps``
+        reaches the same set as a single run of that length.  Refused if it belongs to another network,
+        recipe, data or other settings.
       progress: show a progress bar.
 
     Returns:
-      The `Distilled` set.  If the hypergradient explodes, a warning and the last good one.
+      The `Distilled` set.  If the hypergradient explodes, there is a warning, and the last good set is
+      returned.
 
     Raises:
-      ValueError: for arguments that do not fit each other, or a checkpoint of another call; before any
-        work.
-      ReversalError: if the first inner training cannot be reversed, as with a momentum of 0.
+      ValueError: arguments do not fit each other, or the checkpoint is of another call; checked before any
+        work starts.
+      ReversalError: the first inner training cannot be reversed, as with a momentum of 0.
       KeyboardInterrupt, OSError: see `hypergrad.meta.optimize`.
 
     Source: D. Maclaurin, D. Duvenaud, R. P. Adams, 2015, section 3.3; T. Wang et al., "Dataset
@@ -174,13 +177,13 @@ def distill(
 
 
 class _Examples(NamedTuple):
-    """Real examples in random order, standardised.
+    """Real examples in random order, standardized.
 
     Attributes:
       real: inputs and labels of those to learn from.
-      unseen: of those held out to choose by.
-      mean, std: by which images were standardised.
-      checksum: of all.
+      unseen: inputs and labels of those held out for validation.
+      mean, std: by which images were standardized.
+      checksum: checksum of all examples.
     """
 
     real: tuple[Array, Array]
@@ -197,7 +200,7 @@ class _Examples(NamedTuple):
         held_out: int,
         key: Array,
     ) -> "_Examples":
-        """From images and labels, so many of which are held out."""
+        """Examples from images and labels, some of which are held out."""
         images, labels = given
         mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
         order = np.asarray(jax.random.permutation(key, len(images)))
@@ -211,7 +214,7 @@ class _Examples(NamedTuple):
         return _Examples(real, unseen, mean, std, checksum_of(images, labels))
 
     def start(self, hard: np.ndarray, given: Any, key: Array) -> Array:
-        """Images of these classes to begin with: those given, or random real ones."""
+        """Initial images of these classes: those given, or random real ones."""
         if given is None:
             return self.real[0][rows_like(hard, np.asarray(self.real[1]), key)]
         return jnp.asarray((np.asarray(given, self.mean.dtype) - self.mean) / self.std)
@@ -221,15 +224,15 @@ class _Task(NamedTuple):
     """What is distilled, and from what.
 
     Attributes:
-      network: to be trained on what is learned.
-      recipe: how, as far as it is not learned.
-      fixed: the learned images where they begin, and stay where only other things are learned.
+      network: the network to train on what is learned.
+      recipe: recipe of that training, as far as it is not learned.
+      fixed: the initial images, which do not change if only other things are learned.
       hard: their classes.
       examples: the real ones.
-      real_batch: how many real examples a meta-step looks at; None for all.
-      adjoint: of the inner training.
-      shortest: the shortest inner training, where their length is random.
-      key: of the meta-steps.
+      real_batch: number of real examples in a meta-step; None for all.
+      adjoint: adjoint of the inner training.
+      shortest: the shortest inner training, if their length is random.
+      key: PRNG key of the meta-steps.
     """
 
     network: Network
@@ -262,13 +265,13 @@ class _Task(NamedTuple):
         real = self.examples.real
         kept = len(real[0])
         size = min(kept, self.real_batch or kept)
-        # Rows in a row of an order that is random already: without replacement, and cheap.
+        # Consecutive rows of an order that is already random: cheap sampling without replacement.
         rows = (jax.random.randint(real_key, (), 0, kept) + jnp.arange(size)) % kept
         inputs, targets = (x[rows] for x in real) if size < kept else real
         return nets.cross_entropy(self.network[1](params, inputs), targets)
 
     def error(self, learned: Mapping[str, Array]) -> Array:
-        """The error on the examples held out, of networks trained on what is learned."""
+        """The error on the held-out examples of networks trained on what is learned."""
         x, y, recipe = self.assembled(learned)
         inputs, targets = self.examples.unseen
 
@@ -280,7 +283,7 @@ class _Task(NamedTuple):
         return jnp.mean(jax.lax.map(one, jax.random.split(key, 1 if self.recipe.inits == 1 else 4)))
 
     def in_words(self, learn: Sequence[str]) -> dict[str, str]:
-        """What decides the result besides numbers, for people to compare."""
+        """What decides the result besides numbers, in words for people to compare."""
         return {
             "recipe": _in_words(self.recipe),
             "network": shapes_in_words(self.network),
@@ -319,7 +322,7 @@ class _Task(NamedTuple):
 
 
 def _windowed(adjoint: Adjoint, window: int | None, steps: int) -> tuple[Adjoint, int | None]:
-    """The adjoint of a run of random length, of which the last steps are differentiated; and the least."""
+    """The adjoint of a run of random length whose last steps are differentiated, and the least length."""
     if window is None or window >= steps:
         return adjoint, None
     return Truncated(window, adjoint), window
@@ -328,11 +331,11 @@ def _windowed(adjoint: Adjoint, window: int | None, steps: int) -> tuple[Adjoint
 def _look_for_chaos_first(
     call: str, task: _Task, learned: PyTree, key: Array, checkpoint: str | os.PathLike[str] | None
 ) -> None:
-    """Look for chaos where a run is long, and not only goes on."""
+    """Look for chaos if a run is long and is not being resumed."""
     if task.recipe.steps < LONG or (checkpoint is not None and os.path.exists(checkpoint)):
         return
     guard: Any = contextlib.nullcontext()
-    if checkpoint is not None:  # one that cannot be written is found before this work
+    if checkpoint is not None:  # finds one that cannot be written before this work
         guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
     with guard:
         _look_for_chaos(call, task.objective, learned, key, task.recipe.steps)
@@ -343,7 +346,7 @@ def _meta_rate(t: Any) -> Any:
 
 
 def _in_words(recipe: Recipe) -> str:
-    """A recipe for people to compare; of a long schedule its ends."""
+    """A recipe in words for people to compare; for a long schedule only its ends."""
     parts = {**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}, **numbers_of(recipe)}
     shown = {
         name: f"{x.flat[0]:g} ... {x.flat[-1]:g} {checksum_of(x)[:8]}" if np.ndim(x) else str(x)
@@ -361,7 +364,7 @@ def _start(
     inputs: Array,
     targets: Array,
 ) -> dict[str, Array]:
-    """Where all that is learned begins."""
+    """The initial values of everything that is learned."""
     learned: dict[str, Array] = {}
     key, classes = jax.random.key(recipe.seed), int(hard.max()) + 1
     if "images" in learn and bases is None:
@@ -387,7 +390,7 @@ def _start(
 def _check_examples(
     call: str, images: np.ndarray, labels: np.ndarray, start: Any, per_class: int, held_out: int
 ) -> int:
-    """Refuse examples that cannot be learned from; the number of their classes."""
+    """Refuse examples that cannot be learned from; returns the number of their classes."""
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or images.ndim < 2:
         raise ValueError(
             f"{call} with images {images.shape} and labels {labels.shape} of {labels.dtype}: pass images "
@@ -422,7 +425,7 @@ def _check_examples(
 
 
 def _check_learned(call: str, recipe: Recipe, learn: Sequence[str], bases: Any, start: Any) -> None:
-    """Refuse what cannot be learned."""
+    """Refuse a request to learn what cannot be learned."""
     learnable = ("images", "labels", *NUMBERS)
     if isinstance(learn, str) or not learn or not set(learn) <= set(learnable):
         raise ValueError(f"{call}: learn must hold one or more of {learnable}")
@@ -461,7 +464,7 @@ def _check_network(call: str, network: Network, image: np.ndarray, classes: int)
 
 
 def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, steps: int) -> None:
-    """Warn where the hypergradient of a run is far larger than that of its first half."""
+    """Warn if the hypergradient of a run is far larger than that of its first half."""
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def evaluated(learned: PyTree, length: Array) -> tuple[Array, Array]:
@@ -475,7 +478,7 @@ def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, step
 
     (first, half), (last, whole) = at(steps // 2), at(steps)
     if not (np.isfinite([first, half, last]).all() and half > 0):
-        return  # it diverges or begins with nothing, and that is not chaos; `optimize` looks at it
+        return  # it diverges or starts at 0, which is not chaos; `optimize` reports that
     if not whole < 10 * half:
         warnings.warn(
             f"{call}: the hypergradient has the norm {half:.3g} after {steps // 2} steps and {whole:.3g} "

@@ -19,7 +19,7 @@ from hypergrad.optimizers.momentum_family import momentum as momentum_optimizer
 from hypergrad.training.inner_loop import train
 
 Network = tuple[Callable[[Array], PyTree], Callable[[PyTree, Array], Array]]
-NUMBERS = {  # those of a recipe that can be learned, and where they stay
+NUMBERS = {  # the numbers of a recipe that can be learned, and their domains
     "learning_rate": constraints.positive,
     "momentum": constraints.unit,
     "l2": constraints.positive,
@@ -33,21 +33,21 @@ class Recipe:
 
     ``v <- γ v - (1-γ) g,  w <- w + α_t v``, which is ``optax.sgd(α_t (1-γ), momentum=γ)``.
 
-    Args:
+    Attributes:
       steps: ``T``, at least 1.
       learning_rate: ``α``, a number or one for every step, > 0.
       momentum: ``γ``, in [0, 1).
       l2: ``λ`` of a penalty ``λ Σ w²`` on all parameters, >= 0.
       batch_size: examples in a step; None for all.
-      shuffled: whether every epoch has an order of its own; else step ``t`` takes the next ``batch_size``
-        rows, from the first on again after the last.
-      augmentation: of the examples, at every step; None for none.
-      inits: from how many initial weights a run draws its own: 1 always starts from the same, None from new
-        ones every time.
-      seed: of those initial weights; nothing to do with ``inits=None``.
+      shuffled: whether every epoch has its own order; otherwise each step takes the next ``batch_size``
+        rows, starting over after the last.
+      augmentation: augmentation of the examples at every step; None for none.
+      inits: size of the pool of initial weights from which a run draws: 1 always starts from the same
+        weights, None from new ones every time.
+      seed: seed of that pool; unused if ``inits`` is None.
 
     Raises:
-      ValueError: for a setting out of its range.
+      ValueError: a setting is out of its range.
 
     >>> Recipe(steps=3, learning_rate=0.5).rates().tolist()
     [0.5, 0.5, 0.5]
@@ -96,7 +96,7 @@ class Recipe:
 
         Args:
           key: PRNG key, for a shuffled order.
-          examples: how many there are.
+          examples: number of examples.
         """
         size = min(examples, self.batch_size or examples)
         if self.shuffled and size < examples:
@@ -107,7 +107,7 @@ class Recipe:
         """Initial weights for a run.
 
         Args:
-          init: of a network, from a key.
+          init: the network's function from a key to parameters.
           key: PRNG key of the run.
         """
         if self.inits is None:
@@ -122,10 +122,10 @@ class Recipe:
 
         Args:
           network: ``(init, apply)``: from a key to parameters, and from parameters and inputs to logits.
-          inputs: ``(n, ...)`` examples, normalised.
+          inputs: ``(n, ...)`` examples, normalized.
           labels: ``(n,)`` integers or ``(n, C)`` probabilities.
           key: PRNG key of the run: initial weights, order, augmentation.
-          adjoint: how to differentiate it, by default with everything stored.
+          adjoint: how to differentiate the run, by default with everything stored.
         """
         return train_with(self, network, inputs, labels, key, Stored() if adjoint is None else adjoint)
 
@@ -139,7 +139,7 @@ class Recipe:
 
 
 def with_numbers(recipe: Recipe, numbers: Mapping[str, Any]) -> Recipe:
-    """The recipe with other numbers."""
+    """The recipe with some numbers replaced."""
     return dataclasses.replace(recipe, **numbers)
 
 
@@ -159,8 +159,8 @@ def train_with(
 ) -> PyTree:
     """Parameters after the recipe's steps, or after the first ``length`` of them.
 
-    A traced length must not change the shape of the computation: the run then begins with ``T - length``
-    steps that leave everything as it is, with ``γ = 1`` and ``α = 0``.
+    A traced length must not change the shape of the computation, so the run begins with ``T - length``
+    steps that change nothing, with ``γ = 1`` and ``α = 0``.
     """
     init, apply = network
     init_key, order_key, augment_key = jax.random.split(key, 3)
@@ -209,6 +209,6 @@ def train_with(
 
 
 def logits_of(network: Network, inputs: Any) -> jax.ShapeDtypeStruct:
-    """Shape of what a network gives for inputs."""
+    """The shape of a network's outputs for given inputs."""
     init, apply = network
     return jax.eval_shape(lambda key, x: apply(init(key), x), jax.random.key(0), inputs)

@@ -38,7 +38,7 @@ def _pack(name: str, tree: PyTree) -> dict[str, np.ndarray]:
 
 
 def _unpack(run: MetaRun, name: str, like: PyTree, arrays: Mapping[str, Any], *axes: int) -> PyTree:
-    """The tree that was packed under a name; every leaf has additional leading axes compared with `like`."""
+    """The tree packed under a name; every leaf has additional leading axes compared with ``like``."""
 
     def leaf(path: Any, old: Any) -> Any:
         where = name + jax.tree_util.keystr(path)

@@ -81,7 +81,7 @@ def by_optax(
 
 
 def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree, PyTree]) -> MetaRun:
-    """The run, its fingerprint extended by what decides its result besides the objective, if checkpointed."""
+    """The run with what else decides its result in its fingerprint, if there is a checkpoint."""
     if run.checkpoint is None:
         return run
     raw, state = start

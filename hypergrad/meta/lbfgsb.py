@@ -54,7 +54,7 @@ class LBFGSB:
     bounds: tuple[PyTree, PyTree] | None = None
 
 
-class _Explosion(Exception):  # noqa: N818  (it stops SciPy, and is no error of the caller)
+class _Explosion(Exception):  # noqa: N818  (it stops SciPy, and is not an error of the caller)
     pass
 
 
@@ -111,7 +111,7 @@ class _Journal:
     Args:
       run: the run.
       raw: a tree with the structure that its vectors encode.
-      start: where it starts.
+      start: the vector at the start.
     """
 
     def __init__(self, run: MetaRun, raw: PyTree, start: np.ndarray):

@@ -191,8 +191,8 @@ class _Traced(NamedTuple):
     Attributes:
       compile: returns the compiled function of raw values, key, iteration and threshold.
       row: shapes of the row of history that it returns.
-      jaxpr: of the objective.
-      data: what it closes over.
+      jaxpr: the jaxpr of the objective.
+      data: what the objective closes over.
     """
 
     compile: Callable[[], Callable[..., Any]]
@@ -226,7 +226,7 @@ class _Traced(NamedTuple):
 
 
 def _about(run: MetaRun, about: Mapping[str, Any] | None) -> MetaRun:
-    """The run with the user's description in its fingerprint, in the first place for people to read."""
+    """The run with the user's description in its fingerprint, placed first because people can read it."""
     if taken := sorted(set(about or {}) & set(run.fingerprint)):
         raise ValueError(
             f"optimize(about=...): {taken} are names of what every checkpoint says; use others"
@@ -273,7 +273,7 @@ def _refuse_bad_settings(
     if select is not None and isinstance(optimizer, LBFGSB):
         raise ValueError(
             "optimize(select=..., optimizer=LBFGSB(...)): iterates of L-BFGS-B are not looked at one by "
-            "one; use an optax optimiser, or judge what comes out"
+            "one; use an optax optimizer, or judge what comes out"
         )
 
 

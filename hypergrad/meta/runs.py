@@ -186,7 +186,7 @@ def _norm(tree: PyTree) -> jax.Array:
 def measure(
     run: MetaRun, raw: PyTree, iteration: int, rows: Sequence[History]
 ) -> tuple[list[History], PyTree, str]:
-    """The row (none if there is no number), the gradient, and why not to follow it or ''."""
+    """The row (none if there are no numbers), the gradient, and why not to follow it, or ''."""
     norms = [row.gradient_norm for row in rows]
     limit = run.explosion * _median(norms)
     try:

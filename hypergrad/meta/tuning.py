@@ -82,15 +82,15 @@ def tune(
         learned in the form given.  The others begin at the optimizer's defaults.
       meta: passed to the loss, not learned.
       batches: batches by step, as for `hypergrad.train`, or a function from a key to them.
-      steps: ``T``, of each training run.
-      optimizer: by default `hypergrad.adam`.
+      steps: ``T``, the number of steps of each training run.
+      optimizer: the optimizer to tune, by default `hypergrad.adam`.
       validation: ``validation(params) -> scalar``, minimized after training; by default the mean of the
         training losses of the last tenth of the run.
       learn: names of the hyperparameters to learn; by default all that begin inside their domain, which a
         weight decay of 0 does not.
-      meta_steps: meta-iterations.
+      meta_steps: number of meta-iterations.
       meta_optimizer: as the ``optimizer`` of `hypergrad.meta.optimize`; by default ``optax.adam(0.1)``.
-      adjoint: by default `Reversible` where that is possible, else `Checkpointed`.
+      adjoint: how to differentiate, by default `Reversible` if that is possible, otherwise `Checkpointed`.
       key: PRNG key; by default ``jax.random.key(0)``.
       seeds: how many runs, each with its own key, a meta-step averages over.
       checkpoint: file to resume from and to write during the run.

@@ -31,7 +31,7 @@ def announce_zeros(call: str, hypergradient: PyTree) -> None:
 
     Args:
       call: the user's call, for the message.
-      hypergradient: as for `zeros`, in hyperparameters by name.
+      hypergradient: as for `zeros`, with respect to hyperparameters by name.
 
     >>> import warnings
     >>> with warnings.catch_warnings(record=True) as caught:

@@ -20,7 +20,7 @@ symbol  name                 meaning
 
 All products are element by element.
 
-In exact arithmetic the size of the first numbers that come into an array sets its range (see
+In exact arithmetic the size of the first numbers in an array sets its range (see
 `hypergrad.program.Variable`).  ``v`` may outgrow the first ``(1-β2) g²`` of its leaf by ``2**50``, hence
 gradients those of the first step by ``2**25``, and resolves ``2**-76`` of it.  A run in which ``v`` leaves
 that range, or in which rounding takes a larger part than ``2**-10`` of what is added to it, is refused.
@@ -59,7 +59,7 @@ def moments(h: Any) -> list[Move]:
 
 
 def weight(decay: Array, n: Array) -> Array:
-    """``1 - decay^n``, the weights of a running average together, without cancellation.
+    """``1 - decay^n``, the total weight in a running average, computed without cancellation.
 
     >>> import jax.numpy as jnp
     >>> float(weight(jnp.float32(0.5), 2))
@@ -75,7 +75,7 @@ def weight(decay: Array, n: Array) -> Array:
 
 
 def unbiased(average: Array, decay: Array, t: Array) -> Array:
-    """``average / (1 - decay^n)``: a running average that started at 0, as one of what it averaged."""
+    """``average / (1 - decay^n)``: a running average that started at 0, corrected for that bias."""
     return average / weight(decay, t + 1)
 
 
@@ -86,7 +86,7 @@ def direction(h: Any, t: Array, mu: Array, nu: Array) -> Array:
 
 def decayed(h: Any) -> Scale:
     """``w <- (1 - α λ) w``."""
-    # αλ may be below the rounding error of 1.
+    # Written this way because αλ may be below the rounding error of 1.
     kept = 1 - h.learning_rate * h.weight_decay
     return Scale("params", kept, lambda _: exact.complement(h.learning_rate, h.weight_decay))
 
@@ -169,8 +169,9 @@ def adamax() -> Optimizer:
 def nadam() -> Optimizer:
     """Adam with Nesterov's momentum: `adam` with ``β1 m + (1-β1) g`` in place of ``m`` in its last line.
 
-    Both terms are divided by ``1 - β1^n``.  With this one correction the method contains `nesterov` in
-    the limit of large ε; ``optax.nadam`` corrects the first term by ``1 - β1^(n+1)``, and does not.
+    Both terms are divided by ``1 - β1^n``.  With this one correction the method contains `nesterov` in the
+    limit of large ε; ``optax.nadam`` corrects the first term by ``1 - β1^(n+1)``, and so does not contain
+    it.
 
     Hyperparameters: those of `adam`.  Variables: ``mu`` and ``nu``.  Not reversible, since ``w`` moves by
     a function of itself.
@@ -252,7 +253,8 @@ def radam() -> Optimizer:
             longest = 2 / (1 - h.b2) - 1
             length = longest - 2 * n * (1 - summed) / summed
             rectified = length > 4
-            # Where not rectified, any numbers that have roots: derivatives pass through both branches.
+            # Where not rectified, any numbers with real roots will do, because derivatives pass through
+            # both branches.
             P, p = jnp.where(rectified, longest, 6.0), jnp.where(rectified, length, 5.0)
             r = jnp.sqrt((p - 4) * (p - 2) * P / ((P - 4) * (P - 2) * p))
             adaptive = r * direction(h, t, s.mu, s.nu)

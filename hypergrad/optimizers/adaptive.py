@@ -1,4 +1,4 @@
-"""Steps divided by the size that gradients had so far: AdaGrad, AdaDelta, RMSProp and SM3.
+"""Steps divided by the size of past gradients: AdaGrad, AdaDelta, RMSProp and SM3.
 
 ======  ===================  =================================================================
 symbol  name                 meaning
@@ -17,10 +17,10 @@ symbol  name                 meaning
 ``ε``   eps                  ``>= 0``, in units of ``g²``: it stands inside the root
 ======  ===================  =================================================================
 
-All products are element by element.  In exact arithmetic the size of the first numbers that come into an
-array sets its range (see `hypergrad.program.Variable`): ``s``, ``v`` and ``d`` may outgrow the first ``g²``
-of their leaf by ``2**50`` and resolve ``2**-76`` of it.  A run in which one leaves that range, or in which
-rounding takes a larger part than ``2**-10`` of what is added to it, is refused.
+All products are element by element.  In exact arithmetic the size of the first numbers in an array sets its
+range (see `hypergrad.program.Variable`): ``s``, ``v`` and ``d`` may outgrow the first ``g²`` of their leaf
+by ``2**50`` and resolve ``2**-76`` of it.  A run in which one leaves that range, or in which rounding takes
+a larger part than ``2**-10`` of what is added to it, is refused.
 """
 
 import itertools
@@ -31,6 +31,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad.optimizers import roots
 from hypergrad.program import SQUARES, Assign, Move, Optimizer, Scale, Shift, Variable
 
 DOMAINS = {
@@ -124,10 +125,11 @@ def adadelta() -> Optimizer:
     """
 
     def step(h: Any, s: Any) -> Array:
-        return -jnp.sqrt((s.step_nu + h.eps) / (s.nu + h.eps)) * s.gradient
+        # Roots of both: the square of the denominator, in the derivative of the ratio, may be too small.
+        return -(roots.sqrt(s.step_nu + h.eps) / jnp.sqrt(s.nu + h.eps)) * s.gradient
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
-        # The parameters move first: the step is made with the old average of squared steps.
+        # The parameters move first, because the step uses the old average of squared steps.
         return [
             Scale("nu", h.rho),
             Shift("nu", lambda s: (1 - h.rho) * (s.gradient * s.gradient)),
@@ -150,7 +152,7 @@ def rmsprop(centered: bool = False) -> Optimizer:
     Args:
       centered: divide by a standard deviation: ``b <- ρ b + (1-ρ) g``, and ``v - b²`` in place of ``v``.
 
-    Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centred:
+    Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centered:
     Graves, "Generating sequences with recurrent neural networks", 2013.
 
     >>> import hypergrad as hg
@@ -182,7 +184,7 @@ def rmsprop_momentum(centered: bool = False) -> Optimizer:
     Args:
       centered: divide by a standard deviation: ``b <- ρ b + (1-ρ) g``, and ``v - b²`` in place of ``v``.
 
-    Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centred, with
+    Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centered, with
     momentum: Graves, "Generating sequences with recurrent neural networks", 2013.
 
     >>> import hypergrad as hg
@@ -228,7 +230,7 @@ def _rmsprop_direction(h: Any, s: Any, centered: bool) -> Array:
 
 
 def sm3() -> Optimizer:
-    """SM3, AdaGrad whose sums are kept by row and by column only.
+    """SM3, AdaGrad with sums kept only by row and by column.
 
     With ``k`` over the axes and ``i`` over the elements of a leaf::
 
@@ -236,9 +238,9 @@ def sm3() -> Optimizer:
         c_k[j] <- max of s_i over i_k = j;   w <- w - α m
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (γ, default 0.9) and ``eps`` (ε, default 1e-8).
-    Variables: ``velocity`` (m), and ``covers``, one vector for every leaf, in which the ``c_k`` of all
-    axes stand one behind the other: ``a + b`` numbers for a leaf of shape ``(a, b)``.  Not reversible,
-    since the maximum forgets.
+    Variables: ``velocity`` (m), and ``covers``, one vector for every leaf, in which the ``c_k`` of all axes
+    are concatenated: ``a + b`` numbers for a leaf of shape ``(a, b)``.  Not reversible, since the maximum
+    forgets.
 
     Source: Anil, Gupta, Koren, Singer, "Memory-efficient adaptive optimization", NeurIPS 2019, SM3-II;
     as in ``optax.sm3``.
@@ -282,7 +284,7 @@ def _covered(covers: Array, gradient: Array) -> Array:
 
 
 def _cover(s: Array) -> Array:
-    """All ``c_k``, one behind the other; 0 for rows and columns without elements."""
+    """All ``c_k``, concatenated; 0 for rows and columns without elements."""
     if s.ndim == 0:
         return s[None]
     if not s.size:

@@ -1,4 +1,4 @@
-"""A running average of the parameters beside any optimizer.
+"""A running average of the parameters, kept alongside any optimizer.
 
 ======  ===================  ==========================================================
 symbol  name                 meaning
@@ -21,7 +21,7 @@ DOMAIN = (0.0, 1.0)
 
 
 def with_average(optimizer: Optimizer) -> Optimizer:
-    """Keep a running average of the parameters, ``a <- d a + (1-d) w``, beside any program of moves.
+    """Keep a running average of the parameters, ``a <- d a + (1-d) w``, alongside any program of moves.
 
     It does not change the run; it is in ``Trained.state["average"]``, and may be differentiated like the
     parameters.  Adds the hyperparameter ``ema_decay`` (d, default 0.999), which like any other may be a
@@ -29,17 +29,17 @@ def with_average(optimizer: Optimizer) -> Optimizer:
     bits more per parameter and step, 0.0014 at the default.
 
     Args:
-      optimizer: whose parameters are averaged.
+      optimizer: the optimizer whose parameters are averaged.
 
     Returns:
-      An optimizer with one variable more, ``average``.
+      An optimizer with one more variable, ``average``.
 
     Raises:
-      TypeError: for what is no program of moves, such as `hypergrad.from_optax` returns.
-      ValueError: for an optimizer that keeps an average already.
+      TypeError: the optimizer is not a program of moves, such as `hypergrad.from_optax` returns.
+      ValueError: the optimizer keeps an average already.
 
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; with
-    exponential weights as has become usual.
+    exponential weights, as is usual now.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp

@@ -75,7 +75,7 @@ def clip_by_global_norm(optimizer: Optimizer) -> Optimizer:
         clipped = []
         for h, g in zip(hypers, gradient):
             short = size <= h.max_norm
-            # Divided first: the factor itself may be too small for a float.
+            # Divided first, because the factor itself may be too small for a float.
             by, to = jnp.where(short, 1.0, size), jnp.where(short, 1.0, h.max_norm)
             clipped.append((g / by.astype(g.dtype)) * to.astype(g.dtype))
         return clipped

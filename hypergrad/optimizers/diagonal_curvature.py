@@ -43,9 +43,9 @@ def hutchinson(loss: Callable[[PyTree, PyTree, PyTree], Array], seed: int = 0) -
     Its expectation is the diagonal.  Costs about two gradients.
 
     Args:
-      loss: ``loss(params, meta, batch)``, that of the run.
-      seed: of the signs, whose key is the seed's, folded with the step: they are the same in every run, and
-        on the way back.
+      loss: ``loss(params, meta, batch)``, the loss of the run.
+      seed: seed of the signs, whose key is the seed's, folded with the step: they are the same in every
+        run, and when it is played backwards.
 
     Returns:
       A function of ``(params, meta, batch, step)`` for `sophia`.
@@ -76,7 +76,7 @@ def hutchinson(loss: Callable[[PyTree, PyTree, PyTree], Array], seed: int = 0) -
 def gauss_newton_bartlett(
     network: Callable[[PyTree, PyTree, PyTree], Array], likelihood: Likelihood, seed: int = 0
 ) -> Diagonal:
-    """The estimate of Gauss, Newton and Bartlett, ``n ĝ²``, never negative.
+    """The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, ``n ĝ²``, which is never negative.
 
     ``ĝ`` is the gradient of the mean loss of ``n`` examples at targets drawn from the network's own
     predictive distribution.  The expectation is the diagonal of the Fisher matrix, which for the
@@ -84,10 +84,10 @@ def gauss_newton_bartlett(
 
     Args:
       network: ``network(params, meta, batch) -> outputs``, the examples of the batch as leading axis.
-      likelihood: of the outputs, one of `hypergrad.curvature`: the one whose negative logarithm the loss
-        is the mean of.
-      seed: of the targets, whose key is the seed's, folded with the step: they are the same in every run,
-        and on the way back.  They count as constants where the run is differentiated.
+      likelihood: the likelihood of the outputs, one of `hypergrad.curvature`, such that the loss is the
+        mean of its negative logarithm.
+      seed: seed of the targets, whose key is the seed's, folded with the step: they are the same in every
+        run, and when it is played backwards.  They count as constants in differentiation.
 
     Returns:
       A function of ``(params, meta, batch, step)`` for `sophia`.
@@ -124,8 +124,8 @@ def sophia(diagonal: Diagonal, update_interval: int = 10) -> Optimizer:
     ``m <- β1 m + (1-β1) g;  h <- β2 h + (1-β2) d`` in steps 0, k, 2k, ...;
     ``w <- (1 - α λ) w - α clip(m̂ / max(γ h, ε), ρ)``, where ``clip(x, c)`` is ``min(max(x, -c), c)``.
     ``optax.contrib.sophia`` refreshes ``h`` after the parameters have moved, so that its steps use the old
-    one, and its first one no curvature at all; the paper refreshes it before, as here.  (The other order
-    could not be undone: ``d`` is found at parameters that cannot be found without it.)
+    one, and the first step no curvature at all; the paper refreshes it before, as here.  (The other order
+    could not be undone: ``d`` is computed at parameters that cannot be recovered without it.)
 
     Hyperparameters: ``learning_rate`` (α), ``b1`` (β1, default 0.965), ``b2`` (β2, default 0.99), ``eps``
     (ε, default 1e-8), ``gamma`` (γ, default 0.01), ``clip_threshold`` (ρ, default 1) and ``weight_decay``
@@ -138,7 +138,7 @@ def sophia(diagonal: Diagonal, update_interval: int = 10) -> Optimizer:
       update_interval: ``k >= 1``, static.
 
     Raises:
-      ValueError: for another interval.
+      ValueError: the interval is below 1.
 
     Source: Liu, Li, Hall, Liang, Ma, "Sophia: a scalable stochastic second-order optimizer for language
     model pre-training", ICLR 2024, Algorithm 3; ``m̂`` as in optax.

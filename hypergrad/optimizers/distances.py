@@ -85,7 +85,7 @@ def madgrad() -> Optimizer:
 
 
 def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
-    """AdamW by D-Adaptation, which finds its own rate from how gradients add up.
+    """AdamW by D-Adaptation, which finds its own rate from how the gradients accumulate.
 
     With ``δ = d α √(1 - β2^n) / (1 - β1^n)``, ``β3 = √β2``, and ``d`` from ``d₀``::
 
@@ -105,7 +105,7 @@ def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
       estim_lr0: ``d₀ > 0``.
 
     Raises:
-      ValueError: if a number for every leaf differs within one.
+      ValueError: a number for every leaf differs within one.
 
     Source: Defazio and Mishchenko, "Learning-rate-free learning by D-Adaptation", ICML 2023, Algorithm 5.
 
@@ -161,7 +161,7 @@ def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
 
 
 def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimizer:
-    """Prodigy, AdamW that estimates its own rate, from how far the run has come.
+    """Prodigy, AdamW that estimates its own rate from how far the run has come.
 
     With ``δ = d α √(1 - β2^n) / (1 - β1^n)``, ``β3 = √β2``, and ``d`` from ``d₀``::
 
@@ -179,16 +179,16 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     per parameter and step, 0.154 at the defaults, and four numbers for every leaf; and ``log2(1 / (1 - δ
     λ))``, which is not known before the run, so that ``Reversible(bits=...)`` is reserved for it.
 
-    ``q`` grows with ``d³``, from the default ``d₀`` by more orders than exact arithmetic leaves room for by
-    itself: start with a larger ``d₀``, or pass ``Reversible(radix={"numerator": 40})`` for ``|q|`` below
-    ``2**22``.
+    ``q`` grows with ``d³``, from the default ``d₀`` by more orders of magnitude than exact arithmetic
+    provides by default: start with a larger ``d₀``, or pass ``Reversible(radix={"numerator": 40})`` for
+    ``|q|`` below ``2**22``.
 
     Args:
       estim_lr0: ``d₀ > 0``.
       safeguard_warmup: whether ``s`` gathers ``(d² / d₀) g`` instead.
 
     Raises:
-      ValueError: if a number for every leaf differs within one.
+      ValueError: a number for every leaf differs within one.
 
     Source: Mishchenko and Defazio, "Prodigy: an expeditiously adaptive parameter-free learner", ICML 2024,
     Algorithm 4.
@@ -251,7 +251,7 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
 
 
 def _estimate(start: float) -> dict[str, Variable]:
-    """The two numbers from which the rate is found, the same for all leaves."""
+    """The two variables that determine the rate, the same for all leaves."""
     return {
         "estim_lr": Variable(lambda leaf: jnp.full((), start, leaf.dtype)),
         "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=2),  # grows with powers of d

@@ -35,7 +35,7 @@ from hypergrad.optimizers.adam_family import DOMAINS as ADAM_DOMAINS
 from hypergrad.optimizers.scalars import number
 from hypergrad.program import SQUARES, Move, Optimizer, Scale, Shift, Variable
 
-SMALLEST_SIZE = 1e-3  # what the root mean square of parameters counts at least, as in optax
+SMALLEST_SIZE = 1e-3  # lower limit of the parameters' root mean square, as in optax
 DOMAINS = {
     **ADAM_DOMAINS,
     "momentum": (0.0, 1.0),
@@ -57,7 +57,7 @@ def novograd() -> Optimizer:
     bits per parameter and step, 0.152 at the defaults, and ``log2(1 / β2)`` per leaf.
 
     Raises:
-      ValueError: if ``b2`` differs within a leaf.
+      ValueError: ``b2`` differs within a leaf.
 
     Source: Ginsburg et al., "Stochastic gradient methods with layer-wise adaptive moments for training of
     deep networks", 2019, Algorithm 1.
@@ -86,7 +86,7 @@ def novograd() -> Optimizer:
 
 
 def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bool = True) -> Optimizer:
-    """Adafactor with momentum, whose second moments are kept by row and by column only.
+    """Adafactor with momentum, with second moments kept only by row and by column.
 
     In step ``n`` from 1, with ``δ = n^-κ``, and the means of ``r`` and ``c`` taken over the axes named in
     the table::
@@ -100,21 +100,21 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
 
     Hyperparameters: ``learning_rate`` (α), ``decay_rate`` (κ, default 0.8; a number for every leaf),
     ``clipping_threshold`` (θ, default 1), ``momentum`` (β, default 0.9), ``weight_decay_rate`` (λ, default
-    0; not multiplied by α) and ``eps`` (ε, default 1e-30), as in ``optax.adafactor(momentum=)``.
-    Variables: ``velocity`` (m); ``nu_row`` (r) and ``nu_column`` (c), or ``nu`` (v), without elements where
-    a leaf does not have them.  Reversible for ``λ <= 1 - 2**-7``: costs ``log2(1 / β) + log2(1 / (1 - λ))``
-    bits per parameter and step, 0.152 at the defaults, and ``log2(1 / (1-δ))`` per element of ``r``, ``c``
-    and ``v``.  Without momentum it is not reversible, since ``w`` then moves by a function of itself.
+    0; not multiplied by α) and ``eps`` (ε, default 1e-30), as in ``optax.adafactor(momentum=)``. Variables:
+    ``velocity`` (m); ``nu_row`` (r) and ``nu_column`` (c), or ``nu`` (v), which are empty for a leaf that
+    does not have them.  Reversible for ``λ <= 1 - 2**-7``: costs ``log2(1 / β) + log2(1 / (1 - λ))`` bits
+    per parameter and step, 0.152 at the defaults, and ``log2(1 / (1-δ))`` per element of ``r``, ``c`` and
+    ``v``.  Without momentum it is not reversible, since ``w`` then moves by a function of itself.
 
-    In exact arithmetic ε counts only if the first gradients are not larger by too many digits (see
+    In exact arithmetic ε has an effect only if the first gradients are not larger by too many digits (see
     `hypergrad.program.Variable`), and an element whose second moment is 0 does not move.
 
     Args:
-      min_dim_size_to_factor: static.
+      min_dim_size_to_factor: length of the second longest axis from which a leaf is factored, static.
       multiply_by_parameter_scale: whether ``s`` is as above; else it is 1.
 
     Raises:
-      ValueError: if ``decay_rate`` differs within a leaf.
+      ValueError: ``decay_rate`` differs within a leaf.
 
     Source: Shazeer and Stern, "Adafactor: adaptive learning rates with sublinear memory cost", ICML 2018,
     Algorithms 4 and 5.
@@ -139,7 +139,7 @@ def adafactor(min_dim_size_to_factor: int = 128, multiply_by_parameter_scale: bo
     def moves(h: Any, t: Array) -> Sequence[Move]:
         rate = number(name, "decay_rate", h.decay_rate)
         new = jnp.asarray(t + 1, rate.dtype) ** -rate
-        old = jnp.where(t == 0, 1, 1 - new)  # there is nothing to forget
+        old = jnp.where(t == 0, 1, 1 - new)  # there is nothing to forget yet
 
         def average(variable: str, leaf_mean: Any) -> list[Move]:
             return [Scale(variable, old), Shift(variable, lambda s: new * leaf_mean(s.gradient**2 + h.eps))]
@@ -198,7 +198,7 @@ def _axes(shortest: int, leaf: Any) -> Axes:
 
 
 def _without(which: int, axes: Callable[[Any], Axes], leaf: Array) -> Array:
-    """Zeros for means over one of the two axes; without elements where a leaf is not factored."""
+    """Zeros for means over one of the two axes; an empty array if the leaf is not factored."""
     found = axes(leaf)
     if found is None:
         return _nothing(leaf)
@@ -226,6 +226,6 @@ def _rms(x: Array) -> Array:
 
 
 def _inverse_root(x: Array) -> Array:
-    """``1 / √x``, and 0 where there is nothing to divide by."""
+    """``1 / √x``, and 0 where ``x`` is 0."""
     positive = x > 0
     return jnp.where(positive, 1 / jnp.sqrt(jnp.where(positive, x, 1)), 0)

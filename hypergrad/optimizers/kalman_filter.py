@@ -55,11 +55,11 @@ class Average(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What tells how the filter fares; scalars, of the last step.
+    """How well the filter works: scalars from the last step.
 
     Attributes:
       curvature: ``δᵀBδ / δᵀδ``, along the step that led here.
-      gradient_variance: of the gradient of one example, ``n Σ``, without average over time.
+      gradient_variance: the variance of the gradient of one example, ``n Σ``, not averaged over time.
       gain: ``K`` of the gradient filter.
       step: ``α``, averaged over time; 1 without a rule.
     """
@@ -71,7 +71,7 @@ class Diagnosis(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What a rule for the step needs beside the gradient.
+    """What a rule for the step needs besides the gradient.
 
     Attributes:
       loss: ``u, s``.
@@ -88,12 +88,12 @@ class Filter(NamedTuple):
     """State of `filtered`.
 
     Attributes:
-      made: how many steps, int32.
+      made: number of steps made, int32.
       gradient: ``m, P``.
       noise: the average ``Σ``.
       displacement: ``δ``.
-      search: for the step; None without a rule.
-      diagnosis: of the last step.
+      search: state of the search for the step; None without a rule.
+      diagnosis: the `Diagnosis` of the last step.
     """
 
     made: Array
@@ -116,9 +116,9 @@ def filtered(
     ``d``, given a filtered loss ``u, s`` and a second Hessian-vector product, along ``d``.  Preconditioned,
     ``d = -m / (√(m² + P) + ε)``.
 
-    The loss is given batches of one example and must not depend on the others, as it would through batch
-    normalisation; the mean is minimised.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``.
-    ``snapshot.state["state"].diagnosis`` shows a `Diagnosis` of the step before to ``watch``.
+    The loss gets batches of one example and must not depend on the others, as it would through batch
+    normalization; the mean is minimized.  ``batches`` are arrays ``(T, n, ...)`` with ``n >= 2``. In
+    ``watch``, ``snapshot.state["state"].diagnosis`` is the `Diagnosis` of the step before.
 
     Hyperparameters, each a number or a ``(T,)`` schedule:
       ``learning_rate`` (η): must be given without a rule; 1 by default with one.
@@ -136,10 +136,10 @@ def filtered(
     have the same loss, as at zero weights, `probability_of_improvement` never moves, since ``s = 0``.
 
     Args:
-      rule: for the step: `hypergrad.optimizers.probability_of_improvement`, which the paper uses,
+      rule: rule for the step: `hypergrad.optimizers.probability_of_improvement`, which the paper uses,
         `expected_improvement` or `quadratic`.
       preconditioned: whether coordinates are divided by the size of their gradients (the paper's AdaMEKA).
-      chunk: of how many examples the gradients are in memory at once; by default all.
+      chunk: number of examples whose gradients are in memory at once; by default all.
 
     Source: Chen et al. (2020), equations 5 to 9 and 11, with ``max_step`` in place of the appendix's
     third-order term.
@@ -270,7 +270,7 @@ def correct(belief: Belief, observed: PyTree, noise: Array) -> tuple[Belief, Arr
 
 
 def filter_loss(belief: Belief, change: Array, process: Array, observed: Array, noise: Array) -> Belief:
-    """The belief about the loss after a step, whose process noise λ is as large as the surprise demands.
+    """The belief about the loss after a step, with process noise λ as large as the surprise requires.
 
     ``u⁻ = u + mᵀδ + ½ δᵀBδ;  c = s + δᵀPδ + ¼ δᵀQδ + r;  λ = max((y - u⁻)² - c, 0);  s⁻ = λ + c - r``, then
     `correct` with ``y`` and ``r``.
@@ -292,7 +292,7 @@ def filter_loss(belief: Belief, change: Array, process: Array, observed: Array, 
 
 
 def direction(gradient: Belief, eps: Array) -> PyTree:
-    """``d = -m / (√(m² + P) + ε)``; where the root is 0 its derivative counts as 0."""
+    """``d = -m / (√(m² + P) + ε)``; where the root is 0, its derivative counts as 0."""
 
     def divided(m: Array) -> Array:
         square = m**2 + gradient.variance.astype(m.dtype)
@@ -307,7 +307,7 @@ def averaged(average: Average, new: Array, decay: Array) -> Average:
 
 
 def value(average: Average) -> Array:
-    """The average as such: ``Σ_k β^(t-k) x_k / Σ_k β^(t-k)`` for a constant β."""
+    """The value of the average: ``Σ_k β^(t-k) x_k / Σ_k β^(t-k)`` for a constant β."""
     return average.total / average.weight
 
 

@@ -35,8 +35,8 @@ def shampoo(limit: int = 1024) -> Optimizer:
     has one factor: ``m <- γ m + (L + ε I)^(-1/2) G``.
 
     Of a factor with more than ``limit`` rows only the diagonal is kept, the sums of squares of a row or a
-    column of ``G``: an embedding of 50,000 words would else take matrices of 2.5 billion numbers, and a
-    root of one at every step.  For a vector that long it is AdaGrad with momentum.
+    column of ``G``; otherwise an embedding of 50,000 words would take matrices of 2.5 billion numbers, and
+    a root of one at every step.  For a vector that long it is AdaGrad with momentum.
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (γ, default 0.9) and ``eps`` (ε, default 1e-4; a
     scalar for every leaf).  Variables: ``left``, ``right`` (of shape (0, 0) for vectors) and
@@ -44,11 +44,11 @@ def shampoo(limit: int = 1024) -> Optimizer:
     nothing.
 
     Args:
-      limit: the most rows of a factor that is a whole matrix, at least 0; with 0 all are diagonal.  A step
-        takes time proportional to its cube.
+      limit: maximum number of rows of a factor that is kept as a full matrix, at least 0; with 0 all are
+        diagonal.  A step takes time proportional to its cube.
 
     Raises:
-      ValueError: if ε differs within a leaf, and for a limit below 0.
+      ValueError: ε differs within a leaf, or the limit is below 0.
 
     Source: Gupta, Koren, Singer, "Shampoo: preconditioned stochastic tensor optimization", ICML 2018,
     Algorithm 1; diagonal factors of long axes, as in its experiments.
@@ -120,6 +120,6 @@ def shampoo(limit: int = 1024) -> Optimizer:
 
 
 def _matrix(leaf: Array) -> Array:
-    """All axes but the last merged; a vector as a column."""
+    """The leaf with all axes but the last merged; a vector becomes a column."""
     columns = leaf.shape[-1] if leaf.ndim >= 2 else 1
     return leaf.reshape(math.prod(leaf.shape[:-1] if leaf.ndim >= 2 else leaf.shape), columns)

@@ -1,4 +1,4 @@
-"""Parts of the parameters with optimizers of their own, and parts that stay as they are."""
+"""Different optimizers for different parts of the parameters, and parts that are not trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -30,28 +30,28 @@ def partition(
 ) -> Optimizer:
     """One optimizer for every label: ``w_i <- step of optimizers[label_i]``, for every leaf ``i``.
 
-    As `optax.partition` (or ``multi_transform``), and with `frozen` as ``optax.masked``.  What they sum
-    over leaves, as `prodigy` does, they sum over those of their label.
+    Like `optax.partition` (or ``multi_transform``), and with `frozen` like ``optax.masked``.  Optimizers
+    that sum over leaves, as `prodigy` does, sum over those of their label.
 
     Hyperparameters and variables are called ``"label.name"``, with the defaults and domains of each
-    optimizer.  They may be schedules or differ by leaf like any others; what one says of leaves of other
-    labels is not used.  A variable has no elements for the leaves of other labels.  Reversible if all
-    optimizers are, at what each costs.  What acts on all gradients stands around it,
-    ``clip(partition(...))``; `with_average` may stand around it or inside.
+    optimizer.  They may be schedules or differ by leaf like any others; their values at leaves of other
+    labels are not used.  A variable has no elements for the leaves of other labels.  Reversible if all
+    optimizers are, at the cost of each.  Transformations of all gradients go around it,
+    ``clip(partition(...))``; `with_average` may go around it or inside.
 
     Args:
-      optimizers: by label, a Python identifier each.
-      labels: a tree of strings that is a prefix of the parameters, or a function from the parameters, of
-        which it may look at structure, shapes and dtypes, to such a tree.
+      optimizers: optimizers by label; each label is a Python identifier.
+      labels: a tree of strings that is a prefix of the parameters, or a function to such a tree from the
+        parameters, of which it may use structure, shapes and dtypes.
 
     Returns:
       An optimizer for `hypergrad.train`.
 
     Raises:
-      TypeError: for what is no program of moves.
-      ValueError: for a label that is no identifier; for an optimizer that transforms gradients, observes
-        the network, acts on blocks or is a partition; from `hypergrad.train`, for labels that do not fit
-        the parameters or have no optimizer.
+      TypeError: the optimizer is not a program of moves.
+      ValueError: a label is not an identifier; an optimizer transforms gradients, observes the network,
+        acts on blocks or is a partition; or, from `hypergrad.train`, labels do not fit the parameters or
+        have no optimizer.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
@@ -110,8 +110,8 @@ def partition(
 def frozen() -> Optimizer:
     """No optimizer: ``w <- w``.  For the parts of a `partition` that are not trained.
 
-    No hyperparameters, no variables.  Reversible: costs nothing.  The parts are constants of the run, and
-    have a hypergradient as their start has.
+    It has no hyperparameters and no variables.  Reversible: costs nothing.  These parts are constants of
+    the run, and their hypergradient is that of their start.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
@@ -125,7 +125,7 @@ def frozen() -> Optimizer:
 
 
 class _Own:
-    """A view of a leaf in which an optimizer finds what is its own by plain names."""
+    """A view of a leaf in which an optimizer finds its own entries by their plain names."""
 
     def __init__(self, view: Any, prefix: str, own: frozenset[str]):
         self._view, self._prefix, self._own = view, prefix, own
@@ -137,8 +137,8 @@ class _Own:
 def _renamed(prefix: str, variables: frozenset[str], moves: Sequence[Move]) -> list[Move]:
     """The same moves, on variables whose names have a prefix.
 
-    What is remembered has it too: leaves of other labels would be moved together with these, and summed
-    over, if their moves had the same names.
+    Remembered values have the prefix too: if moves had the same names, leaves of other labels would be
+    moved together with these, and summed over.
     """
     own = variables | {move.name for move in moves if isinstance(move, Remember | Total | Keep)}
 
@@ -164,7 +164,7 @@ def _renamed(prefix: str, variables: frozenset[str], moves: Sequence[Move]) -> l
 
 
 def _check(optimizers: Any) -> None:
-    """Refuse what cannot be put together."""
+    """Refuse optimizers that cannot be combined."""
     if not isinstance(optimizers, Mapping) or not optimizers:
         raise TypeError(
             f"partition({optimizers!r}, labels): optimizers must be a dictionary by label, such as "

@@ -1,4 +1,4 @@
-"""Steps whose length is a share of the layer's own: LARS and LAMB.  A layer is a leaf of the parameters.
+"""Steps whose length is relative to the layer's norm: LARS and LAMB.  A layer is a leaf of the parameters.
 
 ======  ===================  =================================================================
 symbol  name                 meaning
@@ -31,7 +31,7 @@ DOMAINS = {**ADAM_DOMAINS, "momentum": (0.0, 1.0), "trust_coefficient": (0.0, fl
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
-    """Of two lengths; 1 where either is 0."""
+    """The ratio of two lengths; 1 where either is 0."""
     both = (numerator > 0) & (denominator > 0)
     return jnp.where(both, numerator / jnp.where(both, denominator, 1), 1)
 
@@ -75,7 +75,7 @@ def lars() -> Optimizer:
 def lamb() -> Optimizer:
     """LAMB, ``r = m̂ / (√v̂ + ε) + λ w;  w <- w - α (‖w‖ / ‖r‖) r``, for every leaf.
 
-    Where a norm is 0 their ratio is 1, as in ``optax.lamb``.
+    If a norm is 0, the ratio is 1, as in ``optax.lamb``.
 
     Hyperparameters: ``learning_rate`` (α), ``b1``, ``b2``, ``eps`` (ε, default 1e-6) and
     ``weight_decay`` (λ, default 0).  Variables: ``mu`` (m) and ``nu`` (v).  Reversible for

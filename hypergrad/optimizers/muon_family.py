@@ -16,8 +16,8 @@ symbol  name                 meaning
 ``λ``   weight_decay         ``>= 0``
 ======  ===================  ==============================================================================
 
-Without Nesterov's momentum.  With it ``O`` would be of ``β m + (1-β) g``: the parameters would move by a
-function of the gradient itself, which cannot be undone.
+All are without Nesterov's momentum.  With it ``O`` would be computed from ``β m + (1-β) g``: the parameters
+would move by a function of the gradient itself, which cannot be undone.
 """
 
 import math
@@ -55,8 +55,8 @@ def newton_schulz(
     bring singular values above 0.002 of the norm to between 0.68 and 1.21, and not to 1.
 
     Args:
-      matrix: ``M``, of any shape of two axes.
-      steps: at least 1.
+      matrix: ``M``, with two axes.
+      steps: number of iterations, at least 1.
       eps: ε, in units of ``M``.
       coefficients: ``a, b, c``.
 
@@ -81,7 +81,7 @@ def muon(ns_steps: int = 5, consistent_rms: float | None = None) -> Optimizer:
     """Muon without Nesterov's momentum, ``m <- β m + (1-β) g;  w <- (1 - α λ) w - α s O``, for matrices.
 
     ``s = √max(1, n_out / n_in)``.  As in ``optax.contrib.muon(nesterov=False)``.  Every leaf must be a
-    matrix; optax gives others to AdamW.
+    matrix; optax uses AdamW for the others.
 
     Hyperparameters: ``learning_rate`` (α), ``beta`` (β, default 0.95), ``eps`` (ε, default 1e-8) and
     ``weight_decay`` (λ, default 0).  Variable: ``mu`` (m).  Reversible for ``α λ <= 1 - 2**-7``: costs
@@ -89,11 +89,11 @@ def muon(ns_steps: int = 5, consistent_rms: float | None = None) -> Optimizer:
 
     Args:
       ns_steps: iterations of `newton_schulz`, static.
-      consistent_rms: ``r``, for ``s = r √max(n_in, n_out)``, which makes the elements of steps alike in
-        size for all shapes; 0.2 is that of AdamW.
+      consistent_rms: ``r``, for ``s = r √max(n_in, n_out)``, which makes the elements of steps similar in
+        size for all shapes; 0.2 matches AdamW.
 
     Raises:
-      ValueError: for a leaf that is no matrix.
+      ValueError: a leaf is not a matrix.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; consistent size:
     Liu et al., "Muon is scalable for LLM training", 2025.
@@ -123,7 +123,7 @@ def muon(ns_steps: int = 5, consistent_rms: float | None = None) -> Optimizer:
 
 
 def normuon(ns_steps: int = 5) -> Optimizer:
-    """NorMuon without Nesterov's momentum: Muon whose columns are brought to one size.
+    """NorMuon without Nesterov's momentum: Muon whose columns are scaled to one size.
 
     With ``v`` of one number for every output, the mean of ``O²`` over the inputs::
 
@@ -139,7 +139,7 @@ def normuon(ns_steps: int = 5) -> Optimizer:
       ns_steps: iterations of `newton_schulz`, static.
 
     Raises:
-      ValueError: for a leaf that is no matrix, or where ``b2`` differs within a leaf.
+      ValueError: a leaf is not a matrix, or ``b2`` differs within a leaf.
 
     Source: Li et al., "NorMuon: making Muon more efficient and scalable", 2025, Algorithm 1, where weights
     are the transpose of those here.
@@ -161,7 +161,7 @@ def normuon(ns_steps: int = 5) -> Optimizer:
 
 
 def adamuon(ns_steps: int = 5, sign: bool = True) -> Optimizer:
-    """AdaMuon without Nesterov's momentum: Muon whose elements are brought to one size, as Adam's are.
+    """AdaMuon without Nesterov's momentum: Muon whose elements are scaled to one size, as Adam's are.
 
     With ``O`` of ``sign(m)``::
 
@@ -177,11 +177,12 @@ def adamuon(ns_steps: int = 5, sign: bool = True) -> Optimizer:
 
     Args:
       ns_steps: iterations of `newton_schulz`, static.
-      sign: whether ``O`` is of the sign of ``m``, as published.  The hypergradients of β and of the
-        gradients are then exactly 0; without it ``O`` is of ``m̂``, as in the first version of the paper.
+      sign: whether ``O`` is computed from the sign of ``m``, as published.  The hypergradients of β and of
+        the gradients are then exactly 0; otherwise ``O`` is computed from ``m̂``, as in the first version
+        of the paper.
 
     Raises:
-      ValueError: for a leaf that is no matrix.
+      ValueError: a leaf is not a matrix.
 
     Source: Si, Zhang, Shen, "AdaMuon: adaptive Muon optimizer", 2025, Algorithm 1.
 
@@ -207,11 +208,11 @@ def _adaptive(
     """NorMuon or AdaMuon.
 
     Args:
-      name: of the call.
+      name: name of the call.
       nu: the average of squares.
-      squares: from ``O`` to what it averages.
-      view: from ``m̂`` to what is made orthogonal.
-      ns_steps: iterations.
+      squares: function from ``O`` to what ``nu`` averages.
+      view: function from ``m̂`` to the matrix that is made orthogonal.
+      ns_steps: number of iterations.
     """
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
@@ -245,7 +246,7 @@ def _average(h: Any) -> list[Move]:
 
 
 def _of_matrices(name: str) -> Callable[[Array], Array]:
-    """The start of ``m``, which refuses what is no matrix."""
+    """The start of ``m``; refuses leaves that are not matrices."""
 
     def init(leaf: Array) -> Array:
         if jnp.ndim(leaf) != 2:
@@ -261,6 +262,6 @@ def _of_matrices(name: str) -> Callable[[Array], Array]:
 
 
 def _arguments(ns_steps: int, **others: Any) -> str:
-    """As the user would write them, those at their defaults left out."""
+    """The arguments as the user would write them, without those at their defaults."""
     given = {"ns_steps": None if ns_steps == 5 else ns_steps, **others}
     return ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)

@@ -47,7 +47,7 @@ SHARE_NAMES = (
     "decay",
     "rho",
 )
-# Where a hyperparameter lies that optax calls so; names that mean several things there are not among them.
+# Domains of hyperparameters by their names in optax, without names that have several meanings there.
 DOMAINS: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(NOT_NEGATIVE_NAMES, NOT_NEGATIVE),
     **dict.fromkeys(SHARE_NAMES, SHARE),
@@ -64,10 +64,10 @@ def from_optax(
     """Any optax optimizer, differentiable in the hyperparameters it is built from.
 
     ``w, s <- step_h(g, s, w),  s_0 = init_h(w_0)`` with the hyperparameters ``h`` of the step, and of the
-    first one in ``s_0``; differentiated in both.  Not reversible: differentiate with ``Checkpointed()`` or
-    ``Stored()``.  Optimizers of this library are programs of moves instead; many of those are.
+    first step in ``s_0``; differentiated in both.  Not reversible: differentiate with ``Checkpointed()`` or
+    ``Stored()``.  Optimizers of this library are programs of moves instead, many of them reversible.
 
-    Its update is given what optax's may ask for: ``value`` (the loss before the step), ``grad``,
+    Its update gets what an optax update may ask for: ``value`` (the loss before the step), ``grad``,
     ``value_fn``, ``obj_fn`` and ``grad_fn``, on the batch of the step.  A line search that is a loop of
     unknown length has derivatives with ``Forward()`` only.
 
@@ -76,23 +76,24 @@ def from_optax(
     make hypergradients NaN.
 
     Args:
-      build: from keyword arguments, one scalar for each of `hypers`, to an optax transformation; traced at
-        every step with the hyperparameters of that step.  Its state must not depend on them in its shapes.
-        Of a schedule, what optax keeps in the state from the beginning (the ``learning_rate`` of
+      build: function from keyword arguments, one scalar for each of `hypers`, to an optax transformation;
+        traced at every step with the hyperparameters of that step.  Its state must not depend on them in
+        its shapes. With a schedule, what optax stores in the state at the start (the ``learning_rate`` of
         ``optax.rprop``, an ``initial_accumulator_value``) has the first value; what
-        `optax.inject_hyperparams` keeps there has that of the step.
+        `optax.inject_hyperparams` stores there has the value of the step.
       hypers: names and default values; None marks one that must be given to `hypergrad.train`.  They are
         numbers or ``(T,)`` schedules, and the same for all parameters.
       domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.  By
-        default, those in `DOMAINS` of the names that are there, such as ``[0, inf)`` for ``learning_rate``.
+        default, the entries of `DOMAINS` for the names it contains, such as ``[0, inf)`` for
+        ``learning_rate``.
 
     Returns:
       An optimizer for `hypergrad.train`.
 
     Raises:
-      TypeError: if `build` must know a hyperparameter before the run, or its update needs what a
+      TypeError: `build` must know a hyperparameter before the run, or its update needs what a
         training run does not have.
-      ValueError: if a loop of unknown length, such as a line search, is differentiated in reverse.
+      ValueError: a loop of unknown length, such as a line search, is differentiated in reverse.
 
     >>> import hypergrad as hg
     >>> import jax, jax.numpy as jnp, optax
@@ -162,7 +163,7 @@ def _updated(
     params: PyTree,
     more: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
-    """An update of optax, given of what there is as much as it takes."""
+    """An optax update, called with those of the available arguments that it accepts."""
     try:
         return transformation.update(gradient, state, params, **more)
     except TypeError as error:
@@ -188,7 +189,7 @@ def _injected(state: PyTree) -> bool:
 
 
 def _refreshed(state: PyTree, fresh: PyTree) -> PyTree:
-    """The state, with the hyperparameters that `optax.inject_hyperparams` keeps in it as they are now."""
+    """The state, with the hyperparameters that `optax.inject_hyperparams` keeps in it updated."""
 
     def renew(old: Any, new: Any) -> Any:
         if not _is_injected(old):
@@ -225,8 +226,8 @@ def as_optax(
       that looks at the loss (``optax.polyak_sgd``) ``value=`` or ``value_fn=``.
 
     Raises:
-      ValueError: for hyperparameters that the optimizer does not have, or that are missing; for an
-        optimizer that looks at single examples; from ``update`` where something it needs is missing.
+      ValueError: a hyperparameter is unknown or missing; the optimizer looks at single examples; or, from
+        ``update``, something it needs is missing.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp, optax
@@ -296,11 +297,11 @@ def as_optax(
 
 
 class _Moves(NamedTuple):
-    """An optimizer with its hyperparameters, one step of which is made at a time.
+    """An optimizer with its hyperparameters, which makes one step at a time.
 
     Attributes:
       call: the user's call, for messages.
-      optimizer: of either kind.
+      optimizer: an optimizer of either kind.
       values: its hyperparameters by name; schedules have the step as their leading axis.
     """
 
@@ -331,14 +332,14 @@ class _Moves(NamedTuple):
     def start(
         self, variables: Mapping[str, PyTree] | None, merged: PyTree, step: Array
     ) -> tuple[list[Leaf], Layout]:
-        """The flat state from the optimizer's variables, or the first one."""
+        """The flat state from the optimizer's variables, or the initial one."""
         leaves = self.hypers(step, merged)
         return self.optimizer.start(self.call, variables, leaves[0] if leaves else {}, merged)
 
     def updates(
         self, gradient: PyTree, state: ProgramState, params: PyTree, context: StepContext
     ) -> tuple[PyTree, dict[str, PyTree]]:
-        """What to add to the parameters, and the optimizer's variables behind the step."""
+        """What to add to the parameters, and the optimizer's variables after the step."""
         optimizer, merged = self.optimizer, self.merged(params)
         start, layout = self.start(state.variables, merged, state.step)
         hypers = self.hypers(state.step, merged)
@@ -376,7 +377,7 @@ def _context(
     value: Any,
     value_fn: Callable[[PyTree], Array] | None,
 ) -> StepContext:
-    """What an update was given besides the gradient; its value is None where nobody gave it."""
+    """What an update got besides the gradient; the value is None if it was not given."""
 
     def missing(params: PyTree) -> Array:
         raise ValueError(f"{call}: the optimizer tries out steps; call update(..., value_fn=loss)")

@@ -1,4 +1,4 @@
-"""Younger relatives of Adam: AdaBelief, Yogi, ADOPT and AdEMAMix.
+"""Newer relatives of Adam: AdaBelief, Yogi, ADOPT and AdEMAMix.
 
 ======  ===================  ==============================================================================
 symbol  name                 meaning
@@ -112,14 +112,14 @@ def yogi() -> Optimizer:
 
 
 def adopt(use_clipping: bool = True) -> Optimizer:
-    """ADOPT, which divides every gradient by the root of an average of those before it.
+    """ADOPT, which divides every gradient by the root of an average of earlier squares.
 
     From the second step on, with ``t`` counted from 0::
 
         m <- β1 m + (1-β1) clip(g / max(√v, ε), t^¼);  v <- β2 v + (1-β2) g²;  w <- w - α m
 
-    where ``clip(x, c)`` is ``min(max(x, -c), c)``.  The first step is ``v <- v + g²``, and no other move:
-    of a run that starts with ``v = 0`` it is ``v <- g²``, as in ``optax.contrib.adopt``.
+    where ``clip(x, c)`` is ``min(max(x, -c), c)``.  The first step is ``v <- v + g²`` and nothing else; in
+    a run that starts with ``v = 0`` this is ``v <- g²``, as in ``optax.contrib.adopt``.
 
     Hyperparameters: ``learning_rate`` (α), ``b1`` (β1, default 0.9), ``b2`` (β2, default 0.9999) and
     ``eps`` (ε, default 1e-6).  Variables: ``mu`` (m) and ``nu`` (v).  Reversible: costs ``log2(1 / β1) +

@@ -21,10 +21,10 @@ from hypergrad._base.trees import dot
 
 
 def sqrt(x: Array) -> Array:
-    """``√x``, whose derivative at 0 is 0; also 0 below, where only rounding can bring a sum of squares.
+    """``√x``, whose derivative at 0 is 0; also 0 for ``x < 0``, which a sum of squares is only by rounding.
 
-    A coordinate whose gradient is always 0 keeps a second moment of 0 whatever the hyperparameters: what
-    passes through its root is 0, and not the ``0 · ∞`` of the chain rule.
+    A coordinate whose gradient is always 0 keeps a second moment of 0 whatever the hyperparameters are, so
+    the derivative through its root is 0, and not the ``0 · ∞`` of the chain rule.
 
     >>> import jax
     >>> [float(jax.grad(sqrt)(x)) for x in (0.0, 0.25)]
@@ -38,8 +38,8 @@ def sqrt(x: Array) -> Array:
 def inverse_root(matrix: Array, p: int) -> Array:
     """``A^(-1/p)`` of a symmetric positive definite matrix.
 
-    Its derivative is right for equal eigenvalues too, where that of ``jnp.linalg.eigh`` is not finite:
-    with the divided differences of ``λ^(-1/p)`` (Daleckii and Krein)::
+    Its derivative is also correct for equal eigenvalues, where that of ``jnp.linalg.eigh`` is not finite.
+    It uses the divided differences of ``λ^(-1/p)`` (Daleckii and Krein)::
 
         d(A^(-1/p)) = Q (F ∘ Qᵀ dA Q) Qᵀ,   F_ij = (1/r_i - 1/r_j) / (r_i^p - r_j^p)
                                                  = -1 / (r_i r_j Σ_k r_i^k r_j^(p-1-k)),  k = 0 ... p-1,
@@ -47,8 +47,8 @@ def inverse_root(matrix: Array, p: int) -> Array:
     whose second form has no difference in it.
 
     Args:
-      matrix: ``A``, (n, n); its lower and upper triangle are averaged.  Eigenvalues below the rounding
-        error of the largest are taken to be that.
+      matrix: ``A``, (n, n); its lower and upper triangle are averaged. Eigenvalues below the rounding error
+        of the largest are replaced by that error.
       p: static, at least 1.
 
     Source: Higham, "Functions of Matrices", 2008, section 3.2.
@@ -77,7 +77,7 @@ def _inverse_root_jvp(p: int, primals: tuple[Array], tangents: tuple[Array]) -> 
 def inverse(matrix: Array) -> Array:
     """``A⁻¹ = L⁻ᵀ L⁻¹`` of a symmetric positive definite matrix, with ``d(A⁻¹) = -A⁻¹ dA A⁻¹``.
 
-    ``L⁻¹`` is put together from the inverses of blocks on the diagonal, twice as large each time::
+    ``L⁻¹`` is assembled from the inverses of diagonal blocks, which double in size each time::
 
         (P 0; Q R)⁻¹ = (P⁻¹ 0; -R⁻¹ Q P⁻¹ R⁻¹)
 

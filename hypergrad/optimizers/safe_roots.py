@@ -1,13 +1,13 @@
-"""Functions of others' making, with derivatives that stay finite where theirs are ``0 · ∞``.
+"""Foreign functions, with derivatives that stay finite where the original ones are ``0 · ∞``.
 
-Optimizers are written to be run, not to be differentiated.  Two habits of theirs make derivatives NaN:
+Optimizers are written to be run, not to be differentiated.  Two common patterns make derivatives NaN:
 
 - roots of sums of squares, ``√(g²)``, at coordinates whose gradient is 0;
 - ``where(usual, f(x), g(x))``, in which the branch that is not taken has no value, such as ``√(negative)``
   or ``0 / 0``: what comes back to it is 0, and its slope is not finite.
 
-JAX multiplies the two and has NaN.  Here an elementwise slope that is not finite counts as 0.  Where the
-value itself is not finite, that stays to be seen: values are not changed.
+JAX multiplies the two and gets NaN.  Here an elementwise slope that is not finite counts as 0.  A value
+that is itself not finite stays visible, because values are not changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from hypergrad._base.tracing import part
 from hypergrad._base.trees import PyTree
 
-# Of those in which every element of the result depends on one element of each argument, the nonlinear.
+# The nonlinear operations in which every element of the result depends on one element of each argument.
 ELEMENTWISE = {
     "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cos", "cosh", "digamma", "div",
     "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "integer_pow", "lgamma", "log", "log1p", "logistic",
@@ -37,12 +37,13 @@ CALLS = {"closed_call": "call_jaxpr", "core_call": "call_jaxpr", "jit": "jaxpr",
 def finite(function: Callable[..., PyTree], call: str) -> Callable[..., PyTree]:
     """The same function, in which the slope of an elementwise operation that is not finite counts as 0.
 
-    So it is inside of ``jit``, ``cond``, ``scan``, ``while`` and ``checkpoint``.  A function with a rule of
-    its own for its derivative (``custom_jvp``, ``custom_vjp``) keeps that.
+    This also applies inside ``jit``, ``cond``, ``scan``, ``while`` and ``checkpoint``.  A function with a
+    custom derivative (``custom_jvp``, ``custom_vjp``) keeps it.
 
     Args:
-      function: of pytrees of arrays to a pytree of arrays.
-      call: whose function it is, for the message that a ``while`` has no derivative in reverse.
+      function: a function from pytrees of arrays to a pytree of arrays.
+      call: the call that the function belongs to, for the message that a ``while`` has no reverse-mode
+        derivative.
 
     >>> import jax, jax.numpy as jnp
     >>> length = lambda x: jnp.sqrt(jnp.sum(x * x))
@@ -78,7 +79,7 @@ def _evaluate(call: str, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[
 
 
 def _entered(call: str, eqn: Any, inputs: list[Any]) -> list[Any] | None:
-    """What an operation that contains others gives; None for one that does not."""
+    """The result of an operation that contains others; None for one that does not."""
     name, params = eqn.primitive.name, eqn.params
 
     def function(closed: Any) -> Callable[..., list[Any]]:

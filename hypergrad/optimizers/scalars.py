@@ -8,7 +8,7 @@ def number(call: str, name: str, value: Array) -> Array:
     """A hyperparameter of a leaf as a scalar.
 
     Raises:
-      ValueError: if it differs within the leaf.
+      ValueError: the value differs within the leaf.
 
     >>> import jax.numpy as jnp
     >>> float(number("novograd()", "b2", jnp.full((1, 1), 0.25)))

@@ -1,4 +1,4 @@
-"""Steps that take a sign from somewhere: Signum, Lion, Grams and Cautious AdamW.
+"""Steps that use signs: Signum, Lion, Grams and Cautious AdamW.
 
 ======  ===================  ==============================================================================
 symbol  name                 meaning
@@ -14,8 +14,8 @@ symbol  name                 meaning
 ======  ===================  ==============================================================================
 
 All products are element by element.  ``u = m̂ / (√v̂ + ε)`` is the direction of
-`hypergrad.optimizers.adam`.  A sign has the derivative 0: what enters a step only through one has a
-hypergradient of exactly 0, and cannot be learned by following it.
+`hypergrad.optimizers.adam`.  The derivative of a sign is 0: a quantity that enters a step only through a
+sign has a hypergradient of exactly 0, and cannot be learned by following it.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def lion() -> Optimizer:
 
 
 def grams() -> Optimizer:
-    """Grams, Adam's step in size and the gradient's sign: ``w <- (1 - α λ) w - α sign(g) |u|``.
+    """Grams, the size of Adam's step with the gradient's sign: ``w <- (1 - α λ) w - α sign(g) |u|``.
 
     Hyperparameters: those of `hypergrad.adam`, and ``weight_decay`` (λ, default 0).  Variables: ``mu`` and
     ``nu``.  Reversible for ``α λ <= 1 - 2**-7``: the sign is kept, and costs ``log2(3)`` bits per parameter
@@ -137,7 +137,7 @@ def cautious_adamw() -> Optimizer:
     step, besides what `hypergrad.adamw` costs; 1.15 in all at the defaults.
 
     Source: Liang, Chen, Liu, Liu, "Cautious optimizers: improving training with one line of code", 2024,
-    in the normalisation of its program.
+    with the normalization of its code.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp

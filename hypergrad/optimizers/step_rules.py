@@ -1,4 +1,4 @@
-"""How far to go along a direction whose slope and curvature are known with an uncertainty.
+"""How far to go along a direction whose slope and curvature are uncertain.
 
 Slope and curvature along a direction ``d`` are normal, and so is the change of the loss by a step ``α d``:
 
@@ -39,7 +39,7 @@ GRID, BISECTIONS = 64, 50  # of the search for the largest expected improvement
 
 
 class Improvement(NamedTuple):
-    """What is believed of the loss along a direction; scalars.
+    """The belief about the loss along a direction; all scalars.
 
     Attributes:
       slope: ``a``, above 0 where the direction leads downhill.
@@ -103,8 +103,8 @@ def probability_of_improvement(improvement: Improvement, max_step: Array) -> Arr
     ``(a q / 4) α⁴ + (b p / 2) α³ + c b α - c a = 0``.  By Descartes' rule of signs it has exactly one
     positive root wherever ``a, c, q > 0``, for ``b`` of either sign.  Limits: ``p, q -> 0`` gives
     ``a / b``; ``c -> 0`` gives 0, or ``-2 b p / (a q)`` where ``b < 0``; with ``q = 0`` and ``b <= 0``
-    there is no root, and the farther the better.  Differentiated as an implicit function, not through the
-    search.
+    there is no root, and a larger step is always better.  Differentiated as an implicit function, not
+    through the search.
 
     Args:
       improvement: along a direction; where ``a <= 0``, the step is 0.
@@ -126,7 +126,7 @@ def probability_of_improvement(improvement: Improvement, max_step: Array) -> Arr
     a, b, p, q, c = (jnp.where(solvable, x, 1) for x in improvement)
     unit = jnp.where(solvable, unit, 1)
 
-    # In this unit of length, and with coefficients of at most 1, nothing over- or underflows.
+    # In this unit of length, and with coefficients of at most 1, nothing overflows or underflows.
     b, p, q = unit * b / a, unit**2 * p, unit**2 * (unit**2 * q)
     largest = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(p, q), c) * jnp.maximum(abs(b), 1))
     p, q, c = p / largest, q / largest, c / largest
@@ -137,7 +137,7 @@ def probability_of_improvement(improvement: Improvement, max_step: Array) -> Arr
     def newton(_: int, x: Array) -> Array:
         return x - quartic(x, b, p, q, c) / (q * x**3 + b * (1.5 * p * x**2 + c))
 
-    # Right of the root the quartic rises and is convex, so that Newton's method comes down to it.
+    # Right of the root the quartic rises and is convex, so that Newton's method descends to it.
     root = jax.lax.fori_loop(0, NEWTON_STEPS, newton, jnp.ones_like(unit))
     root = unit * _implicit(quartic, root, (b, p, q, c))
     return jnp.where(solvable, jnp.minimum(root, max_step), otherwise)
@@ -165,7 +165,7 @@ def _above_root(improvement: Improvement) -> Array:
 def expected_improvement(improvement: Improvement, max_step: Array) -> Array:
     """The first maximum of the expected improvement ``-μ Φ(z) + σ φ(z)``, or the largest step.
 
-    Uncertainty counts as a chance here: the maximum lies beyond ``a / b``, and where ``b <= 0`` there is
+    Uncertainty counts as an opportunity here: the maximum is beyond ``a / b``, and for ``b <= 0`` there is
     none.  Farther out the expected improvement may rise again, without bound.  Differentiated as an
     implicit function.
 
@@ -176,7 +176,7 @@ def expected_improvement(improvement: Improvement, max_step: Array) -> Array:
     Returns:
       A scalar in ``[0, max_step]``.
 
-    Source: Chen et al. (2020), section 3, where it needs to be scaled down to be of use.
+    Source: Chen et al. (2020), section 3, where it must be scaled down to be useful.
 
     >>> round(float(expected_improvement(Improvement(2.0, 3.0, 1.0, 1.0, 0.1), 2.0)), 3)
     0.838

@@ -1,6 +1,6 @@
-"""What `hypergrad.train` is given: checked, and made into what a run consists of.
+"""The arguments of `hypergrad.train`, checked and converted into the parts of a run.
 
-Every function takes the user's call as text, which its messages quote.
+Every function takes the user's call as text, which its error messages quote.
 """
 
 import inspect
@@ -32,16 +32,16 @@ Hypers = list[dict[str, Array]]  # for every leaf of the parameters, hyperparame
 
 
 def checked_call(function: str, steps: Any, optimizer: Any, adjoint: Any) -> str:
-    """The user's call as text, once its optimizer and its adjoint are seen to be such.
+    """The user's call as text, after its optimizer and adjoint have been checked.
 
     Args:
       function: its name, such as ``train``.
       steps: as given.
-      optimizer: as given; must be one.
-      adjoint: as given; None where there is none yet.
+      optimizer: as given; it must be an optimizer.
+      adjoint: as given; None if there is none yet.
 
     Raises:
-      TypeError: if one of them is something else.
+      TypeError: one of them is something else.
     """
     call = f"{function}(steps={steps!r}, optimizer="
     if not is_optimizer(optimizer):
@@ -56,7 +56,7 @@ def checked_call(function: str, steps: Any, optimizer: Any, adjoint: Any) -> str
 
 
 def _no_optimizer(optimizer: Any) -> str:
-    """Why something is no optimizer, and what to pass instead."""
+    """Why something is not an optimizer, and what to pass instead."""
     what = f"optimizer is {describe(optimizer)}"
     if isinstance(optimizer, optax.GradientTransformation):
         return (
@@ -137,9 +137,9 @@ def flat_hypers(
     names: list[str],
     steps: int,
 ) -> tuple[Hypers, Hypers]:
-    """For every leaf of the parameters its constant and its scheduled hyperparameters.
+    """The constant and the scheduled hyperparameters of every leaf of the parameters.
 
-    What is known stays a NumPy array, so that adjoints can compute with it before the run, even under
+    Known values stay NumPy arrays, so that adjoints can compute with them before the run, even under
     ``jit``.
     """
     if not isinstance(hypers, Mapping):
@@ -153,7 +153,7 @@ def flat_hypers(
     fixed: Hypers = [{} for _ in leaves]
     scheduled: Hypers = [{} for _ in leaves]
     for key, given in complete.items():
-        strong: dict[Any, Array] = {}  # what is one array for several leaves stays one
+        strong: dict[Any, Array] = {}  # one array for several leaves stays one array
         domain = optimizer.domains.get(key)
         for i, (x, leaf) in enumerate(zip(_spread(call, key, given, params), leaves)):
             where = f"{call}: hypers[{key!r}] for {paths[i]}"
@@ -186,7 +186,7 @@ def _spread(call: str, key: str, given: PyTree, params: PyTree) -> list[Any]:
 def _typed_hyper(
     where: str, x: Any, leaf: Array, domain: tuple[float, float] | None, strong: dict[Any, Array]
 ) -> Any:
-    """A hyperparameter in the type in which it is used; refused where it is known to be no good."""
+    """A hyperparameter in the type in which it is used; refused if it is known to be invalid."""
     if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"{where} is {x.dtype}; it must be a real number")
     if not isinstance(x, jax.core.Tracer):
@@ -196,7 +196,7 @@ def _typed_hyper(
     else:
         if (known := known_value(x)) is not None:
             _check_domain(where, np.asarray(known), domain)
-        # Cotangents are added over the steps in the type of the hyperparameter.
+        # The type matters because cotangents are summed over the steps in the type of the hyperparameter.
         dtype = leaf.dtype if x.weak_type and x.ndim == 0 else widened(x).dtype
         x = strong.setdefault((id(x), dtype), jnp.asarray(x, dtype))
     _check_promotion(where, x, leaf)
@@ -204,7 +204,7 @@ def _typed_hyper(
 
 
 def _check_schedule(where: str, shape: tuple[int, ...], leaf: tuple[int, ...], steps: int) -> None:
-    """Refuse a schedule of another length, or that does not fit its leaf."""
+    """Refuse a schedule that has another length, or does not fit its leaf."""
     if shape[0] not in (1, steps):
         raise ValueError(
             f"{where} has shape {list(shape)}; a schedule's leading axis is the step and must "
@@ -222,7 +222,7 @@ def _check_schedule(where: str, shape: tuple[int, ...], leaf: tuple[int, ...], s
 
 
 def _way_out(given: PyTree) -> str:
-    """What to do about a hyperparameter that is a tree of another shape than the parameters."""
+    """Advice for a hyperparameter that is a tree of another structure than the parameters."""
     if isinstance(given, list) or type(given) is tuple:
         return " (a schedule is an array, jnp.array([...]))"
     if callable(given):
@@ -234,7 +234,7 @@ def _way_out(given: PyTree) -> str:
 
 
 def _check_promotion(where: str, x: Any, leaf: Array) -> None:
-    """Refuse two types of floats where the user has told JAX not to mix them."""
+    """Refuse two types of floats if the user has told JAX not to mix them."""
     strict = jax.config.jax_numpy_dtype_promotion == "strict"  # type: ignore[attr-defined]
     if strict and x.dtype != leaf.dtype:
         raise TypeError(
@@ -255,23 +255,23 @@ def _check_domain(where: str, x: np.ndarray, domain: tuple[float, float] | None)
 def checked_hypers(
     call: str, optimizer: AnyOptimizer, fixed: Hypers, scheduled: Hypers
 ) -> tuple[Hypers, Hypers]:
-    """The hyperparameters, refused by the running program where one is outside its domain.
+    """The hyperparameters, refused by the running program if one is outside its domain.
 
-    What is known was looked at before; of what is traced, by ``jit`` or ``vmap``, one scalar for each
-    hyperparameter goes to one callback, on which they all come to depend.  NaN is outside.  Not
+    Known values were checked before.  For values traced by ``jit`` or ``vmap``, one scalar for each
+    hyperparameter goes to one callback, on which all of them then depend.  NaN is outside.  Not
     differentiated.
 
     Args:
       call: the user's call.
       optimizer: whose they are, with their domains.
       fixed: the constant ones.
-      scheduled: those by step.
+      scheduled: the scheduled ones, by step.
 
     Returns:
-      Both, like those given; what is one array stays one.
+      Both, structured like those given; one array used several times stays one array.
 
     Raises:
-      DomainError: from the running program.
+      DomainError: raised by the running program.
     """
     traced: dict[str, dict[int, Array]] = {}
     for leaf in (*fixed, *scheduled):
@@ -303,7 +303,7 @@ def checked_hypers(
 
 
 def _first_outside(arrays: Sequence[Array], low: float, high: float) -> Array:
-    """The first number outside ``[low, high)``, or any if there is none; without derivative."""
+    """The first number outside ``[low, high)``, or any number if there is none; without derivative."""
     dtype = jnp.result_type(float)
 
     def first(x: Array) -> Array:
@@ -314,7 +314,7 @@ def _first_outside(arrays: Sequence[Array], low: float, high: float) -> Array:
 
 
 def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTree]:
-    """The step at which a state was left, and the integers behind it."""
+    """The step at which a state ended, and the integers behind its floats."""
     state = {} if state is None else state
     first = state.get(STEP, 0)
     if np.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.integer):
@@ -324,7 +324,7 @@ def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTre
 
 
 def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
-    """The batches, if every array has the steps as its leading axis."""
+    """The batches, after checking that the leading axis of every array is the step."""
     stack = (
         "Batches are arrays with the steps as their leading axis: stack those of a loader, "
         "jnp.stack([next(loader) for _ in range(steps)])"
@@ -355,7 +355,7 @@ def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
 
 
 def check_examples(call: str, optimizer: AnyOptimizer, batch: PyTree) -> None:
-    """A batch can be taken apart into two or more examples."""
+    """Check that a batch can be split into two or more examples."""
     shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
     counts = {shape[0] if shape else 0 for shape in shapes}
     if len(counts) != 1 or min(counts) < 2:

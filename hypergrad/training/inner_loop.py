@@ -36,10 +36,10 @@ class Trained(NamedTuple):
 
     Attributes:
       params: trained parameters, a tree like those given.
-      state: the optimizer's variables by name, each a tree like the parameters, and how many steps were
-        made, ``step``; passed to another call of `train`, it goes on as if the two runs were one, bit for
-        bit.  For that `Reversible` adds ``exact``, the integers behind the floats, which count only where
-        the floats are still the same.  An optimizer of optax has one entry, ``state``.
+      state: the optimizer's variables by name, each a tree like the parameters, and ``step``, the number of
+        steps made.  Passed to another call of `train`, it continues as if the two runs were one, bit for
+        bit.  For this, `Reversible` adds ``exact``, the integers behind the floats, which are used only
+        where the floats are unchanged.  An optax optimizer has one entry, ``state``.
       losses: ``(T,)``, the inner loss at every step, before its update; differentiable.
       watched: what ``watch`` returned, every array with the steps as its leading axis.
     """
@@ -63,25 +63,25 @@ def train(
     state: Mapping[str, PyTree] | None = None,
     watch: Callable[[Snapshot], PyTree] | None = None,
 ) -> Trained:
-    """Train for a number of steps; differentiable in everything that goes in.
+    """Train for a number of steps; differentiable in all its inputs.
 
     ``w_{t+1} = step(w_t, ∇ loss(w_t, meta, batches[t]), hypers[t])``.  Composes with ``jax.grad``,
-    ``jax.jit`` and ``jax.vmap``; reverse mode only.  Everything that is an array of floats can be
-    differentiated, and what the loss closes over too; only what is costs anything.
+    ``jax.jit`` and ``jax.vmap``; reverse mode only.  Every array of floats can be differentiated, including
+    those the loss closes over; only those that are differentiated cost anything.
 
     Args:
       loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  An optimizer that looks
-        at single examples gives it batches of one, and minimises the mean.
-      params: start, a pytree of float32 or float64 arrays.
+        at single examples passes it batches of one, and minimizes the mean.
+      params: initial parameters, a pytree of float32 or float64 arrays.
       hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
         number for all, or one per layer, or one per leaf) of numbers, of schedules (optax's or those of
         `hypergrad.schedules`), or of ``(T, ...)`` arrays, the leading axis being the step and the others
         broadcasting against the leaf.
-      meta: any pytree, passed to the loss: regularisation, data, labels, scales.
-      batches: a pytree of arrays with leading axis ``T``; slice ``t`` is given to the loss at step
-        ``t``.  Row indices keep the data out of it: see `hypergrad.data.minibatches`.  None gives the
-        loss the step number, int32, which goes on from ``state``.  For an optimizer that looks at single
-        examples, the axis behind the step is the example.
+      meta: any pytree, passed to the loss: regularization, data, labels, scales.
+      batches: a pytree of arrays with leading axis ``T``; slice ``t`` is passed to the loss at step ``t``.
+        Row indices keep the data out of it: see `hypergrad.data.minibatches`.  With None the loss gets the
+        step number, int32, which continues from ``state``.  For an optimizer that looks at single examples,
+        the second axis is the example.
       steps: ``T >= 1``.
       optimizer: a program of moves, by default `hypergrad.momentum`, or one made by `hypergrad.from_optax`.
       adjoint: how to differentiate, by default `hypergrad.Reversible`.
@@ -93,12 +93,12 @@ def train(
       A `Trained`.
 
     Raises:
-      ValueError: if an argument cannot be meant as it is; before any work starts.  Under ``jit`` the
-        running program raises `hypergrad.errors.DomainError`, a ValueError, for a hyperparameter that left
-        its domain.
-      TypeError: for what is no array, function, optimizer or adjoint where one must be, for parameters of a
-        dtype in which a hypergradient would be noise, and for an optimizer that closes over traced values.
-      ReversalError: if the run could not be, or was not, reversed exactly.
+      ValueError: an argument is invalid; checked before any work starts.  Under ``jit`` the running program
+        raises `hypergrad.errors.DomainError`, a ValueError, for a hyperparameter outside its domain.
+      TypeError: an argument is not an array, function, optimizer or adjoint where one is required, the
+        parameters have a dtype in which a hypergradient would be noise, or the optimizer closes over traced
+        values.
+      ReversalError: the run could not be, or was not, reversed exactly.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
     learning", ICML 2015.
@@ -129,7 +129,7 @@ def train(
     numbers = first + np.arange(steps, dtype=np.int32)
     batches, batch = _batches(call, optimizer, batches, numbers)
 
-    # The user's functions are traced here, once, on shapes alone; only their jaxprs are used below.
+    # The user's functions are traced only once, here, on shapes alone; only their jaxprs are used below.
     shapes = jax.tree.map(shape_of, (params, meta, batch))
     converted, captured, value = _trace_loss(call, optimizer, loss, split, shapes)
     observe, more = _trace_observe(optimizer, split, shapes)
@@ -162,7 +162,7 @@ def train(
 
 
 def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
-    """What a state tells besides the optimizer's variables: the next step, and the integers behind it."""
+    """The entries of a state besides the optimizer's variables: the next step, and the exact integers."""
     return {STEP: jnp.asarray(step)} | ({} if outputs.exact is None else {EXACT: outputs.exact})
 
 
@@ -170,7 +170,7 @@ Split = Callable[[PyTree], PyTree]  # from what the optimizer moves to the user'
 
 
 def _in_blocks(call: str, optimizer: AnyOptimizer, params: PyTree) -> tuple[PyTree, Split]:
-    """What the optimizer moves, and the way back: the user's functions are shown what they gave."""
+    """What the optimizer moves, and the map back to the user's parameters, for the user's functions."""
     blocks = optimizer.blocks
     if blocks is None:
         return params, lambda merged: merged
@@ -182,7 +182,7 @@ def _in_blocks(call: str, optimizer: AnyOptimizer, params: PyTree) -> tuple[PyTr
 def _batches(
     call: str, optimizer: AnyOptimizer, batches: PyTree, numbers: np.ndarray
 ) -> tuple[PyTree, PyTree]:
-    """Batches by step, and the one on which the user's functions are traced."""
+    """The batches by step, and one on which the user's functions are traced."""
     batches = checked_batches(call, numbers if batches is None else batches, len(numbers))
     if optimizer.observe is not None:
         batches = (batches, numbers)
@@ -223,7 +223,7 @@ def _trace_observe(
 
 
 def _trace_watch(run: Run, watch: Callable[..., Any], split: Split, shapes: Any) -> tuple[Run, list[Array]]:
-    """The run with what is watched, and what that closes over."""
+    """The run with the watch function, and what that closes over."""
     check_callable(run.call, "watch", watch, "snapshot")
     params, variables, value = shapes
     number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))

@@ -1,6 +1,6 @@
-"""Which adjoint for a run, under a budget of memory.
+"""Which adjoint to use for a run, under a memory budget.
 
-What one step takes is measured, on short compiled runs; how it grows with the steps is computed.
+The memory of one step is measured on short compiled runs; its growth with the steps is computed.
 
 =======  ==========================================================================================
 symbol   meaning
@@ -50,16 +50,16 @@ from hypergrad.training.inner_loop import train
 
 TIMES = {"Stored": 2.9, "Reversible": 3.7, "Checkpointed": 3.9, "Reversible in segments": 4.8}
 SHORT = 4  # steps of the runs that are measured
-SPARE = 1.1  # room in the buffers for factors that move while they are learned
+SPARE = 1.1  # room in the buffers for factors that change while they are learned
 
 
 class Estimate(NamedTuple):
-    """What a hypergradient is expected to take.
+    """The expected memory and time of a hypergradient.
 
     Attributes:
       adjoint: how it is differentiated.
-      memory: bytes beside arguments and results.
-      time: in plain trainings.
+      memory: bytes in addition to arguments and results.
+      time: in units of one plain training run.
     """
 
     adjoint: Adjoint
@@ -68,11 +68,11 @@ class Estimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The adjoints for a run, and which of them to take.
+    """The adjoints for a run, and which of them to use.
 
     Attributes:
       adjoint: the fastest that fits.
-      estimates: of all, fastest first; see `fastest` for another budget.
+      estimates: those of all adjoints, fastest first; see `fastest` for another budget.
       budget: bytes.
     """
 
@@ -100,26 +100,26 @@ def plan(
     budget: float,
     wrt: tuple[str, ...] = ("hypers",),
 ) -> Plan:
-    """Predict memory and time of every adjoint for a run, and pick the fastest that fits.
+    """Predict the memory and time of every adjoint for a run, and pick the fastest that fits.
 
-    Compiles hypergradients of a few steps; runs nothing.
+    It compiles hypergradients of a few steps, and runs nothing.
 
     Args:
-      loss: as for `hypergrad.train`, and so are the next ones.
-      params: start.
-      hypers: hyperparameters; their present values say how many bits a step destroys.
+      loss: as for `hypergrad.train`, like the following arguments.
+      params: initial parameters.
+      hypers: hyperparameters; their current values determine how many bits a step destroys.
       meta: passed to the loss.
-      batches: by step.
+      batches: batches by step.
       steps: ``T >= 1``.
-      optimizer: by default `hypergrad.momentum`.
-      budget: bytes of memory beside arguments and results.
-      wrt: what will be differentiated: some of ``"params", "hypers", "meta", "batches"``.
+      optimizer: the optimizer, by default `hypergrad.momentum`.
+      budget: bytes of memory in addition to arguments and results.
+      wrt: what will be differentiated: any of ``"params", "hypers", "meta", "batches"``.
 
     Returns:
       A `Plan`; print it for a table, and pass its ``adjoint`` to `hypergrad.train`.
 
     Raises:
-      ValueError: if no adjoint fits; the message says what the smallest needs.
+      ValueError: no adjoint fits; the message says how much the smallest needs.
 
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
@@ -154,7 +154,7 @@ def plan(
 
 
 def _candidates(run: Run, arrays: Any) -> list[tuple[str, Callable[[int], Any]]]:
-    """The adjoints that could be taken, by the number of their segments."""
+    """The possible adjoints, as functions of the number of segments."""
     found: list[tuple[str, Callable[[int], Any]]] = [
         ("Stored", lambda segments: Stored()),
         ("Checkpointed", Checkpointed),
@@ -170,7 +170,7 @@ def _candidates(run: Run, arrays: Any) -> list[tuple[str, Callable[[int], Any]]]
 
 
 class _Sizes:
-    """Bytes that the adjoints of one run need: measured on a few steps, and what grows with them.
+    """The bytes that the adjoints of one run need: measured on a few steps, and extrapolated.
 
     Args:
       run: the user's.
@@ -184,14 +184,14 @@ class _Sizes:
         self.state = sum(x.nbytes for leaf in start for x in leaf.values())
         self.schedules = sum(x[0].nbytes for x in jax.tree.leaves(inputs.hypers)) if "hypers" in wrt else 0
         self.short = min(SHORT, run.steps)
-        self.measured = functools.cache(self._measured)  # every figure costs a compilation
+        self.measured = functools.cache(self._measured)  # every measurement costs a compilation
 
     def _measured(self, adjoint: Adjoint, steps: int) -> int:
         return _temporary(adjoint, replace(self.run, steps=steps), self.arrays, self.wrt)
 
     @functools.cached_property
     def kept(self) -> int:
-        """What `Stored` keeps of a step."""
+        """The bytes that `Stored` keeps of one step."""
         stored, half = self.measured(Stored(), self.short), self.short // 2
         return (stored - self.measured(Stored(), half)) // (self.short - half) if half else stored
 
@@ -207,14 +207,14 @@ class _Sizes:
         tape, cotangents = adjoint.tape_bytes(run, *self.arrays), steps * self.schedules
         if adjoint.segments == 1:
             return tape + cotangents
-        # A segment has the cotangents of its schedules in arrays of its own.
+        # Each segment has separate arrays for the cotangents of its schedules.
         own = adjoint.length(steps) * self.schedules
         return tape + cotangents + own + adjoint.segments * adjoint.state_bytes(run, *self.arrays)
 
     def estimate(self, name: str, make: Callable[[int], Any]) -> Estimate:
-        """The best of an adjoint with any number of segments."""
+        """The best choice of an adjoint over all numbers of segments."""
         steps, short = self.run.steps, self.short
-        choices = dict.fromkeys(make(S) for S in _divisions(steps))  # some are the same for any S
+        choices = dict.fromkeys(make(S) for S in _divisions(steps))  # some ignore S
         best = min(choices, key=lambda adjoint: self.grows(adjoint, steps))
         few = make(2) if short > 1 else make(1)
         workspace = self.measured(few, short) - self.grows(few, short)
@@ -225,7 +225,7 @@ def fastest(estimates: Sequence[Estimate], budget: float) -> Adjoint:
     """The fastest adjoint that fits a budget in bytes.
 
     Raises:
-      ValueError: if none does.
+      ValueError: none fits.
 
     >>> import hypergrad as hg
     >>> fastest([Estimate(hg.Stored(), 1000, 3.0), Estimate(hg.Reversible(), 10, 4.0)], 500)
@@ -243,7 +243,7 @@ def fastest(estimates: Sequence[Estimate], budget: float) -> Adjoint:
 
 
 def _divisions(steps: int) -> list[int]:
-    """Numbers of segments worth a thought: one for every length within some per cent."""
+    """Numbers of segments worth trying: one for every length up to a few percent."""
     count = min(steps, 200)
     return sorted({max(1, round(steps ** (k / count))) for k in range(count + 1)} - {1} or {1})
 
@@ -251,7 +251,7 @@ def _divisions(steps: int) -> list[int]:
 def _temporary(
     adjoint: Adjoint, run: Run, arrays: tuple[list[Leaf], Constants, Inputs], wrt: tuple[str, ...]
 ) -> int:
-    """Bytes that a compiled hypergradient needs beside arguments and results."""
+    """Bytes that a compiled hypergradient needs in addition to arguments and results."""
     start, constants, inputs = arrays
 
     def floats(part: str, tree: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""K-FAC: Kronecker factors of the curvature by layer, to be reversed or adapted as in 2015."""
+"""K-FAC: Kronecker factors of the curvature by layer, in a reversible and in an adaptive form."""
 
 from hypergrad.optimizers.kfac.adaptive import AdaptiveState, adaptive_kfac
 from hypergrad.optimizers.kfac.asynchrony import Asynchrony

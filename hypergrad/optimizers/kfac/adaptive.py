@@ -1,4 +1,4 @@
-"""K-FAC with the damping and the rates of 2015, which adapt themselves."""
+"""K-FAC with the self-adapting damping and rates of Martens and Grosse (2015)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class AdaptiveState(NamedTuple):
     Attributes:
       steps: so far.
       factors: ``(A, G)`` of every layer; of a gain ``(D,)``, of doubly factored weights ``(A, B, G)``.
-      inverses: ``(Â + π γ I)⁻¹`` and ``(Ĝ + γ/π I)⁻¹``, and alike, as of the last refresh.
+      inverses: ``(Â + π γ I)⁻¹`` and ``(Ĝ + γ/π I)⁻¹``, and similarly, as of the last refresh.
       change: ``δ₀``, the change made by the step before, a block for every layer.
       scale: ``s``.
     """
@@ -57,15 +57,15 @@ def adaptive_kfac(
     """K-FAC that sets its rate, momentum and damping itself, from the exact quadratic model of the loss.
 
     ``Δ = -(Â + π γ I)⁻¹ ∇ (Ĝ + γ/π I)⁻¹``, with ``γ² = r (λ + η)``;  ``δ = α Δ + μ δ₀``, where α and μ
-    minimise ``M(δ) = ∇ᵀδ + ½ δᵀ(F + (λ + η) I) δ``;  ``w <- w + δ``.
+    minimize ``M(δ) = ∇ᵀδ + ½ δᵀ(F + (λ + η) I) δ``;  ``w <- w + δ``.
 
-    ``F`` is the exact Fisher matrix on the examples that the network sees, from products with its
-    Jacobian.  Levenberg and Marquardt's rule adapts ``λ = s · damping``: with ``q`` the fall of the loss
-    over that of ``M``, every ``adapt`` steps ``s`` is multiplied by ``ω^adapt`` where ``q > 3/4``, and
-    divided by it where ``q < 1/4``.  For losses that are not the same at every step it is of little use.
+    ``F`` is the exact Fisher matrix on the examples that the network sees, from products with its Jacobian.
+    Levenberg and Marquardt's rule adapts ``λ = s · damping``: with ``q`` the fall of the loss over that of
+    ``M``, every ``adapt`` steps ``s`` is multiplied by ``ω^adapt`` where ``q > 3/4``, and divided by it
+    where ``q < 1/4``.  It is of little use for losses that differ from step to step.
 
-    Not reversible; differentiate with ``Checkpointed()`` or ``Stored()``.  The choices of the rule are
-    constants where the run is differentiated; ω and the first λ are not.
+    Not reversible; differentiate with ``Checkpointed()`` or ``Stored()``.  The choices of the rule count as
+    constants in differentiation; ω and the first λ do not.
 
     Hyperparameters, numbers or ``(T,)`` schedules: ``damping`` (λ at the start, default 1),
     ``min_damping`` (below which λ does not fall, default 1e-8), ``omega`` (ω, default 0.95), ``l2`` (η,
@@ -75,13 +75,13 @@ def adaptive_kfac(
     Args:
       network: as for `kfac`.
       likelihood: as for `kfac`.
-      fisher: as for `kfac`; of the factors only.
+      fisher: as for `kfac`; used for the factors only.
       refresh: steps between inversions of the factors; they are also inverted in the first three.
       adapt: steps between adaptations of λ.
       doubly: as for `kfac`.
 
     Raises:
-      ValueError: as `kfac`, and for periods that are not positive.
+      ValueError: as for `kfac`, or a period is not positive.
 
     Source: Martens and Grosse, ICML 2015, sections 6.4 to 6.6 and 7.
 
@@ -137,7 +137,7 @@ def adaptive_kfac(
 
         due = (t % refresh == 0) | (t < 3)
         B = jax.lax.cond(due, inverted, lambda: state.inverses)
-        # Near a minimum the products of these with themselves are too small for a float.
+        # Scaled, because near a minimum the products of these with themselves are too small for a float.
         Δ = _near_one([-precondition(each, x) for each, x in zip(B, slope)])
         δ0 = _near_one(δ0)
 
@@ -148,7 +148,7 @@ def adaptive_kfac(
         new = unmerged([x + y for x, y in zip(blocks, δ)])
 
         def adapted() -> Array:
-            fall = _inner_products([slope], [δ])[0, 0] / 2  # M(δ) - M(0), where δ minimises M
+            fall = _inner_products([slope], [δ])[0, 0] / 2  # M(δ) - M(0), where δ minimizes M
             ratio, ω = (context.loss(new) - context.value) / fall, h["omega"] ** adapt
             return state.scale * jnp.where(ratio > 0.75, ω, jnp.where(ratio < 0.25, 1 / ω, 1))
 
@@ -159,7 +159,7 @@ def adaptive_kfac(
 
 
 def _inner_products(left: list[list[Array]], right: list[list[Array]]) -> Array:
-    """Of all pairs of trees, ``(len(left), len(right))``."""
+    """The inner products of all pairs of trees, ``(len(left), len(right))``."""
     rows = [[sum(jnp.vdot(x, y) for x, y in zip(a, b)) for b in right] for a in left]
     return jnp.array(rows)
 
@@ -179,15 +179,15 @@ def _fisher_products(
 
 
 def _near_one(direction: list[Array]) -> list[Array]:
-    """A direction whose length does not matter, with a largest number near 1."""
+    """A direction whose length does not matter, scaled so that its largest number is near 1."""
     scale = power(direction)
     return [(x / scale).astype(x.dtype) for x in direction]
 
 
 def _least(M: Array, b: Array) -> tuple[Array, Array]:
-    """The two numbers ``x`` that minimise ``½ xᵀ M x + bᵀ x``; the second is 0 where it changes nothing.
+    """The two numbers ``x`` that minimize ``½ xᵀ M x + bᵀ x``; the second is 0 where it changes nothing.
 
-    That is so in the first step, which has no step before it, and where the two directions are parallel.
+    This happens in the first step, which has no step before it, and if the two directions are parallel.
     """
     (m, k), n = M[0], M[1, 1]
     # The derivative of the branch not taken must be finite.

@@ -1,7 +1,7 @@
-"""Asynchrony as integers: statistics and inverses that are known to the optimizer some steps late.
+"""Asynchrony as integers: statistics and inverses that reach the optimizer some steps late.
 
-Workers that compute statistics and inverses beside the training, as fast as they can, make runs that differ
-from one another.  Here how late they are is part of the problem, so a run is a function that can be
+Workers that compute statistics and inverses alongside the training, as fast as they can, make runs that
+differ from one another.  Here the delay is part of the problem, so a run is a function that can be
 evaluated again and differentiated.
 
 ========  ==================  =====================================================================
@@ -15,7 +15,7 @@ symbol    name                meaning
 ========  ==================  =====================================================================
 
 Step ``t`` adds ``x_{max(t - τ_s, 0)}`` to the averages, and uses ``B_r`` with
-``r = P ⌊max(t - τ_i, 0) / P⌋``: the first statistics and inverses are waited for.
+``r = P ⌊max(t - τ_i, 0) / P⌋``: the run waits for the first statistics and inverses.
 
 Source: Ba, Grosse, Martens, "Distributed second-order optimization using Kronecker-factored
 approximations", ICLR 2017, section 3.
@@ -34,19 +34,19 @@ from hypergrad._base.devices import Evaluate, in_turn, spread
 
 @dataclass(frozen=True)
 class Asynchrony:
-    """How late statistics and inverses are, and where they are computed; see the head of this file.
+    """How late statistics and inverses are, and where they are computed; see the module docstring.
 
-    With the defaults nothing is late, and a run is bit for bit what it is without.
+    With the defaults nothing is late, and a run is bit for bit the same as without it.
 
     Attributes:
       refresh: ``P``, steps between inversions.
       statistics_delay: ``τ_s``.
       inverse_delay: ``τ_i``.
-      mesh: of at least two devices, of which the first half computes statistics, and the second half
-        inverses, those of one layer on one device; None leaves them where everything else is.
+      mesh: a mesh of at least two devices.  The first half computes statistics and the second half
+        inverses, those of one layer on one device; None computes them where everything else is.
 
     Raises:
-      ValueError: for periods and delays that are no such integers, and for a mesh of one device.
+      ValueError: a period or delay is not such an integer, or the mesh has only one device.
 
     >>> Asynchrony(refresh=5, inverse_delay=5)
     Asynchrony(refresh=5, statistics_delay=0, inverse_delay=5)
@@ -91,7 +91,7 @@ class Asynchrony:
 
 
 def ring(like: Array, delay: int, period: int = 1) -> Array:
-    """Zeros for all arrays that are made, one in every period, until the first of them is used no more.
+    """Zeros for all arrays that are made, one per period, until the first of them is no longer used.
 
     >>> import jax.numpy as jnp
     >>> ring(jnp.zeros(7), 4, 3).shape
@@ -115,7 +115,7 @@ def written(ring: Array, t: Array, value: Callable[[], Array], period: int = 1) 
 
 
 def read(ring: Array, t: Array, delay: int, period: int = 1) -> Array:
-    """What had been made at step ``max(t - delay, 0)``, in step ``t`` after it was written.
+    """The value made at step ``max(t - delay, 0)``, read in step ``t`` after its own value was written.
 
     >>> import jax.numpy as jnp
     >>> read(jnp.array([[3.0], [4.0], [5.0]]), jnp.int32(5), 2)

@@ -12,7 +12,7 @@ AXES = {1: ("A",), 2: ("A", "G"), 3: ("A", "B", "G")}  # a block's factors, one 
 
 
 def factor_start(name: str, block: Array) -> Array:
-    """A factor of zeros; without elements where a block does not have it."""
+    """A factor of zeros; empty if the block does not have it."""
     axes = AXES[block.ndim]
     width = block.shape[axes.index(name)] if name in axes else 0
     square = name not in axes or block.ndim > 1
@@ -32,7 +32,7 @@ def one_number(call: str, name: str, value: Array) -> Array:
 def damped(factors: Sequence[Array], damping: Array, pi: Array) -> tuple[Array, ...]:
     """``A + π γ I`` and ``G + γ/π I``, with ``π = p √((tr A / dim A) / (tr G / dim G))`` and ``γ = √λ``.
 
-    Where a trace is 0, ``π = p``.  A gain has one factor: ``D + λ``.  Three are scaled as `kfac` says, by 1
+    If a trace is 0, ``π = p``.  A gain has one factor: ``D + λ``.  Three are scaled as `kfac` says, by 1
     where a trace is 0.
 
     Source: Martens and Grosse, ICML 2015, section 6.3; Ba, Grosse, Martens, ICLR 2017, for three.

@@ -1,10 +1,11 @@
 """Layers that a network declares, and the Kronecker factors of their Fisher matrices.
 
-A network as this file wants it is a pure function ``network(params, meta, batch, probes) -> (outputs,
-inputs)``.  Its arguments but for the last are those of the loss.  ``probes`` and ``inputs`` are trees like
-the *layers* of the parameters, with one array for a layer: the network adds the probe to what the layer
-computes, which changes nothing, as probes are zeros, but lets one differentiate in it; and it returns what
-went into the layer.  Nothing is searched for in the graph of the network.
+A network, as this module expects it, is a pure function
+``network(params, meta, batch, probes) -> (outputs, inputs)``.  Its arguments but for the last are those of
+the loss.  ``probes`` and ``inputs`` are trees like the *layers* of the parameters, with one array for a
+layer: the network adds the probe to what the layer computes, which changes nothing, as probes are zeros,
+but makes it possible to differentiate in it; and it returns the inputs of the layer.  The graph of the
+network is not searched.
 
 Layers are found in the tree of parameters.  There are three kinds, all of whose arrays end with the axis of
 outputs:
@@ -21,14 +22,14 @@ a gain: an array of one axis          ``(n, ..., n_out)``          ``inputs * ga
                                                                    gain of ones
 ====================================  ===========================  =====================================
 
-The axes of weights before the last are one, ``n_in`` long: inputs of a convolution are the patches of the
-image, flattened in the order of the weights' axes.  Axes of the inputs between first and last are places
-that share the weights.
+The axes of weights before the last count as one of length ``n_in``: inputs of a convolution are the patches
+of the image, flattened in the order of the weights' axes.  Axes of the inputs between the first and the
+last are places that share the weights.
 
 A layer may be declared doubly factored.  Its inputs are then matrices, such as channels by offsets of a
-kernel, their rows one after the other, and its weights and biases are blocks of their own, which disregards
-what they have to do with each other: the block of the weights has three axes, and the biases are those of a
-layer whose only input is 1.
+kernel, with their rows concatenated, and its weights and biases are separate blocks, which ignores the
+correlation between them: the block of the weights has three axes, and the biases are those of a layer whose
+only input is 1.
 
 ========  ====================  ====================================================================
 symbol    shape                 meaning
@@ -76,7 +77,7 @@ Network = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
 
 
 def _is_layer(tree: PyTree) -> bool:
-    """Whether a subtree is weights with their biases: has two children, which are arrays that fit."""
+    """Whether a subtree is weights with their biases: two children, which are arrays that fit."""
     children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
     if len(children) != 2 or not jax.tree_util.all_leaves(children):
         return False
@@ -85,12 +86,12 @@ def _is_layer(tree: PyTree) -> bool:
 
 
 def _layers(params: PyTree) -> tuple[list[PyTree], Any]:
-    """The subtrees that are layers, and the tree that they are the leaves of."""
+    """The subtrees that are layers, and the structure of the tree whose leaves they are."""
     return jax.tree.flatten(params, is_leaf=_is_layer)
 
 
 def merge(params: PyTree) -> PyTree:
-    """The block of every layer: weights as a matrix, and below them the biases; a gain as it is.
+    """The block of every layer: weights as a matrix, with the biases below them; a gain unchanged.
 
     >>> import jax.numpy as jnp
     >>> merge({"layer": {"w": jnp.zeros((3, 2)), "b": jnp.ones(2)}})["layer"]
@@ -140,8 +141,8 @@ def blocks(call: str, doubly: PyTree = None) -> Blocks:
 
     Args:
       call: the user's call, for messages.
-      doubly: a tree like the layers, of how many rows the matrices have that are the inputs, or 0 for a
-        layer that is not doubly factored; None stands for zeros.
+      doubly: a tree like the layers, of the number of rows of each input matrix, or 0 for a layer that is
+        not doubly factored; None stands for zeros.
 
     >>> import jax.numpy as jnp
     >>> params = [(jnp.zeros((6, 5)), jnp.zeros(5)), (jnp.zeros((5, 4)), jnp.zeros(4))]
@@ -205,8 +206,8 @@ class Tapped(NamedTuple):
 
     Attributes:
       outputs: ``z``, ``(n, ...)``.
-      inputs: of every layer, flat, ``(n, T, n_in)``.
-      slopes: from cotangents ``(k, n, ...)`` of the outputs to those of the probes: flat,
+      inputs: the inputs of every layer, flat, ``(n, T, n_in)``.
+      slopes: function from cotangents ``(k, n, ...)`` of the outputs to those of the probes, flat,
         ``(k, n, T, n_out)``.
     """
 
@@ -220,13 +221,13 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
 
     Args:
       call: the user's call, for messages.
-      network: see the head of this file.
-      params: its parameters, and the next two its other arguments.
+      network: see the module docstring.
+      params: its parameters; the next two are its other arguments.
       meta: passed on.
       batch: passed on.
 
     Raises:
-      ValueError: if what the network returns does not fit its parameters, or it adds no probe.
+      ValueError: what the network returns does not fit its parameters, or it does not add a probe.
     """
     layers, structure = _layers(params)
     returned = jax.eval_shape(network, params, meta, batch, no_probes(params))
@@ -270,14 +271,14 @@ def tapped(call: str, network: Network, params: PyTree, meta: PyTree, batch: PyT
 
 
 def _by_places(x: Array, leading: int) -> Array:
-    """All axes but so many and the last as one."""
+    """The array with all axes merged but the leading ones and the last."""
     return x.reshape(*x.shape[:leading], math.prod(x.shape[leading:-1]), x.shape[-1])
 
 
 def _reached(function: Callable[..., Array], *arguments: list[PyTree]) -> list[list[bool]]:
     """For each tree in each list, whether the derivative of the function in it may differ from 0.
 
-    Seen in the jaxpr of the cotangents: where nothing passes they are zeros, made of nothing.
+    Determined from the jaxpr of the cotangents: where nothing passes they are zeros that depend on nothing.
     """
     shapes = jax.eval_shape(function, *arguments)
 
@@ -295,7 +296,7 @@ def _reached(function: Callable[..., Array], *arguments: list[PyTree]) -> list[l
 
 
 def no_probes(params: PyTree) -> PyTree:
-    """Zeros in the place of probes; numbers, which fit where the shapes of the probes are not known."""
+    """Zeros in place of probes; scalars, because the shapes of the probes are not known."""
     layers, structure = _layers(params)
     return structure.unflatten([jnp.zeros((), jax.tree.leaves(x)[0].dtype) for x in layers])
 
@@ -326,18 +327,18 @@ class Fisher(Protocol):
     def __call__(
         self, likelihood: Likelihood, outputs: Array, meta: PyTree, batch: PyTree, step: Array
     ) -> tuple[Array, Array]:
-        """Two arrays ``(k, n, ...)``, or one twice."""
+        """Two arrays ``(k, n, ...)``, or the same one twice."""
 
 
 def sampled(seed: int = 0) -> Fisher:
     """The Fisher matrix, estimated by one target for every example, drawn from the predictive distribution.
 
     ``E_{y ~ p(y | z)} g gᵀ``.  Costs one pass backwards.  Targets are the same in every run: their key is
-    the seed's, folded with the step.  They count as constants where the run is differentiated: that is the
+    the seed's, folded with the step.  They count as constants in differentiation, which gives the
     derivative of the run that took place, not of an expectation over runs.
 
     Args:
-      seed: of the targets.
+      seed: seed of the targets.
 
     Source: Martens and Grosse, ICML 2015, section 5.
 
@@ -413,10 +414,10 @@ class Factors(NamedTuple):
     """Factors of the Fisher matrices of all layers: trees like the blocks.
 
     Attributes:
-      A: of inputs, ``(n_in + 1, n_in + 1)``, or of their rows; for a gain ``D``, ``(n_out,)``.
-      B: of the columns of inputs, ``(columns, columns)``; but for doubly factored weights nothing,
-        ``(0, 0)``.
-      G: of slopes, ``(n_out, n_out)``; for a gain nothing, ``(0, 0)``.
+      A: factor of the inputs, ``(n_in + 1, n_in + 1)``, or of their rows; for a gain ``D``, ``(n_out,)``.
+      B: factor of the columns of the inputs, ``(columns, columns)``; empty, ``(0, 0)``, except for doubly
+        factored weights.
+      G: factor of the slopes, ``(n_out, n_out)``; empty, ``(0, 0)``, for a gain.
     """
 
     A: PyTree
@@ -440,15 +441,16 @@ def factors(
 
     Args:
       call: the user's call, for messages.
-      network: see the head of this file.
-      likelihood: of its outputs.
+      network: see the module docstring.
+      likelihood: the likelihood of its outputs.
       fisher: `sampled`, `exact` or `empirical`.
-      params: of the network.
+      params: parameters of the network.
       meta: passed to the network.
       batch: passed to the network.
-      step: by which targets are drawn.
+      step: the step, from which the key of the targets is made.
       doubly: as for `blocks`.
-      evaluate: what evaluates the factors of the layers, on what devices (see `hypergrad._base.devices`).
+      evaluate: evaluates the factors of the layers, on devices of its choice (see
+        `hypergrad._base.devices`).
     """
     at = tapped(call, network, params, meta, batch)
     u, v = fisher(likelihood, at.outputs, meta, batch, step)
@@ -505,13 +507,13 @@ def _of_slopes(left: Array, right: Array) -> Array:
 def rank_one(matrices: Array) -> tuple[Array, Array]:
     """``K = √‖𝒜‖ u₁`` and ``Ψ = √‖𝒜‖ v₁``, of the first singular vectors of every matrix.
 
-    The paper has ``√σ₁`` in the place of ``√‖𝒜‖``, the Frobenius norm.  They are the same for matrices of
-    rank one; for others ``K Ψᵀ`` has the norm of ``𝒜``, so that the Fisher matrix has about the trace of
-    the plain one, and is not too small, which would make steps too large.  For normal inputs of 8 by 8 its
+    The paper has ``√σ₁`` in place of ``√‖𝒜‖``, the Frobenius norm.  They are the same for matrices of rank
+    one; for others ``K Ψᵀ`` has the norm of ``𝒜``, so that the Fisher matrix has about the trace of the
+    plain one, and is not too small, which would make steps too large.  For normal inputs of 8 by 8 its
     trace is 0.38 of the plain one's with ``σ₁``, and 0.99 with ``‖𝒜‖``; for digits of 8 by 8 pixels, 0.79
     and 0.99.  There the loss of an autoencoder after 300 steps differs by less than 2 %.
 
-    The vectors come from a fixed number of power iterations, which start with the longest row.  They are
+    The vectors come from a fixed number of power iterations, which start from the longest row.  They are
     differentiated as computed: unlike the derivatives of singular vectors, those of a few iterations stay
     finite where ``σ₁`` and ``σ₂`` meet.  Matrices of zeros give zeros.
 
@@ -528,7 +530,7 @@ def rank_one(matrices: Array) -> tuple[Array, Array]:
     >>> bool(jnp.allclose(K[:, :, None] * Psi[:, None], jnp.array([[[0.0, 0.0], [2.0, 2.0]]])))
     True
     """
-    scale = power(matrices)  # lest squares overflow, or are 0
+    scale = power(matrices)  # so that squares do not overflow or become 0
     matrices = matrices / scale
     squares = jnp.sum(matrices**2, axis=2)
     longest = jax.nn.one_hot(jnp.argmax(squares, axis=1), matrices.shape[1], dtype=matrices.dtype)
@@ -542,6 +544,6 @@ def rank_one(matrices: Array) -> tuple[Array, Array]:
 
 
 def _unit(vectors: Array) -> Array:
-    """Of length 1, or 0 where they were."""
+    """The vectors scaled to length 1; zeros stay 0."""
     square = jnp.sum(vectors**2, axis=1, keepdims=True)
     return vectors / jnp.sqrt(jnp.where(square > 0, square, 1))

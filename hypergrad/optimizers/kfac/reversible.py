@@ -41,35 +41,37 @@ def kfac(
     ``A <- ρ A + (1-ρ) E ā āᵀ;  G <- ρ G + (1-ρ) E g gᵀ;``
     ``Δ = (Â + π γ I)⁻¹ ∇ (Ĝ + γ/π I)⁻¹;  V <- μ V + Δ;  W <- W - α V``, for every layer.
 
-    The parameters are a tree of layers, and the network says what goes into them; how, is written in
-    `hypergrad.layers`, and the networks of `hypergrad.nets` do.  For gains, such as those of a
-    normalisation, ``Δ = ∇ / (D̂ + λ)``.  For weights of doubly factored layers, ``∇`` is multiplied along
-    its axes by the inverses of ``(c/a) Â + √p ∛λ I``, ``(c/b) B̂ + √p ∛λ I`` and ``(c/g) Ĝ + ∛λ/p I``, with
+    The parameters are a tree of layers, and the network returns the inputs of each, as described in
+    `hypergrad.layers`; the networks of `hypergrad.nets` do.  For gains, such as those of a normalization,
+    ``Δ = ∇ / (D̂ + λ)``.  For weights of doubly factored layers, ``∇`` is multiplied along its axes by the
+    inverses of ``(c/a) Â + √p ∛λ I``, ``(c/b) B̂ + √p ∛λ I`` and ``(c/g) Ĝ + ∛λ/p I``, with
     ``a = tr Â / dim Â`` and so on, and ``c = ∛(a b g)``; their biases are a layer of one input, 1.
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (μ, default 0.9), ``damping`` (λ, default 1e-2),
     ``decay`` (ρ, default 0.95) and ``pi`` (p, default 1); the last three are numbers for every layer.
     Variables, trees of the layers: ``A``, ``G`` and ``velocity``; with doubly factored layers ``B``.
     Reversible: costs ``log2(1 / μ)`` bits per parameter and step, and ``log2(1 / ρ)`` per element of the
-    factors.  Late statistics and inverses are of parameters that on the way back are not known yet; to keep
-    them all would take as much memory as the factors, at every step, so such programs are not reversible.
+    factors.  Late statistics and inverses belong to parameters that are not yet known when the run is
+    played backwards; keeping them all would take as much memory as the factors, at every step, so such
+    programs are not reversible.
 
     Args:
       network: ``network(params, meta, batch, probes) -> (outputs, inputs)``; see `hypergrad.layers`.  The
         examples it sees may be fewer than those of the loss.
-      likelihood: of the outputs, one of `hypergrad.curvature`: the one whose negative logarithm the loss
-        is the mean of.
+      likelihood: the likelihood of the outputs, one of `hypergrad.curvature`, such that the loss is the
+        mean of its negative logarithm.
       fisher: `layers.sampled`, the default, `layers.exact` or `layers.empirical`.
       norm_constraint: whether steps are shortened, to ``Δ min(1, √(c / (α² Σ ⟨∇, Δ⟩)))`` with the sum
         over all layers; adds the hyperparameter ``norm_constraint`` (c, no default).
-      doubly: which layers are doubly factored: a tree like the layers in the parameters, of the rows of
-        the matrices that are the inputs, or 0.  A layer of 256 channels of 6 by 6 places, flattened in this
+      doubly: which layers are doubly factored: a tree like the layers in the parameters, of the number of
+        rows of the input matrices, or 0.  A layer of 256 channels of 6 by 6 places, flattened in this
         order, has 256, and factors of widths 256, 36 and ``n_out``.
-      asynchrony: how late statistics and inverses are, and on what devices; None for not at all.
+      asynchrony: how late statistics and inverses are, and on what devices they are computed; None if they
+        are not late.
 
     Raises:
-      ValueError: if the network's inputs do not fit its parameters, or it forgets to add a probe, or a
-        hyperparameter differs within a layer, or inputs are no matrices of so many rows.
+      ValueError: the network's inputs do not fit its parameters, it does not add a probe, a hyperparameter
+        differs within a layer, or inputs are not matrices with the given number of rows.
 
     Source: Martens and Grosse, ICML 2015, sections 3 to 6; Ba, Grosse, Martens, ICLR 2017, for the norm
     constraint, doubly factored layers and asynchrony.
@@ -158,13 +160,13 @@ def _averaged(name: str, decay: Array, t: Array, delay: int) -> list[Move]:
 
 
 def _shortening(size: Array, most: Array) -> Array:
-    """By what a step is multiplied, so that its size is not above the most."""
+    """The factor on a step that keeps its size at or below the maximum."""
     longer = size > most
     return jnp.where(longer, jnp.sqrt(most / jnp.where(longer, size, 1)), 1)
 
 
 def _variables(names: Sequence[str], asynchrony: Asynchrony) -> dict[str, Variable]:
-    """Factors, those of them that are late, their inverses where those are kept, and the velocity."""
+    """Factors, delayed factors, their inverses if those are kept, and the velocity."""
     P, τ_s, τ_i = asynchrony.refresh, asynchrony.statistics_delay, asynchrony.inverse_delay
     variables = {name: Variable(partial(factor_start, name)) for name in names}
     if τ_s:
