@@ -118,7 +118,7 @@ def _content(feed: Feed, x: Any, memo: Memo) -> None:
         elif hasattr(x, "__wrapped__"):  # such as what jax.jit returns
             inner(x.__wrapped__)
         else:
-            if kind.__repr__ is not object.__repr__:
+            if kind.__repr__ is not object.__repr__:  # type: ignore[comparison-overlap]
                 feed(_plain(repr(x)))
             if hasattr(x, "__dict__") and kind.__module__.partition(".")[0] not in _OPAQUE:
                 inner(vars(x))

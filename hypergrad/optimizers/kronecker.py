@@ -21,7 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.optimizers.roots import dot, inverse_root
+from hypergrad._base.trees import dot
+from hypergrad.optimizers.roots import inverse_root
 from hypergrad.program import Move, Optimizer, Scale, Shift, Variable
 
 DOMAINS = {"learning_rate": (0.0, float("inf")), "momentum": (0.0, 1.0), "eps": (0.0, float("inf"))}

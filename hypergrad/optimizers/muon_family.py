@@ -72,8 +72,8 @@ def newton_schulz(
     tall = X.shape[0] > X.shape[1]
     X = X.T if tall else X
     for _ in range(steps):
-        A = roots.dot(X, X.T)
-        X = a * X + roots.dot(b * A + c * roots.dot(A, A), X)
+        A = trees.dot(X, X.T)
+        X = a * X + trees.dot(b * A + c * trees.dot(A, A), X)
     return X.T if tall else X
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad._base import trees
 from hypergrad.optimizers import roots
 
 AXES = {1: ("A",), 2: ("A", "G"), 3: ("A", "B", "G")}  # a block's factors, one for each of its axes
@@ -80,8 +81,8 @@ def precondition(inverses: Sequence[Array], gradient: Array) -> Array:
     if len(inverses) == 1:
         return inverses[0] * gradient
     rest = math.prod(gradient.shape[1:])
-    along_rows = roots.dot(inverses[0], gradient.reshape(len(inverses[0]), rest)).reshape(gradient.shape)
+    along_rows = trees.dot(inverses[0], gradient.reshape(len(inverses[0]), rest)).reshape(gradient.shape)
     if len(inverses) == 3:
-        along_rows = roots.dot(inverses[1][None], along_rows)
+        along_rows = trees.dot(inverses[1][None], along_rows)
     last = along_rows.reshape(math.prod(gradient.shape[:-1]), gradient.shape[-1])
-    return roots.dot(last, inverses[-1]).reshape(gradient.shape)
+    return trees.dot(last, inverses[-1]).reshape(gradient.shape)
