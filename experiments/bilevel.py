@@ -13,7 +13,7 @@ Every method has the same budget of gradient evaluations (see `hypergrad.bilevel
 constant step sizes that are the best of a grid, with other seeds; the grid begins alike for all, and grows
 where the best is at its edge.  "reversible" is `hg.train` from the start for every hypergradient, played
 backwards bit for bit.  The first order of DARTS never moves ``θ`` here, since ``g`` does not depend on it
-directly: it is training without hyperparameter optimisation.
+directly: it is training without hyperparameter optimization.
 
     python -m experiments.bilevel            # MNIST and a9a
     python -m experiments.bilevel --fast     # digits, to see that it runs

@@ -271,7 +271,7 @@ def admissible(n: Numerators) -> Bool[Array, ""]:
         return jnp.all((n >= jnp.uint64(BASE * SMALLEST_FACTOR)) & (n <= jnp.uint64(BASE)))
 
 
-def quantised(factor: Factors, n: Numerators) -> Factors:
+def quantized(factor: Factors, n: Numerators) -> Factors:
     """The factor that a numerator stands for, ``n / 2**32``, in the type of the factor.
 
     Where the factor cannot be undone and has no numerator, it is the factor itself.

@@ -562,7 +562,7 @@ def step(
     observations: Sequence[Observed],
     kept: Sequence[Record] | None = None,
 ) -> list[Leaf]:
-    """One step in floats, with the same quantised factors as the exact one: what JAX differentiates.
+    """One step in floats, with the same quantized factors as the exact one: what JAX differentiates.
 
     Args:
       program: the moves of every leaf.
@@ -615,8 +615,8 @@ def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, observations: Observed,
     if isinstance(move, Scale):
         x, exactly = leaf[move.variable], factor_of(move, view)
         factor = jax.lax.stop_gradient(jnp.asarray(exactly, x.dtype))
-        quantised = exact.quantised(factor, move.numerator(factor))
-        return straight_through(quantised * x, exactly * x)
+        quantized = exact.quantized(factor, move.numerator(factor))
+        return straight_through(quantized * x, exactly * x)
     if isinstance(move, Shift):
         return leaf[move.variable] + move.amount(view)
     assert isinstance(move, Assign)

@@ -31,7 +31,7 @@ def x64() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def effort(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile as users do where it counts, and always in slow tests."""
-    thorough = any(request.node.get_closest_marker(name) for name in ("optimised", "slow"))
+    thorough = any(request.node.get_closest_marker(name) for name in ("optimized", "slow"))
     jax.config.update("jax_disable_most_optimizations", not thorough)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -11,7 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad._base.tracing import closure_convert
-from hypergrad.adjoints.linearise import linearise
+from hypergrad.adjoints.linearize import linearize
 from hypergrad.adjoints.run import Run
 from hypergrad.program import Assign, Layout, Optimizer, Scale, Shift, Variable
 from tests.problems import (
@@ -158,7 +158,7 @@ def temporary_memory(adjoint: Any, steps: int, width: int = 300) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_memory_of_reversible_grows_by_the_bits_that_momentum_destroys() -> None:
     short, long = (temporary_memory(hg.Reversible(), steps) for steps in (1000, 4000))
     bits = 8 * (long - short) / (3000 * 300 * 300)
@@ -166,7 +166,7 @@ def test_memory_of_reversible_grows_by_the_bits_that_momentum_destroys() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_memory_of_checkpointed_grows_with_the_square_root() -> None:
     short, long = (temporary_memory(hg.Checkpointed(), steps) for steps in (1000, 4000))
     assert long < 2.3 * short
@@ -175,7 +175,7 @@ def test_memory_of_checkpointed_grows_with_the_square_root() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_second_derivatives_against_the_dense_hessian() -> None:
-    """Products of `linearise` with Hessian and mixed derivative, and with the cotangent of the loss."""
+    """Products of `linearize` with Hessian and mixed derivative, and with the cotangent of the loss."""
     rng = np.random.default_rng(0)
     w, c, u = (jnp.asarray(rng.normal(size=n)) for n in (4, 3, 4))
 
@@ -183,7 +183,7 @@ def test_second_derivatives_against_the_dense_hessian() -> None:
         return jnp.sum(jnp.sin(jnp.outer(w, c))) + jnp.prod(w) * batch
 
     run = make_run(loss, w, c, jnp.asarray(2.0))
-    at = linearise(run, [w], ([c], [jnp.asarray(2.0)]), ([True], [False]))
+    at = linearize(run, [w], ([c], [jnp.asarray(2.0)]), ([True], [False]))
     found = at.transposed(jnp.asarray(0.5), [u])
     hessian = jax.hessian(loss)(w, c, 2.0)
     mixed = jax.jacobian(jax.grad(loss), argnums=1)(w, c, 2.0)

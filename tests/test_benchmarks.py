@@ -155,7 +155,7 @@ def test_torch_contestants_are_skipped_by_name_where_missing(monkeypatch):
 
 
 @pytest.mark.quick("adam")
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", bench.EXACT)
 def test_exactness(name):
     result = bench.check_exactness(TINY, name, STEPS)
@@ -164,7 +164,7 @@ def test_exactness(name):
     assert (result["optimizer"], result["steps"]) == (name, STEPS)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_exactness_is_not_claimed_where_reversal_fails(monkeypatch):
     def refused(*_, **__):
         raise bench.hg.ReversalError("not recovered")

@@ -101,7 +101,7 @@ def adjoints_of(optimizer: Any) -> list[Any]:
 
 
 @pytest.mark.quick("adam")
-@pytest.mark.optimised
+@pytest.mark.optimized
 @every("momentum", "adam", "sgd", "ademamix")
 def test_two_runs_are_one_bit_for_bit(name: str) -> None:
     """By `Reversible`; the floats of other adjoints the compiler may fuse one way here, another there."""
@@ -206,7 +206,7 @@ def test_integers_count_only_where_the_floats_are_still_the_same() -> None:
 
 
 @pytest.mark.quick("3")
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("segments", [2, 3, 40])
 def test_segments_do_not_change_the_bits(segments: int) -> None:
     for name in ("momentum", "adam"):

@@ -16,7 +16,7 @@ from hypergrad import bundles
 from hypergrad._base import compiler
 from hypergrad.adjoints import guards, starts
 
-pytestmark = pytest.mark.optimised
+pytestmark = pytest.mark.optimized
 
 A, B, C = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(0).normal(size=(3, 1000)))
 TRUE = jnp.asarray(True)

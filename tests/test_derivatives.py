@@ -207,7 +207,7 @@ def test_losses_nobody_uses_have_no_say(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, jax.grad(expected)(jnp.asarray(0.7)), rtol=1e-8)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_stored_keeps_of_the_weights_of_examples_no_more_than_plain_jax(weight: float) -> None:
     n, steps = 100_000, 50

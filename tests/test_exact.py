@@ -492,7 +492,7 @@ def test_factors_that_cannot_be_undone_are_seen(factor: float) -> None:
 def test_ratio_is_the_nearest() -> None:
     factors = np.random.default_rng(0).uniform(0.01, 1, 1000)
     with jax.enable_x64(True):
-        ratios = np.asarray(exact.quantised(jnp.asarray(factors), exact.numerator(factors)))
+        ratios = np.asarray(exact.quantized(jnp.asarray(factors), exact.numerator(factors)))
     assert np.max(np.abs(ratios - factors)) <= 2.0**-33
 
 

@@ -185,7 +185,7 @@ def test_lbfgsb_keeps_to_its_bounds_and_says_why_it_stopped():
     assert run(quadratic, START, optimizer=LBFGSB(), steps=1).stopped == ""
 
 
-def test_the_optimiser_is_given_the_loss():
+def test_the_optimizer_is_given_the_loss():
     plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(0.5, patience=1))
     best = run(lambda hypers, key: hypers * 1e-30 + 1.0, 1.0, optimizer=plateau, steps=3)
     np.testing.assert_array_equal(best.history.loss, np.ones(3))
@@ -709,7 +709,7 @@ def test_a_checkpoint_in_a_missing_folder_is_refused(tmp_path):
         ({"about": {"seeds": "3"}}, r"optimize\(about=...\): \['seeds'\] are names of what every"),
         ({"explosion": 1.0}, r"optimize\(explosion=1.0\): .*above 1; use math.inf"),
         ({"explosion": math.nan}, r"optimize\(explosion=nan\)"),
-        ({"optimizer": optax.adam}, r"optimize\(optimizer=<function adam.*not an optax optimiser"),
+        ({"optimizer": optax.adam}, r"optimize\(optimizer=<function adam.*not an optax optimizer"),
         ({"key": 3}, r"optimize\(key=3\): not one PRNG key; use jax.random.key\(0\)"),
         ({"key": jax.random.split(jax.random.key(0))}, r"(?s)optimize\(key=.*: not one PRNG key"),
         (
@@ -743,7 +743,7 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("hypers", "message"),
     [
-        ({}, r"optimize\(hypers=\{\}\): there is nothing to optimise"),
+        ({}, r"optimize\(hypers=\{\}\): there is nothing to optimize"),
         (3, r"optimize\(hypers\): the value has dtype int32, which has no gradient"),
         (
             {"rate": 0.5, "steps": [np.arange(2)]},

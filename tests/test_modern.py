@@ -753,7 +753,7 @@ def test_a_kept_sign_as_an_optax_transformation() -> None:
     assert float(jnp.abs(ends[0] - w).max()) > 0.1
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("name", "steps"),
     [

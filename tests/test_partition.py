@@ -302,7 +302,7 @@ def bits(state: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_goes_on_from_a_state_bit_for_bit() -> None:
     optimizer = CASES["muon for matrices"].optimizer
     w, hypers = start(jnp.float32), schedules(optimizer, 10, jnp.float32)

@@ -125,7 +125,7 @@ def test_a_number_of_segments_that_does_not_divide_the_steps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_segments_take_less_memory_than_either_pure_strategy() -> None:
     steps, width = 20_000, 100
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.adjoints.linearise import gradient_of, in_segments
+from hypergrad.adjoints.linearize import gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution
 
 STEPS = 7

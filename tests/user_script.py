@@ -34,6 +34,3 @@ found: curvature.Spectrum = curvature.spectrum(
 warm_up = schedules.WarmupCosine(0.0, 0.1, 2.0, 5.0)
 rates: Array = schedules.values({"learning_rate": warm_up}, 5)["learning_rate"]
 solver: implicit.LinearSolver = linear.ConjugateGradients(tolerance=1e-3)
-rates: Array = schedules.values({"learning_rate": schedules.WarmupCosine(0.0, 0.1, 2.0, 5.0)}, 5)[
-    "learning_rate"
-]

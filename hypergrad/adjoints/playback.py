@@ -29,7 +29,7 @@ from hypergrad import exact
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
-from hypergrad.adjoints.linearise import Linearised, linearise
+from hypergrad.adjoints.linearize import Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
 from hypergrad.program import PARAMS, Leaf, Observed, Record
@@ -192,15 +192,15 @@ class Player:
         if self.lengths is None:
             params = self._params(leaves, at)
             return self.run.plain_gradient(params, self.constants.loss, x.batch)
-        loss, evaluated, _ = self._linearised(leaves, x, at).primal
+        loss, evaluated, _ = self._linearized(leaves, x, at).primal
         return loss, evaluated
 
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
         return [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
 
-    def _linearised(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearised:
+    def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized:
         theta = (self.constants.loss, x.batch)
-        return linearise(self.run, self._params(leaves, at), theta, self.flags.loss, at.always_true)
+        return linearize(self.run, self._params(leaves, at), theta, self.flags.loss, at.always_true)
 
     # ---- backwards
 
@@ -230,14 +230,14 @@ class Player:
         leaves, kept = integers.kept(at, now.leaves, tapes)
         records = [a | b for a, b in zip(records, kept)]
         leaves = integers.unstep(at, leaves, tapes, None, records)
-        linearised = self._linearised(leaves, x, at)
-        _, evaluated, _ = linearised.primal
+        linearized = self._linearized(leaves, x, at)
+        _, evaluated, _ = linearized.primal
         observations = self.run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
         leaves = integers.unstep(at, leaves, tapes, observations, records)
 
         floats = integers.floats(at.always_true, leaves)
         _, along_loss, along_watched = _at(cotangents._replace(end=[]), t)
-        before, constants, inputs = _InFloats(self, x, at, kept, linearised).transposed(
+        before, constants, inputs = _InFloats(self, x, at, kept, linearized).transposed(
             floats, now.cotangents, along_loss, along_watched
         )
         sums = [a + b for a, b in zip(now.sums, constants)]
@@ -265,14 +265,14 @@ class _InFloats(NamedTuple):
       x: inputs of the step.
       at: which step.
       kept: what `Keep` has kept in it.
-      linearised: loss and gradient, with their derivatives.
+      linearized: loss and gradient, with their derivatives.
     """
 
     player: Player
     x: Inputs
     at: Moment
     kept: list[Record]
-    linearised: Linearised
+    linearized: Linearized
 
     def transposed(
         self, floats: list[Leaf], behind: list[Leaf], along_loss: Any, along_watched: Any
@@ -291,7 +291,7 @@ class _InFloats(NamedTuple):
         """
         player, constants = self.player, self.player.constants
         flags, watches = player.flags, along_watched is not None
-        loss, evaluated, _ = self.linearised.primal
+        loss, evaluated, _ = self.linearized.primal
         hypers, merge = split(flags.hypers, (self.at.fixed, self.at.scheduled))
         watching, merge_watch = split(flags.constants.watch, constants.watch)
         spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, self.spread_shapes(floats))]
@@ -310,7 +310,7 @@ class _InFloats(NamedTuple):
         _, pull = jax.vjp(step, floats, loss, evaluated, spread, watching)
         before, of_loss, direction, of_spread, of_watch = pull((behind, along_watched))
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
-        products = self.linearised.transposed(sum(of_losses) if of_losses else None, direction)
+        products = self.linearized.transposed(sum(of_losses) if of_losses else None, direction)
         for leaf, product in zip(before, products.params):
             leaf[PARAMS] += product
         of_hypers = [_sum_to(x, h.shape) for x, h in zip(of_spread, hypers)]

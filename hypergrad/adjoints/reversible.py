@@ -25,7 +25,7 @@ from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, pert
 from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
-from hypergrad.adjoints.linearise import in_segments
+from hypergrad.adjoints.linearize import in_segments
 from hypergrad.adjoints.playback import Cotangents, Flags, Player, always_true, inexact_leaves
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of

@@ -231,7 +231,7 @@ class Run:
     ) -> tuple[list[Leaf], Outputs]:
         """One step in floats, for adjoints that leave differentiation to JAX.
 
-        With `plain_gradient` in both modes; with `hypergrad.adjoints.linearise.gradient_of` in reverse
+        With `plain_gradient` in both modes; with `hypergrad.adjoints.linearize.gradient_of` in reverse
         mode only, for less.
         """
         loss, observations = gradient_of(self.params_of(leaves), constants.loss, inputs.batch)

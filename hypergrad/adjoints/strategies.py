@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad._base.checks import check_adjoint, is_whole
 from hypergrad._base.trees import tensordot
-from hypergrad.adjoints.linearise import gradient_of, in_segments
+from hypergrad.adjoints.linearize import gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
 from hypergrad.program import Leaf
 

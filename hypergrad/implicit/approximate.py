@@ -138,7 +138,7 @@ def hoag(
     optimizer: optax.GradientTransformation,
     linear: LinearSolver | None = None,
 ) -> Hoag:
-    """Hyperparameter optimisation with approximate gradients: accurate only in the end, warm always.
+    """Hyperparameter optimization with approximate gradients: accurate only in the end, warm always.
 
     At step ``k`` both the minimum and the linear system are solved to ``ε_k``, from where they were at step
     ``k - 1``; then the optimizer moves the hyperparameters.  Converges where ``Σ ε_k`` does.

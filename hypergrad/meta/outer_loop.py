@@ -246,7 +246,7 @@ def _refuse_bad_settings(
 ) -> None:
     if not isinstance(optimizer, optax.GradientTransformation | LBFGSB):
         raise TypeError(
-            f"optimize(optimizer={optimizer!r}): not an optax optimiser or LBFGSB(...); give one "
+            f"optimize(optimizer={optimizer!r}): not an optax optimizer or LBFGSB(...); give one "
             "with its settings, such as optax.adam(0.04)"
         )
     for name, value in {"steps": steps, **counts}.items():
@@ -280,7 +280,7 @@ def _refuse_bad_settings(
 def _start(constraints: PyTree, hypers: PyTree) -> tuple[PyTree, PyTree]:
     if not jax.tree.leaves(hypers):
         raise ValueError(
-            f"optimize(hypers={hypers!r}): there is nothing to optimise; give a tree with at "
+            f"optimize(hypers={hypers!r}): there is nothing to optimize; give a tree with at "
             "least one floating-point array"
         )
     for path, leaf in jax.tree.leaves_with_path(hypers):

@@ -34,7 +34,7 @@ Gradient = Callable[..., tuple[Scalar, list[Observed]]]
 
 
 def gradient_of(run: Run) -> Gradient:
-    """Loss and gradient, whose derivative in reverse mode is that of `linearise`.
+    """Loss and gradient, whose derivative in reverse mode is that of `linearize`.
 
     An optimizer that looks at single examples leaves this gradient to ``watch``.  Where nobody watches
     JAX drops it, which it would not if its derivative had a rule of its own.
@@ -45,7 +45,7 @@ def gradient_of(run: Run) -> Gradient:
 def _gradient(
     run: Run, params: list[Array], loss_constants: list[Array], batch: list[Array]
 ) -> tuple[Scalar, list[Observed]]:
-    """`Run.plain_gradient` with the rule of `linearise`."""
+    """`Run.plain_gradient` with the rule of `linearize`."""
 
     @jax.custom_vjp
     def evaluate(
@@ -56,9 +56,9 @@ def _gradient(
     def forward(params: Any, theta: Any) -> Any:
         flags = perturbed(theta)
         params, theta = jax.tree.map(lambda x: x.value, (params, theta))
-        linearised = linearise(run, params, theta, flags)
-        saved = (linearised.primal, linearised.residuals)
-        return linearised.primal[:2], (saved, Static(linearised.jaxprs), freeze(flags))
+        linearized = linearize(run, params, theta, flags)
+        saved = (linearized.primal, linearized.residuals)
+        return linearized.primal[:2], (saved, Static(linearized.jaxprs), freeze(flags))
 
     def backward(residual: Any, cotangent: Any) -> Any:
         saved, jaxprs, flags = residual
@@ -66,8 +66,8 @@ def _gradient(
         loss_cotangent, direction = cotangent
         if isinstance(loss_cotangent, SymbolicZero):
             loss_cotangent = None
-        linearised = Linearised(primal, residuals, jaxprs.value)
-        products = linearised.transposed(loss_cotangent, instantiate(direction))
+        linearized = Linearized(primal, residuals, jaxprs.value)
+        products = linearized.transposed(loss_cotangent, instantiate(direction))
         return products.params, scatter(thaw(flags), products.wanted)
 
     evaluate.defvjp(forward, backward, symbolic_zeros=True)
@@ -107,7 +107,7 @@ class Products(NamedTuple):
     wanted: list[Array]
 
 
-class Linearised(NamedTuple):
+class Linearized(NamedTuple):
     """Loss, gradient and what is observed at a point, with what is needed for their derivatives there.
 
     Attributes:
@@ -137,9 +137,9 @@ class Linearised(NamedTuple):
         return Products(total[: len(observations)], total[len(observations) :])
 
 
-def linearise(
+def linearize(
     run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Flag | None = None
-) -> Linearised:
+) -> Linearized:
     """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
 
     Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
@@ -206,7 +206,7 @@ def linearise(
         primal, (first, residuals) = evaluate(params, theta)
     else:
         primal, (first, residuals) = _first_apart(always_true, evaluate, params, theta)
-    return Linearised((*primal, first), residuals, linear_maps[-1])
+    return Linearized((*primal, first), residuals, linear_maps[-1])
 
 
 def _first_apart(always_true: Flag, function: Callable[..., Any], *arguments: PyTree) -> Any:
