@@ -1,11 +1,11 @@
 """The exact arithmetic of many arrays at once.
 
-A model has many leaves and most are small: biases, gains, little matrices.  What is done to each by itself
-costs its own instructions, and their compilation; laid end to end they cost one set.  Large arrays stay by
+A model has many leaves, and most are small: biases, gains, little matrices.  Treated one by one, each needs
+its own instructions and their compilation; laid end to end, they need one set.  Large arrays stay by
 themselves, since laying them end to end would copy them.
 
-All functions take and return lists, with one entry for each array; all numbers in a list have as many low
-words.
+All functions take and return lists with one entry for each array.  All numbers in a list have the same
+number of low words.  ``always_true`` is explained in `hypergrad._base.compiler`.
 """
 
 import math
@@ -20,17 +20,21 @@ from hypergrad import exact
 from hypergrad._base.compiler import computed, in_place
 from hypergrad.exact import Buffer, Fixed, Growth, Ratio
 
-SMALL = 1 << 14  # elements of an array that is not worth a computation of its own
-LARGEST = 1 << 18  # elements of a bundle; what is copied at a time
-NEGLIGIBLE = 2.0**-30
-ROWS = 256  # how many sums are kept of an array of many narrow rows
-WIDTH = 16  # the least of a row
+SMALL = 1 << 14  # arrays with fewer elements are not worth a computation of their own
+LARGEST = 1 << 18  # most elements of a bundle, which are copied at a time
+NEGLIGIBLE = 2.0**-30  # a part of a number that does not matter at one step
+ROWS = 256  # how many sums are kept of an array with many narrow rows
+WIDTH = 16  # narrowest row that gets a sum of its own
 
 Shape = tuple[int, ...]
 
 
 def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int]]:
-    """Which arrays to lay end to end: lists of indices, of arrays of one kind, that hold every index once.
+    """Which arrays to lay end to end: lists of indices that together hold every index once.
+
+    Args:
+      shapes: of the arrays.
+      kinds: of the arrays; only arrays of one kind are laid end to end.
 
     >>> from hypergrad.bundles import bundles
     >>> bundles([(3,), (1000, 1000), (2, 2)], ["float32"] * 3)
@@ -51,13 +55,13 @@ def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int
 
 
 def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
-    """`exact.shift`."""
+    """`exact.shift` of every number by its amount."""
 
     def fitting(radices: Array, amounts: list[Array]) -> Array:
         largest = jnp.stack([exact.largest(x) for x in amounts])
         return exact.fitted(radices, largest, len(numbers[0].low))
 
-    # Where all have their radices nothing is run, and costs nothing.
+    # If all have their radices, nothing runs and nothing is paid.
     radices = jnp.stack([number.radix for number in numbers])
     radices = in_place(jnp.any(radices == exact.UNSET), fitting, radices, [*amounts])
     settled = [number._replace(radix=radices[i]) for i, number in enumerate(numbers)]
@@ -65,7 +69,7 @@ def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]
 
 
 def unshift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
-    """`exact.unshift`."""
+    """`exact.unshift` of every number by its amount."""
     return _added(always_true, exact.unshift, numbers, amounts)
 
 
@@ -91,7 +95,7 @@ def scale(
     tapes: Sequence[Array],
     ns: Sequence[Array],
 ) -> list[tuple[Fixed, Buffer, Array]]:
-    """`exact.scale`."""
+    """`exact.scale` of every number by its numerator: the number, the buffer and the tape after it."""
 
     def scaled(state: tuple[Fixed, Array, Array], ratio: Ratio) -> tuple[Fixed, Array, Array]:
         return exact.scaled(*state[:2], ratio)
@@ -118,7 +122,7 @@ def unscale(
     tapes: Sequence[Array],
     ns: Sequence[Array],
 ) -> list[tuple[Fixed, Buffer]]:
-    """`exact.unscale`."""
+    """`exact.unscale` of every number by its numerator: the number and the buffer before it."""
 
     def unscaled(state: tuple[Fixed, Array], byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
         return exact.unscaled(*state, byte, ratio)
@@ -140,7 +144,7 @@ def unscale(
 def _growths(
     always_true: Array, buffers: Sequence[Buffer], ns: Sequence[Array], undo: bool
 ) -> list[Growth]:
-    """`exact.growth`: of arrays with one factor each as one, of others by themselves."""
+    """`exact.growth` of every buffer: together if arrays have one factor each, else one by one."""
     result = [exact.growth(b.bits, n, undo) if b.bits.ndim else None for b, n in zip(buffers, ns)]
     whole = [i for i, each in enumerate(result) if each is None]
     if whole:
@@ -154,13 +158,13 @@ def _growths(
 
 
 def _scaled_alike(buffers: Sequence[Buffer]) -> list[list[int]]:
-    """Arrays with a factor for every element stay by themselves."""
+    """`bundles` for scales: arrays with a factor for every element stay by themselves."""
     kinds = [i if buffer.bits.ndim else -1 for i, buffer in enumerate(buffers)]
     return bundles([buffer.register.shape for buffer in buffers], kinds)
 
 
 def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list[Array]:
-    """`exact.to_float`."""
+    """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
     for bundle in bundles(shapes, dtypes):
@@ -177,7 +181,17 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
 def coarseness(
     wanted: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], part: float
 ) -> list[Array]:
-    """`exact.coarseness`, summed over rows of the arrays; zeros unless it is wanted."""
+    """`exact.coarseness`, summed over the rows of every array.
+
+    Args:
+      wanted: bool scalar; if false, zeros are returned without computing anything.
+      numbers: to which the amounts are added.
+      amounts: as given to `shift`.
+      part: of an amount that rounding may take.
+
+    Returns:
+      float64 sums, by row, of every array.
+    """
     result: dict[int, Array] = {}
     shapes = [x.shape for x in amounts]
 
@@ -203,9 +217,19 @@ def coarseness(
 def matters(
     always_true: Array, coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
 ) -> Array:
-    """Which arrays' shifts were too coarse by their sum, next to which the number itself is not large.
+    """Whether the shifts of each array were too coarse, in sum, for the size of its numbers.
 
-    Where ``2**-30`` of the number at every step would be as much, it is: what is lost is nothing to it.
+    They were not if ``2**-30`` of the number at every step would be as much: then the loss is negligible.
+
+    Args:
+      always_true: see `hypergrad._base.compiler`.
+      coarse: sums of `coarseness` over the run so far, by row, of every array.
+      numbers: the arrays as they are now.
+      part: as given to `coarseness`.
+      steps: of the run.
+
+    Returns:
+      bool, one for each array.
     """
     with jax.enable_x64(True):
         sizes = [_by_row(jnp.abs(x)) for x in floats(always_true, numbers, [jnp.float64] * len(numbers))]
@@ -214,7 +238,7 @@ def matters(
 
 
 def _by_row(x: Array) -> Array:
-    """Sums over the rows of an array: over all but its leading axis, or of as many parts as are useful."""
+    """Sums over the rows of an array, all axes but the first; or over `ROWS` parts if rows are narrow."""
     rows = x.shape[0] if x.ndim else 1
     if x.size <= ROWS:
         return x.ravel()
@@ -231,14 +255,14 @@ def _together(numbers: Sequence[Fixed]) -> Fixed:
 
 
 def _apart(number: Fixed, like: Sequence[Fixed]) -> list[Fixed]:
-    """Undo `_together`; the radices are those of the like."""
+    """Undo `_together`; shapes and radices are those of ``like``."""
     shapes = [x.high.shape for x in like]
     low = zip(*(_parted(word, shapes) for word in number.low))
     return [Fixed(high, words, x.radix) for high, words, x in zip(_parted(number.high, shapes), low, like)]
 
 
 def _joined(arrays: Sequence[Array]) -> Array:
-    """Arrays of one type end to end; a single one as it is."""
+    """Arrays of one dtype end to end; a single array as it is."""
     return arrays[0] if len(arrays) == 1 else jnp.concatenate([jnp.ravel(x) for x in arrays])
 
 
@@ -254,7 +278,7 @@ def _parted(array: Array, shapes: Sequence[Shape]) -> list[Array]:
 
 
 def _repeated(values: Sequence[Any], shapes: Sequence[Shape]) -> Any:
-    """What goes with `_joined` arrays of these shapes: the scalars of each for all its elements."""
+    """Scalars to go with `_joined` arrays of these shapes: those of each array for all its elements."""
 
     def repeat(*scalars: Array) -> Array:
         return jnp.concatenate([jnp.broadcast_to(x, (math.prod(s),)) for x, s in zip(scalars, shapes)])

@@ -1,7 +1,7 @@
 """Exactly invertible arithmetic on fixed-point numbers.
 
 A float array ``x`` is held as integers: ``x = 2**-radix (high + low_1 2**-32 + low_2 2**-64 ...)``.  Two
-moves act on them and both can be undone bit for bit:
+moves act on them, and both can be undone bit for bit:
 
 * a **shift** adds an integer, and is undone by subtracting it;
 * a **scale** multiplies by a ratio ``n / 2**32`` in (0, 1].  That would destroy ``log2(2**32 / n)``
@@ -14,22 +14,22 @@ symbol           shape and type         meaning
 ``high``         leaf, int64            the number, in units of ``2**-radix``
 ``low``          leaf, uint32, one or   its next digits, 32 to a word, most significant word first
                  more words
-``radix``        scalar, int32          chosen once, for the whole array: see `settled`
+``radix``        scalar, int32          chosen once for the whole array; see `fitted`
 ``i``            leaf, uint32           top of the information buffer, ``register`` in the code
-``I``            scalar or leaf,        bound of it: ``i < I``, with ``2**24 < I <= 2**32``
+``I``            scalar or leaf,        bound of ``i``: ``i < I``, with ``2**24 < I <= 2**32``
                  uint64
 ``tape``         bytes, uint8           bytes that left ``i``, oldest first
-``bits``         scalar or leaf, int64  upper bound of log2(buffer), in units of ``2**-40`` bit
+``bits``         scalar or leaf, int64  upper bound of log2(buffer), in units of ``2**-40`` bits
 ``n``            scalar or leaf,        numerator of the factor, in ``[2**25, 2**32]``
                  uint64
 ===============  =====================  ============================================================
 
-When a whole array shares one factor, its registers fill in lock-step and a byte of every element is spilled
-at the same step, as one row of the tape.  When every element has its own factor the bytes are packed
-densely in the order in which they come.
+When a whole array shares one factor, its registers fill in lockstep, and all elements spill a byte at the
+same step, as one row of the tape.  When every element has its own factor, the bytes are packed densely in
+the order in which they come.
 
 ``bits`` bounds the buffer from the factors alone, never from the data, so both directions know when bytes
-move.  It is a plain running sum, hence invertible itself.
+move.  It is a plain running sum and therefore invertible itself.
 
 All functions work with JAX's 64-bit mode switched off; none of them changes it.
 """
@@ -43,7 +43,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Integer, UInt8, UInt32, UInt64
 
-# Shapes: "*leaf" is that of an array, "*factor" that or (), where one factor is for the whole array.
+# Shapes: "*leaf" is the shape of an array; "*factor" is the same, or () if the whole array has one factor.
 Floats = Float[Array, "*leaf"]
 Words = UInt32[Array, "*leaf"]
 Bytes = UInt8[Array, "*leaf"]
@@ -51,7 +51,7 @@ Factors = Float[Array, "*factor"]
 Numerators = UInt64[Array, "*factor"]
 Bits = Int64[Array, "*factor"]
 Flags = Bool[Array, "*factor"]
-Tape = UInt8[Array, "..."]  # (rows, *leaf) for one factor, (bytes,) for one for every element
+Tape = UInt8[Array, "..."]  # (rows, *leaf) if the array has one factor, (bytes,) if every element has one
 
 DIGITS = 32  # binary digits of a factor, and of a low word
 BASE = 1 << DIGITS  # common denominator of all factors
@@ -59,17 +59,23 @@ SMALLEST_FACTOR = 2.0**-7  # so that at most one byte leaves the register per sc
 LIMIT = 1 << 62  # |high| stays below; one addition of two such numbers cannot wrap
 MARGIN = 24  # the register's bound never falls below 2**24, so rounding it costs < 2**-23 bit
 BIT = 1 << 40  # resolution of `Buffer.bits`
-ROUNDING = 2.0**-21  # bits per scale: more than `_bound` is rounded by, and the quotients
+ROUNDING = 2.0**-21  # bits per scale: more than rounding costs in `_bound` and in the quotients
 UNSET = 1 << 20  # the radix of an array of zeros, for which none has been chosen yet
-LARGEST_RADIX = 900  # so that 2**radix and its neighbours are normal numbers of 64 bits
+LARGEST_RADIX = 900  # so that 2**radix and its neighbors are normal float64 numbers
 
 # How far an array may outgrow the largest number it held when its radix was chosen, in binary digits, by
-# the number of its low words.  What is left of 62 + 32 words lies below that number.
+# the number of its low words.  The rest of the ``62 + 32 words`` digits lies below it.
 HEADROOM = {1: 32, 2: 50}
 
 
 class Fixed(NamedTuple):
-    """Fixed-point numbers of one array (see the table above)."""
+    """Fixed-point numbers of one array, ``2**-radix (high + low_1 2**-32 + ...)``.
+
+    Attributes:
+      high: int64, the shape of the array.
+      low: uint32 words of the shape of the array, most significant word first.
+      radix: int32 scalar; `UNSET` as long as the array is zero and has none.
+    """
 
     high: Int64[Array, "*leaf"]
     low: tuple[Words, ...]
@@ -77,22 +83,31 @@ class Fixed(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """Information buffer of one array: what scaling it has destroyed (see the table above)."""
+    """Information buffer of one array: what scaling it has destroyed.
+
+    Attributes:
+      register: ``i``, uint32, the shape of the array.
+      bits: int64, upper bound of the buffer's length in units of ``2**-40`` bits; a scalar if the whole
+        array has one factor, else the shape of the array.
+    """
 
     register: Words
     bits: Bits
 
 
 def fitted(radix: Int32[Array, "..."], largest: Float64[Array, "..."], words: int) -> Int32[Array, "..."]:
-    """The radix of arrays that are all zero so far, now that numbers are added; others keep theirs.
+    """Choose the radix of arrays that are all zero so far, now that numbers are added to them.
 
-    The largest ``|x|`` is then `HEADROOM` below the end of the range.  An array of zeros stands for itself
-    in every radix, so that on the way back the one in which it ended serves all along.
+    The largest ``|x|`` is then `HEADROOM` digits below the end of the range.  Zeros are the same in every
+    radix, so on the way back the radix in which an array ended serves down to its start.
 
     Args:
-      radix: int32, of one array or several.
-      largest: the largest ``|x|`` that is added to each, float64.
-      words: low words.
+      radix: int32, of one array or of several.
+      largest: float64, the largest ``|x|`` that is added to each array.
+      words: number of low words, 1 or 2.
+
+    Returns:
+      The radices, int32; arrays that already have one keep it.
     """
     with jax.enable_x64(True):
         usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
@@ -102,13 +117,13 @@ def fitted(radix: Int32[Array, "..."], largest: Float64[Array, "..."], words: in
 
 
 def largest(x: Floats) -> Float64[Array, ""]:
-    """The largest ``|x|`` in float64; 0 of no elements."""
+    """The largest ``|x|`` in float64; 0 if there are no elements."""
     with jax.enable_x64(True):
         return jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
 
 
 def _power(exponent: Int[Array, "..."]) -> Float64[Array, "..."]:
-    """``2**exponent`` in float64, for ``|exponent| < 1023``, from its bits."""
+    """``2**exponent`` in float64, for ``|exponent| < 1023``, assembled from its bits."""
     biased = (exponent.astype(jnp.int64) + 1023) << 52
     return jax.lax.bitcast_convert_type(biased, jnp.float64)
 
@@ -119,19 +134,19 @@ MAGIC = 1.5 * 2.0**52  # the last bit of a float of this size counts ones
 def _to_integer(x: Float64[Array, "..."]) -> Int64[Array, "..."]:
     """The integer nearest to a float64 below ``2**51`` in size, as int64.
 
-    Compilers and processors convert words of 64 bits one by one; this is an addition, and a subtraction.
+    Compilers and processors convert 64-bit words one by one; this is one addition and one subtraction.
     """
     ones = jax.lax.bitcast_convert_type(x + MAGIC, jnp.int64)
     return ones - int(np.float64(MAGIC).view(np.int64))
 
 
 def _from_integer(x: Int64[Array, "..."]) -> Float64[Array, "..."]:
-    """An int64 below ``2**51`` in size as float64: `_to_integer` the other way."""
+    """An int64 below ``2**51`` in size as float64: the inverse of `_to_integer`."""
     return jax.lax.bitcast_convert_type(x + int(np.float64(MAGIC).view(np.int64)), jnp.float64) - MAGIC
 
 
 def _from_word(x: Integer[Array, "..."]) -> Float64[Array, "..."]:
-    """The float64 nearest to an integer of 64 bits, signed or not."""
+    """The float64 nearest to a 64-bit integer, signed or unsigned."""
     upper = _from_integer((x >> DIGITS).astype(jnp.int64))
     return upper * BASE + _from_integer(_lower(x).astype(jnp.int64))
 
@@ -141,14 +156,14 @@ def _digits(
 ) -> tuple[Int64[Array, "*leaf"], tuple[Words, ...]]:
     """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
     wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
-    # A NaN is not below the limit either: `fits` must see it.
+    # A NaN is not below the limit and saturates too, so that `fits` sees it.
     limit = 2.0 * LIMIT - 1024
     wide = jnp.maximum(jnp.where(wide < limit, wide, limit), -limit)
     signed, wide = [], wide * (1.0 / BASE)
     for _ in range(words + 1):
         whole = jnp.trunc(wide)
         signed.append(_to_integer(whole))
-        wide = (wide - whole) * BASE  # exact: floats that begin with the same digits
+        wide = (wide - whole) * BASE  # exact: both floats begin with the same digits
     carry = _to_integer(wide)
     low: list[Array] = []
     for digit in reversed(signed[1:]):
@@ -158,21 +173,38 @@ def _digits(
 
 
 def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
-    """Zeros, by default of a radix that is yet to be chosen."""
+    """Zeros in fixed point.
+
+    Args:
+      shape: of the array.
+      words: number of low words, 1 or 2.
+      radix: by default `UNSET`, to be chosen when numbers are added.
+    """
     with jax.enable_x64(True):
         low = (jnp.zeros(shape, jnp.uint32),) * words
         return Fixed(jnp.zeros(shape, jnp.int64), low, jnp.int32(radix))
 
 
 def to_fixed(x: Floats, radix: Int32[Array, ""] | int, words: int = 1) -> Fixed:
-    """The nearest fixed-point number with so many low words; NaN and overflow saturate."""
+    """The fixed-point number nearest to ``x``; NaN and overflow saturate.
+
+    Args:
+      x: floats of any shape.
+      radix: int32 scalar.
+      words: number of low words, 1 or 2.
+    """
     with jax.enable_x64(True):
         radix = jnp.asarray(radix, jnp.int32)
         return Fixed(*_digits(x, radix, words), radix)
 
 
 def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
-    """The float nearest to a fixed-point number, but for rounding twice."""
+    """The float nearest to a fixed-point number, except that it is rounded twice.
+
+    Args:
+      number: fixed-point numbers of any shape.
+      dtype: of the floats that are returned.
+    """
     with jax.enable_x64(True):
         radix = jnp.where(number.radix == UNSET, 0, number.radix)
         total = _from_word(number.high)
@@ -182,27 +214,31 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
 
 
 def fits(number: Fixed) -> Bool[Array, ""]:
-    """Whether every element is inside the range: ``all(|high| < 2**62)``."""
+    """Whether every element lies inside the range: ``all(|high| < 2**62)``."""
     with jax.enable_x64(True):
         return jnp.all((number.high < LIMIT) & (number.high > -LIMIT))
 
 
 def shift(number: Fixed, amount: Floats) -> Fixed:
-    """Add the fixed-point number nearest to the amount; `unshift` undoes it, whatever happens.
+    """Add the fixed-point number nearest to the amount; `unshift` undoes it, even after overflow.
 
-    A number that has no radix yet is zero and takes the one that suits the amount.
+    A number that has no radix yet is zero and takes the radix that suits the amount.
+
+    Args:
+      number: to which the amount is added.
+      amount: floats of the same shape.
     """
     radix = fitted(number.radix, largest(amount), len(number.low))
     return shift_settled(number._replace(radix=radix), amount)
 
 
 def shift_settled(number: Fixed, amount: Floats) -> Fixed:
-    """`shift` of a number that has its radix."""
+    """`shift` for a number that has its radix."""
     with jax.enable_x64(True):
         high, low = _digits(amount, number.radix, len(number.low))
         carry = jnp.asarray(False)
         sums: list[Array] = []
-        # Carries are told from what is new, so that it can be written over what was.
+        # Carries are read off the new words, so that these can be written over the old ones.
         for old, new in reversed([*zip(number.low, low)]):
             sums.insert(0, old + new + carry.astype(jnp.uint32))
             carry = (sums[0] < new) | (carry & (sums[0] == new))
@@ -223,13 +259,16 @@ def unshift(number: Fixed, amount: Floats) -> Fixed:
 
 
 def coarseness(radix: Int32[Array, ""], words: int, amount: Floats, part: float) -> Float64[Array, "*leaf"]:
-    """By how much rounding takes more than a part of what is added, ``min(|a|, u/2) - part |a|``.
+    """By how much rounding exceeds the part of an amount that it may take: ``min(|a|, u/2) - part |a|``.
 
     Args:
-      radix: of the number to which it is added, whose last digit has the unit ``u``.
-      words: its low words.
-      amount: as given to `shift`.
-      part: of the amount that rounding may take.
+      radix: int32, of the number to which the amount is added; its last digit has the unit ``u``.
+      words: number of its low words.
+      amount: ``a``, as given to `shift`.
+      part: of the amount that rounding may take, in (0, 1).
+
+    Returns:
+      float64, the shape of the amount; negative if rounding takes less.
     """
     with jax.enable_x64(True):
         half = _power(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
@@ -238,9 +277,12 @@ def coarseness(radix: Int32[Array, ""], words: int, amount: Floats, part: float)
 
 
 def numerator(factor: Array) -> Numerators:
-    """``n`` such that ``n / 2**32`` is the ratio nearest to ``factor``, as uint64.
+    """The numerator ``n`` of the ratio ``n / 2**32`` nearest to a factor, as uint64.
 
     Factors outside ``[2**-7, 1]`` give 0, which `scale` must not be given; check with `admissible`.
+
+    Args:
+      factor: floats of any shape.
     """
     with jax.enable_x64(True):
         wide = jnp.round(jnp.asarray(factor, jnp.float64) * BASE)
@@ -249,9 +291,16 @@ def numerator(factor: Array) -> Numerators:
 
 
 def complement(a: Factors, b: Factors) -> Numerators:
-    """The numerator of the ratio nearest to ``1 - a b``, which floats would round when ``a b`` is small.
+    """The numerator of the ratio nearest to ``1 - a b``, which floats would round if ``a b`` is small.
 
-    Its sum is one of integers, so that no compiler changes its bits by rounding ``1 - a b`` only once.
+    The difference is taken in integers, so that no compiler changes its bits by fusing ``1 - a b``.
+
+    Args:
+      a: floats, such as a learning rate.
+      b: floats, such as a weight decay.
+
+    Returns:
+      uint64; 0 if the ratio is outside ``[2**-7, 1]``, as for `numerator`.
     """
     with jax.enable_x64(True):
         wide = BASE - jnp.round(jnp.asarray(a, jnp.float64) * jnp.asarray(b, jnp.float64) * BASE)
@@ -260,7 +309,7 @@ def complement(a: Factors, b: Factors) -> Numerators:
 
 
 def spread(n: Array, shape: tuple[int, ...]) -> Numerators:
-    """A numerator as `scale` wants it: a scalar for the whole array, or one for every element."""
+    """A numerator as `scale` expects it: a scalar for the whole array, or one for every element."""
     n = jnp.asarray(n)
     return n.reshape(()) if n.size == 1 else jnp.broadcast_to(n, shape)
 
@@ -272,9 +321,11 @@ def admissible(n: Numerators) -> Bool[Array, ""]:
 
 
 def quantized(factor: Factors, n: Numerators) -> Factors:
-    """The factor that a numerator stands for, ``n / 2**32``, in the type of the factor.
+    """The factor that a numerator stands for, ``n / 2**32``, in the dtype of the factor.
 
-    Where the factor cannot be undone and has no numerator, it is the factor itself.
+    Args:
+      factor: floats; returned as they are where ``n`` is 0, that is, where the factor cannot be undone.
+      n: uint64, from `numerator`.
     """
     with jax.enable_x64(True):
         ratio = (n.astype(jnp.float64) * (1.0 / BASE)).astype(factor.dtype)
@@ -297,14 +348,15 @@ def cost_of_levels(levels: int) -> int:
 def spilled(bits: Bits) -> Int32[Array, "*factor"]:
     """Bytes per element that have left the register when the buffer's bound stands at ``bits``.
 
-    As int32: indices of 64 bits do not survive ``vmap`` and ``jit`` with JAX's 64-bit mode off.
+    The result is int32, since 64-bit indices do not survive ``vmap`` and ``jit`` if JAX's 64-bit mode is
+    off.
     """
     with jax.enable_x64(True):
         return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT))).astype(jnp.int32)
 
 
 def tape_length(bits: Bits) -> Int64[Array, ""]:
-    """Length of tape that ``bits`` needs: rows (one factor per array) or bytes (one per element)."""
+    """Length of tape that ``bits`` needs: in rows (one factor per array) or bytes (one per element)."""
     with jax.enable_x64(True):
         return jnp.sum(spilled(bits).astype(jnp.int64))
 
@@ -316,7 +368,7 @@ def empty_bits(shape: tuple[int, ...]) -> Bits:
 
 
 def empty(shape: tuple[int, ...], factor_shape: tuple[int, ...]) -> Buffer:
-    """An empty information buffer for an array of this shape; see `blank_tape` for its tape.
+    """An empty information buffer; see `blank_tape` for its tape.
 
     Args:
       shape: of the array.
@@ -327,18 +379,24 @@ def empty(shape: tuple[int, ...], factor_shape: tuple[int, ...]) -> Buffer:
 
 
 def torn_off(buffer: Buffer) -> Buffer:
-    """A buffer whose tape was taken away: what is still in the register, to go on with on a new tape."""
+    """A buffer without its tape: what is still in the register, to continue on a new tape."""
     with jax.enable_x64(True):
         return Buffer(buffer.register, buffer.bits - 8 * BIT * spilled(buffer.bits).astype(jnp.int64))
 
 
 def blank_tape(shape: tuple[int, ...], factor_shape: tuple[int, ...], length: int) -> Tape:
-    """A tape for the bytes of an array's buffer; ``length`` in rows or bytes, from `tape_length`."""
-    # A row is written at every step: one row of slack takes what will not stay.
+    """A tape of zeros for the bytes of an array's buffer.
+
+    Args:
+      shape: of the array.
+      factor_shape: ``()`` if one factor scales the whole array, else ``shape``.
+      length: in rows or bytes, from `tape_length`.
+    """
+    # A row is written at every step: one row of slack takes a row that will not stay.
     return jnp.zeros((length + 1, *(shape if factor_shape == () else ())), jnp.uint8)
 
 
-# 2**f for f in [0, 1) as a polynomial, to 3e-9 of itself, in units of 2**-32; then lowered by 2**-26.
+# 2**f for f in [0, 1) as a polynomial, to a relative 3e-9, in units of 2**-32; then lowered by 2**-26.
 _POWER = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[0, 1]).convert(
     kind=np.polynomial.Polynomial
 )
@@ -347,9 +405,9 @@ _COEFFICIENTS[0] -= 64
 
 
 def _bound(bits: Bits) -> Numerators:
-    """``I = floor(2**bits)`` of a register, to 2**-23 of itself and never above; by integers alone.
+    """``I = floor(2**bits)`` of a register, to a relative ``2**-23`` and never above; by integers alone.
 
-    Both directions must find the same, which exponentials of floats do not promise.
+    Both directions must find the same number, which floating-point exponentials do not guarantee.
     """
     register = bits - 8 * BIT * spilled(bits).astype(jnp.int64)
     exponent, fraction = register // BIT, (register & (BIT - 1)) >> 8
@@ -360,13 +418,13 @@ def _bound(bits: Bits) -> Numerators:
 
 
 class Ratio(NamedTuple):
-    """By what an array is scaled, and how its registers change.
+    """The ratio by which an array is scaled, and how its registers change.
 
     Attributes:
-      n: the numerator, uint64.
-      full: whether a byte leaves the register.
-      old: ``I``, uint64.
-      new: ``I'``, when the byte has not left yet.
+      n: uint64, the numerator.
+      full: bool, whether a byte leaves the register.
+      old: ``I``, uint64, the bound of the register before.
+      new: ``I'``, uint64, the bound after, before the byte has left.
     """
 
     n: Numerators
@@ -380,8 +438,8 @@ class Growth(NamedTuple):
 
     Attributes:
       before: the buffer's ``bits`` before.
-      after: and after.
-      ratio: by what it is scaled.
+      after: the buffer's ``bits`` after.
+      ratio: by which the array is scaled.
     """
 
     before: Bits
@@ -390,7 +448,13 @@ class Growth(NamedTuple):
 
 
 def growth(bits: Bits, n: Numerators, undo: bool = False) -> Growth:
-    """How a buffer with these bits grows by a scale; to undo that, how it has grown."""
+    """How a buffer grows in one scale.
+
+    Args:
+      bits: of the buffer before the scale; after it, if the scale is to be undone.
+      n: uint64, the numerator.
+      undo: whether the scale is to be undone.
+    """
     with jax.enable_x64(True):
         before, after = (bits - cost(n), bits) if undo else (bits, bits + cost(n))
         full = spilled(after) > spilled(before)
@@ -399,26 +463,26 @@ def growth(bits: Bits, n: Numerators, undo: bool = False) -> Growth:
 
 
 def scale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fixed, Buffer, Tape]:
-    """Multiply by ``n / 2**32`` exactly, keeping what is destroyed in the buffer.
+    """Multiply by ``n / 2**32`` exactly, keeping in the buffer what is destroyed.
 
     With ``c`` the number in units of its last digit, ``d = 2**32`` and ``i < I`` the buffer::
 
         r <- c mod d;   q <- r I + i;   c <- (c div d) n + q div I';   i <- q mod I'
 
-    and ``I <- I'``, which is ``d I / n`` and a little more, so that ``q div I' < n``.  As in Algorithm 3
-    there is one digit less in ``c`` and one more in ``i``, or the other way round.  There the new digit of
-    ``c`` is any number, ``(i d + r) mod n``; here it is ``r n / d`` to one part in ``2**21``, so that the
-    number is scaled to its last digit.
+    and ``I <- I'``, which is ``d I / n`` and a little more, so that ``q div I' < n``.  As in Algorithm 3,
+    ``c`` loses a digit to ``i`` and gains another from it.  There the new digit of ``c`` is any number,
+    ``(i d + r) mod n``; here it is ``r n / d`` to one part in ``2**21``, so that the number is scaled
+    correctly down to its last digit.
 
     Args:
       number: to be scaled.
       buffer: its information buffer.
       tape: where the buffer's bytes go when its register is full.
-      n: uint64, ``2**25 <= n <= 2**32``, a scalar or of the array's shape, like ``buffer.bits``.
+      n: uint64, ``2**25 <= n <= 2**32``; a scalar or the shape of the array, like ``buffer.bits``.
 
     Returns:
-      The scaled array, the buffer and the tape.  Writing beyond the end of the tape destroys it;
-      compare `tape_length` of the final ``buffer.bits`` with the length it was made with.
+      The scaled array, the buffer and the tape.  Writing beyond the end of the tape destroys it: compare
+      `tape_length` of the final ``buffer.bits`` with the length with which the tape was made.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
     learning", ICML 2015, Algorithm 3.
@@ -440,7 +504,17 @@ def scale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fix
 
 
 def unscale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fixed, Buffer]:
-    """Undo `scale` by the same ``n``: the array and the buffer as they were, bit for bit."""
+    """Undo `scale` by the same ``n``, bit for bit.
+
+    Args:
+      number: after the scale.
+      buffer: after the scale.
+      tape: to which the scale has written.
+      n: uint64, as given to `scale`.
+
+    Returns:
+      The array and the buffer as they were before the scale.
+    """
     grown = growth(buffer.bits, n, undo=True)
     byte = read(tape, grown.ratio.full, grown.before, buffer.register.shape)
     number, register = unscaled(number, buffer.register, byte, grown.ratio)
@@ -448,19 +522,19 @@ def unscale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[F
 
 
 def scaled(number: Fixed, register: Words, ratio: Ratio) -> tuple[Fixed, Words, Bytes]:
-    """`scale` without the tape: the number, the register, and the byte that left it if one did."""
+    """`scale` without the tape: the number, the register, and the byte that left it, if one did."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
         q = number.low[-1].astype(jnp.uint64) * old + register.astype(jnp.uint64)
         digit = _quotient(q, new)
         register, byte = _cut(q - digit * new, full)
-        # Upper digits times n, plus the new one; carry + word * n < 2**64.
+        # The upper digits times n, plus the new digit; carry + word * n < 2**64.
         carry = digit
         low: list[Array] = []
         for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
             total = word * n + carry
             low.insert(0, total.astype(jnp.uint32))
-            carry = (total - low[0].astype(jnp.uint64)) >> DIGITS  # of what is new, as in `shift`
+            carry = (total - low[0].astype(jnp.uint64)) >> DIGITS  # read off the new word, as in `shift`
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
         return Fixed(high, tuple(low), number.radix), register, byte
 
@@ -469,8 +543,8 @@ def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple
     """Undo `scaled`."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
-        # Long division by n, in base 2**32.  The top digit of what was scaled is below n in size and hence
-        # its own remainder, or n more.
+        # Long division by n, in base 2**32.  The top digit of the scaled number is below n in size and
+        # hence its own remainder, or its remainder minus n.
         top = number.high >> DIGITS
         remainder = jnp.where(top < 0, top + n.astype(jnp.int64), top).astype(jnp.uint64)
         quotients = []
@@ -479,7 +553,7 @@ def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple
             quotients.append(_quotient(dividend, n))
             remainder = dividend - quotients[-1] * n
         high = (quotients[0] << DIGITS | quotients[1]).astype(jnp.int64)
-        # The remainder once more, from what is new.
+        # The remainder once more, from the new words.
         lowest = [high, *quotients[2:]][-1].astype(jnp.uint32)
         last = number.low[-1] - lowest * n.astype(jnp.uint32)
         q = last.astype(jnp.uint64) * new + _uncut(register, byte, full)
@@ -489,7 +563,13 @@ def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple
 
 
 def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) -> tuple[Buffer, Tape]:
-    """Keep a digit ``0 ... levels - 1`` of every element: ``i <- i levels + digit``.
+    """Keep one digit of every element in the buffer: ``i <- i levels + digit``.
+
+    Args:
+      digit: int32, ``0 ... levels - 1``, the shape of the array.
+      levels: how many values a digit may take.
+      buffer: in which the digits are kept.
+      tape: where the buffer's bytes go when its register is full.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import exact
@@ -507,7 +587,16 @@ def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) 
 
 
 def pop(levels: int, buffer: Buffer, tape: Tape) -> tuple[Int32[Array, "*leaf"], Buffer]:
-    """Undo `push`: the digit, int32, and the buffer as it was."""
+    """Undo `push`.
+
+    Args:
+      levels: as given to `push`.
+      buffer: after the push.
+      tape: to which the push has written.
+
+    Returns:
+      The digit, int32, and the buffer as it was.
+    """
     with jax.enable_x64(True):
         bits = buffer.bits - cost_of_levels(levels)
         full = spilled(buffer.bits) > spilled(bits)
@@ -517,25 +606,25 @@ def pop(levels: int, buffer: Buffer, tape: Tape) -> tuple[Int32[Array, "*leaf"],
 
 
 def _quotient(dividend: UInt64[Array, "*leaf"], divisor: Numerators) -> UInt64[Array, "*leaf"]:
-    """A quotient below ``2**32`` of unsigned 64-bit numbers, the divisor below ``2**62``.
+    """A quotient below ``2**32`` of unsigned 64-bit integers, with a divisor below ``2**62``.
 
-    By floats, whose quotient is out by one at most, and then put right: processors have no fast division of
-    integers.
+    Processors have no fast integer division.  The quotient of floats is off by at most one and then
+    corrected.
     """
     quotient = _to_integer(_from_word(dividend) / divisor.astype(jnp.float64))
     signed = divisor.astype(jnp.int64)
-    remainder = dividend.astype(jnp.int64) - quotient * signed  # wraps twice, hence not at all
+    remainder = dividend.astype(jnp.int64) - quotient * signed  # wraps twice, so the result is right
     quotient += (remainder >= signed).astype(jnp.int64) - (remainder < 0).astype(jnp.int64)
     return quotient.astype(jnp.uint64)
 
 
 def _lower(word: UInt64[Array, "..."]) -> UInt64[Array, "..."]:
-    """The low 32 bits of a word."""
+    """The lower 32 bits of a word, as uint64."""
     return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
 def _cut(register: Words, full: Flags) -> tuple[Array, Array]:
-    """Take a byte off registers that have become too long; and the byte."""
+    """Cut a byte off registers that have become too long; returns the registers and the byte."""
     byte = register.astype(jnp.uint8)
     return jnp.where(full, register >> 8, register).astype(jnp.uint32), byte
 
@@ -552,12 +641,19 @@ def written(
     full: Flags,
     before: Bits,
 ) -> Tape:
-    """The tape with the byte that left the registers."""
+    """The tape with the bytes that left the registers.
+
+    Args:
+      tape: on which the bytes are written.
+      byte: uint8, the last byte of every register.
+      full: bool, whether it left the register.
+      before: the buffer's ``bits`` before the bytes left.
+    """
     start = spilled(before)
     if before.ndim == 0:
-        # The row is always written; unless registers were full the next one overwrites it.
+        # The row is always written; unless the registers were full, the next row overwrites it.
         return jax.lax.dynamic_update_slice_in_dim(tape, byte[None], start, axis=0)
-    # Out of range, hence dropped, where the register was not full.
+    # If the register was not full, the place is out of range and the write is dropped.
     place = jnp.where(full.ravel(), _places(start, full), jnp.int32(tape.size))
     return tape.at[place].set(byte.ravel(), mode="drop")
 
@@ -568,7 +664,14 @@ def read(
     before: Bits,
     shape: tuple[int, ...],
 ) -> Bytes:
-    """The byte that `written` wrote, for an array of this shape."""
+    """The bytes that `written` wrote.
+
+    Args:
+      tape: from which they are read.
+      full: as given to `written`.
+      before: as given to `written`.
+      shape: of the array.
+    """
     start = spilled(before)
     if before.ndim == 0:
         return jax.lax.dynamic_index_in_dim(tape, start, axis=0, keepdims=False)
@@ -576,5 +679,5 @@ def read(
 
 
 def _places(start: Int32[Array, ""], full: Flags) -> Int32[Array, "*leaf"]:
-    """Where on a dense tape the bytes of the full registers stand, behind all earlier ones."""
+    """Places on a dense tape for the bytes of the full registers, after all earlier bytes."""
     return jnp.sum(start, dtype=jnp.int32) + jnp.cumsum(full.ravel(), dtype=jnp.int32) - 1

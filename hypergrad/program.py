@@ -1,7 +1,7 @@
 """An optimizer is a short program of moves; everything else is derived from it.
 
-One step of training evaluates the gradient at the parameters, and what else the optimizer observes there,
-and then makes the moves in order.
+One step of training evaluates the gradient at the parameters, and whatever else the optimizer observes
+there, and then makes the moves in order.
 
 =====================================  ==========================================  ====================
 move                                   meaning                                     undone by
@@ -10,16 +10,16 @@ move                                   meaning                                  
 ``Shift(x, amount)``                   ``x <- x + amount(all except x)``           `exact.unshift`
 ``Remember(name, value)``              ``name = value(everything)``, a scalar      reading it again
 ``Total(name, value)``                 the same, summed over all leaves            reading it again
-``Keep(name, value, levels)``          ``name = value(everything)``, by element,   reading it again
-                                       one of a few levels
+``Keep(name, value, levels)``          ``name = value(everything)``, one of a few  reading it again
+                                       levels for every element
 ``Assign(x, value)``                   ``x <- value(everything)``                  nothing
 =====================================  ==========================================  ====================
 
-Moves are written for *one* leaf of the parameters, as the paper writes them; the library maps them over
-the tree.  A leaf is an array of the user's, or a block put together from several (see `Blocks`).  Leaves
-may have programs of their own (see `Labels`); those that are alike are moved together.  From the one list
-come `step` (floats; what JAX differentiates) and the step on integers and its inverse, the list backwards
-(`Exact`).
+Moves are written for *one* leaf of the parameters, as papers write them; the library maps them over the
+tree.  A leaf is one of the user's arrays, or a block assembled from several (see `Blocks`).  Leaves may
+have programs of their own (see `Labels`); leaves with like programs are moved together.  From this one list
+come `step`, in floats, which JAX differentiates, and the step on integers with its inverse, the list
+backwards (`Exact`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,13 +41,17 @@ from hypergrad._base.errors import ReversalError
 from hypergrad._base.trees import PyTree, Scalar, Step
 
 PARAMS = "params"
-STEP, EXACT = "step", "exact"  # what a state tells besides the optimizer's variables
+STEP, EXACT = "step", "exact"  # what a state holds besides the optimizer's variables
 
 
 class View:
-    """What a move may read, by attribute: the leaf of every variable, the gradient, what is observed.
+    """What a move may read, by attribute: variables, the gradient, what else is observed.
 
-    Reading what the move may not depend on is refused: that is what makes a `Shift` invertible.
+    Reading anything that the move may not depend on is refused: that is what makes a `Shift` invertible.
+
+    Args:
+      readable: arrays of one leaf, by name.
+      refused: why a name may not be read, by name.
     """
 
     def __init__(self, readable: Mapping[str, Any], refused: Mapping[str, str]):
@@ -64,9 +68,14 @@ class View:
 class Scale(NamedTuple):
     """``variable <- factor * variable``, exactly, by the ratio ``numerator(factor) / 2**32``.
 
-    The factor may depend on hyperparameters and the step only, or, as a function of a view, on scalars
-    remembered in the same step too; how many bits it will cost is then not known before the run.  It is
-    differentiated as written; the rounding of the ratio is not.
+    The factor is differentiated as written; its rounding to a ratio is not.
+
+    Args:
+      variable: name of the variable that is scaled.
+      factor: in ``[2**-7, 1]``, a scalar or the shape of the variable.  It may depend only on
+        hyperparameters and the step; as a function of a view, also on scalars remembered in the same step,
+        but then its cost in bits is not known before the run.
+      numerator: from the factor to a uint64 numerator, by default `exact.numerator`.
     """
 
     variable: str
@@ -77,8 +86,12 @@ class Scale(NamedTuple):
 class Shift(NamedTuple):
     """``variable <- variable + amount(view)``, where the view lacks the variable itself.
 
-    The gradient and what else is observed are taken at the parameters before the step, so a shift of the
-    parameters, or anything after one, cannot read them.
+    The gradient and whatever else is observed are taken at the parameters before the step, so neither a
+    shift of the parameters nor any later shift can read them.
+
+    Args:
+      variable: name of the variable that is shifted.
+      amount: from a view to floats that broadcast to the shape of the variable.
     """
 
     variable: str
@@ -86,10 +99,14 @@ class Shift(NamedTuple):
 
 
 class Remember(NamedTuple):
-    """``name = value(view)``: a scalar for every leaf, of anything at all, for later moves of the step.
+    """``name = value(view)``: a scalar for every leaf, for later moves of the step.
 
-    It is recorded at every step and read again on the way back, which makes moves reversible that depend
-    on their own variable through one number only, such as its norm.
+    It is recorded at every step and read again on the way back.  Moves that depend on their own variable
+    through one number only, such as its norm, are thereby reversible.
+
+    Args:
+      name: under which later moves read the scalar.
+      value: from a view of everything to a scalar.
     """
 
     name: str
@@ -97,18 +114,28 @@ class Remember(NamedTuple):
 
 
 class Total(NamedTuple):
-    """``name = Σ value(view)``, a `Remember` that is the same for all leaves that are moved alike."""
+    """``name = Σ value(view)``: a `Remember` summed over all leaves that are moved together.
+
+    Args:
+      name: under which later moves read the sum.
+      value: from a view of everything to a scalar.
+    """
 
     name: str
     value: Callable[[Any], Array]
 
 
 class Keep(NamedTuple):
-    """``name = value(view)``: for every element one of a few levels, such as a sign or a mask.
+    """``name = value(view)``: one of a few levels for every element, such as a sign or a mask.
 
-    Of anything at all, for later moves of the step.  It is written to a tape, at ``log2(len(levels))`` bits
-    per element and step, and read again on the way back, which makes moves reversible that depend on their
-    own variable through few levels only.  Its derivative is that of the value, which is zero for a sign.
+    It is written to a tape, at ``log2(len(levels))`` bits per element and step, and read again on the way
+    back.  Moves that depend on their own variable through a few levels only are thereby reversible.  Its
+    derivative is that of the value, which is zero for a sign.
+
+    Args:
+      name: under which later moves of the step read it.
+      value: from a view of everything to floats that broadcast to the shape of the parameters.
+      levels: all values that an element may take.
     """
 
     name: str
@@ -117,9 +144,12 @@ class Keep(NamedTuple):
 
 
 class Assign(NamedTuple):
-    """``variable <- value(view)``, of anything at all; such a program cannot be reversed.
+    """``variable <- value(view)``; a program with this move cannot be reversed.
 
-    Evaluate is what evaluates the values of all leaves, on what devices (see `hypergrad._base.devices`).
+    Args:
+      variable: name of the variable that is overwritten.
+      value: from a view of everything to the new variable.
+      evaluate: evaluates the values of all leaves, on one or more devices (see `hypergrad._base.devices`).
     """
 
     variable: str
@@ -136,8 +166,8 @@ class Variable(NamedTuple):
     Attributes:
       init: from a leaf of the parameters to the variable's start.
       words: 32-bit words below the first 62 bits of the variable in exact arithmetic, 1 or 2.  With one, an
-        array may outgrow what was first in it by ``2**32`` and resolves ``2**-62`` of that; with two, by
-        ``2**50`` and ``2**-76``, as is right for what accumulates squares.
+        array may outgrow its first numbers by ``2**32`` and resolves ``2**-62`` of them; with two, the
+        numbers are ``2**50`` and ``2**-76``, which suits variables that accumulate squares.
     """
 
     init: Callable[[Array], Array] = jnp.zeros_like
@@ -148,11 +178,11 @@ SQUARES = Variable(words=2)  # for averages and sums of squared gradients
 
 
 class Blocks(NamedTuple):
-    """How the user's parameters are put together to the arrays that moves act on.
+    """How the user's parameters are assembled into the arrays that moves act on.
 
     Attributes:
-      merge: from parameters to a tree of arrays; bit for bit undone by `split`, and linear like it.
-      split: from such a tree, and a tree of the shapes of the parameters, to parameters.
+      merge: from parameters to a tree of arrays; linear, and undone by `split` bit for bit.
+      split: from such a tree and the shapes of the parameters, a tree too, to parameters; linear.
     """
 
     merge: Callable[[PyTree], PyTree]
@@ -160,12 +190,12 @@ class Blocks(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Which leaves have which program, where not all have the same.
+    """Which leaf has which program, if not all have the same.
 
     Attributes:
-      of: from parameters to the label of every leaf; moves read it as ``h.label``.
-      variables: by label, the names of the variables that its leaves have.  For the others the variable is
-        an array without elements.
+      of: from parameters to the label of every leaf; moves read the label as ``h.label``.
+      variables: by label, the names of the variables that leaves with this label have.  For other leaves
+        the variable is an array without elements.
     """
 
     of: Callable[[PyTree], list[str]]
@@ -175,8 +205,8 @@ class Labels(NamedTuple):
 Leaf = dict[str, Float[Array, "..."]]  # float state of one leaf: params and the optimizer's variables
 Observed = dict[
     str, Float[Array, "..."]
-]  # of one leaf, at the parameters before the step: gradient and what is observed
-Record = dict[str, Float[Array, "..."]]  # of one leaf: what was remembered or kept in one step
+]  # of one leaf, at the parameters before the step: the gradient and whatever else is observed
+Record = dict[str, Float[Array, "..."]]  # what was remembered or kept of one leaf in one step
 
 
 class Examples(NamedTuple):
@@ -184,7 +214,8 @@ class Examples(NamedTuple):
 
     Attributes:
       loss: ``loss(params, batch) -> scalar`` for a batch of one: every array with a leading axis of 1.
-      batch: ``n >= 2`` examples, the leading axis of every array.  Minimised is the mean of their losses.
+      batch: ``n >= 2`` examples along the leading axis of every array; the mean of their losses is
+        minimized.
     """
 
     loss: Callable[[PyTree, PyTree], Array]
@@ -192,13 +223,13 @@ class Examples(NamedTuple):
 
 
 class StepContext(NamedTuple):
-    """What an optimizer of all parameters at once may evaluate anew in a step.
+    """What an optimizer of all parameters at once may evaluate again in a step.
 
     Attributes:
-      loss: from parameters to the inner loss, on the batch of the step.
-      value: the loss at the parameters before the step.
-      meta: as the loss has it.
-      batch: as the loss has it.
+      loss: from parameters to the inner loss on the batch of the step.
+      value: scalar, the loss at the parameters before the step.
+      meta: as the loss receives it.
+      batch: as the loss receives it.
     """
 
     loss: Callable[[PyTree], Array]
@@ -208,16 +239,16 @@ class StepContext(NamedTuple):
 
 
 class FloatStep(NamedTuple):
-    """One step in floats, as an optimizer of either kind may need it; what costs something is a function.
+    """One step in floats, for an optimizer of either kind; whatever is costly is a function to be called.
 
     Attributes:
-      leaves: the state before.
-      loss: inner loss there.
-      observations: gradient and what is observed, of every leaf.
-      moves: the moves of every leaf, of a program.
-      hypers: hyperparameters of the first leaf.
-      examples: the minibatch, for an optimizer that looks at single examples.
-      context: what may be evaluated anew.
+      leaves: the state before the step, by leaf.
+      loss: scalar, the inner loss before the step.
+      observations: the gradient and whatever else is observed, by leaf.
+      moves: returns the moves of every leaf, for a program of moves.
+      hypers: hyperparameters of the first leaf, by name.
+      examples: returns the minibatch, for an optimizer that looks at single examples.
+      context: returns what may be evaluated again.
     """
 
     leaves: Sequence[Leaf]
@@ -230,12 +261,12 @@ class FloatStep(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How trees lie in the flat state of a run.
+    """How trees are laid out in the flat state of a run.
 
     Attributes:
       params: tree structure of the parameters.
-      state: tree structure of the optimizer's state, where that is one for all parameters.
-      labels: of the leaves, where the optimizer has a program for each label.
+      state: tree structure of the optimizer's state, if there is one state for all parameters.
+      labels: of the leaves, if the optimizer has a program for each label.
     """
 
     params: Any
@@ -248,21 +279,22 @@ class Optimizer:
     """One description of an optimizer, from which every way to run it is derived.
 
     Attributes:
-      name: as the user would call it.
+      name: as the user would write it.
       moves: ``(h, t) -> [moves]`` for one leaf, with ``h.<hyperparameter>`` at step ``t = 0, 1, ...``.
-      variables: what is kept beside the parameters.
+      variables: kept in addition to the parameters, by name.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
-      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
-      transform: of the gradient before the moves see it, on all leaves at once: from a list of ``h`` and a
-        list of gradients to a list like it; None leaves it as it is.
-      blocks: on what the moves act, if not on the leaves of the parameters; "leaf" then means "block", and
+      domains: lower and upper end of the half-open range ``[low, high)`` of each hyperparameter.
+      transform: changes the gradient before the moves see it, on all leaves at once: from a list of ``h``
+        and a list of gradients to a list like the second; None leaves the gradient as it is.
+      blocks: what the moves act on, if not the leaves of the parameters; "leaf" then means "block", and
         hyperparameters and variables are trees of blocks.
-      observe: ``(params, meta, batch, step) -> {name: tree of arrays}``, what moves may read of the
-        parameters before the step besides the gradient, as ``s.<name>``; like the gradient it is found
-        again on the way back, and differentiated.  The trees are like the blocks, the arguments as the loss
-        has them.
-      labels: which leaves have which program, where not all have the same.
-      per_example, by_moves: False and True; what `GenericOptimizer` tells of itself.
+      observe: ``(params, meta, batch, step) -> {name: tree of arrays}``, evaluated at the parameters before
+        the step, for moves to read as ``s.<name>`` besides the gradient.  Like the gradient it is
+        evaluated again on the way back, and differentiated.  The trees are like the blocks; the arguments
+        are those of the loss.
+      labels: which leaf has which program, if not all have the same.
+      per_example: False; see `GenericOptimizer`.
+      by_moves: True: it is a program of moves.
 
     >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
     >>> Optimizer(
@@ -299,16 +331,16 @@ class Optimizer:
         return not any(isinstance(move, Assign) for each in moves for move in each)
 
     def start_of(self, variable: str, leaf: Array, label: str | None) -> Array:
-        """The start of a variable for a leaf of this label; no elements where the leaf does not have it."""
+        """The start of a variable for a leaf with this label; no elements if the leaf does not have it."""
         own = self.labels is None or label is None or variable in self.labels.variables[label]
         return self.variables[variable].init(leaf) if own else jnp.zeros(0, leaf.dtype)
 
     def program(self, call: str) -> "Optimizer":
-        """Itself, as it is a program of moves."""
+        """The optimizer itself, since it is a program of moves."""
         return self
 
     def shape_of_hypers(self, params: PyTree, names: Sequence[str]) -> tuple[PyTree, Sequence[str]]:
-        """Of what tree hyperparameters are prefixes, and the names of its leaves, for messages."""
+        """The tree of which hyperparameters are prefixes, and the names of its leaves, for messages."""
         return params, names
 
     def start(
@@ -318,9 +350,15 @@ class Optimizer:
 
         Args:
           call: the user's call, for messages.
-          state: as the user has given it; None for a run from the beginning.
-          hypers: of the first step.
-          at: the parameters.
+          state: as the user gave it; None for a run from the beginning.
+          hypers: hyperparameters of the first step, by name.
+          at: the parameters, a tree.
+
+        Returns:
+          The float state by leaf, and its layout.
+
+        Raises:
+          ValueError: if the state or the labels do not fit the optimizer.
         """
         leaves, structure = jax.tree.flatten(at)
         labels = None if self.labels is None else self.labels_of(call, at, leaves)
@@ -341,7 +379,7 @@ class Optimizer:
         return start, Layout(structure, None, labels)
 
     def labels_of(self, call: str, params: PyTree, leaves: Sequence[Array]) -> tuple[str, ...]:
-        """The labels of the leaves."""
+        """The labels of the leaves, checked."""
         assert self.labels is not None
         labels = tuple(self.labels.of(params))
         unknown = sorted({str(label) for label in labels} - set(self.labels.variables))
@@ -353,7 +391,7 @@ class Optimizer:
         return labels
 
     def state_of(self, leaves: Sequence[Leaf], layout: Layout) -> dict[str, PyTree]:
-        """Its variables among the float state of a run: by name, trees like the parameters."""
+        """The optimizer's variables in the float state of a run: by name, trees like the parameters."""
         unflatten = layout.params.unflatten
         return {name: unflatten([leaf[name] for leaf in leaves]) for name in self.variables}
 
@@ -362,23 +400,30 @@ class Optimizer:
         return step(at.moves(), at.leaves, at.observations)
 
     def words_of(self, variable: str) -> int:
-        """Low words of a variable, or of the parameters."""
+        """Number of low words of a variable, or of the parameters."""
         return 1 if variable == PARAMS else self.variables[variable].words
 
 
 @dataclass(frozen=True)
 class GenericOptimizer:
-    """An optimizer that is no program of moves but a function of all parameters at once; not reversible.
+    """An optimizer that is not a program of moves but a function of all parameters at once; not reversible.
 
     Attributes:
-      name: as the user would call it.
+      name: as the user would write it.
       init: from the parameters to the optimizer's state, any pytree.
-      update: ``(h, gradient, state, params, here) -> (params, state)``, with ``h`` a dictionary of scalars
-        and a `StepContext`.
+      update: ``(h, gradient, state, params, here) -> (params, state)``, where ``h`` is a dictionary of
+        scalars and ``here`` a `StepContext`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
-      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.
-      per_example: whether `update` is given `Examples` in the gradient's place.
-      init_from_hypers: whether it is ``init(h, params)``, with the hyperparameters of the first step.
+      domains: lower and upper end of the half-open range ``[low, high)`` of each hyperparameter.
+      per_example: whether `update` receives `Examples` in place of the gradient.
+      init_from_hypers: whether init is ``init(h, params)``, with the hyperparameters of the first step.
+      reversible: False.
+      variables: empty, as the state is one for all parameters.
+      blocks: None.
+      observe: None.
+      transform: None.
+      labels: None.
+      by_moves: False.
     """
 
     name: str
@@ -397,25 +442,25 @@ class GenericOptimizer:
     by_moves: bool = field(default=False, init=False)
 
     def program(self, call: str) -> Optimizer:
-        """Refused: it is none."""
+        """Raise a `ReversalError`: the optimizer is not a program of moves."""
         raise ReversalError(
             f"{call}: {self.name} is no program of invertible moves, so it has no exact "
             "reversal; pass adjoint=Checkpointed() or Stored()"
         )
 
     def shape_of_hypers(self, params: PyTree, names: Sequence[str]) -> tuple[PyTree, Sequence[str]]:
-        """It takes numbers, the same for all parameters; see `Optimizer.shape_of_hypers`."""
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [float]  # none where all is masked
+        """One number, the same for all parameters; see `Optimizer.shape_of_hypers`."""
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [float]  # no leaves if all are masked
         return jnp.zeros((), dtypes[0]), ["all parameters"]
 
     def initial(self, hypers: Mapping[str, Array], params: PyTree) -> PyTree:
-        """The state before the first step, whose hyperparameters are given."""
+        """The optimizer's state before the first step, from the hyperparameters of that step."""
         return self.init(hypers, params) if self.init_from_hypers else self.init(params)
 
     def start(
         self, call: str, state: Mapping[str, PyTree] | None, hypers: Mapping[str, Array], at: PyTree
     ) -> tuple[list[Leaf], Layout]:
-        """The state before the first step: by leaf, and one more for its own; see `Optimizer.start`."""
+        """The state before the first step, the optimizer's own as one more leaf; see `Optimizer.start`."""
         if state is not None:
             check_state(call, state, ["state"])
         if state is not None and set(state) != {"state"}:
@@ -432,7 +477,7 @@ class GenericOptimizer:
         return [*({PARAMS: leaf} for leaf in leaves), _one_more_leaf(given)], Layout(structure, like)
 
     def state_of(self, leaves: Sequence[Leaf], layout: Layout) -> dict[str, PyTree]:
-        """Its state among the float state of a run: one tree with the name ``state``."""
+        """The optimizer's state in the float state of a run: one tree with the name ``state``."""
         last = leaves[-1]
         return {"state": layout.state.unflatten([last[f"{k}"] for k in range(len(last))])}
 
@@ -467,7 +512,7 @@ def _given_variable(call: str, name: str, tree: PyTree, structure: Any) -> list[
 
 
 def _cast_variable(call: str, name: str, given: Any, default: Any) -> Array:
-    """One leaf of it, in the shape and type that are needed."""
+    """One leaf of a given variable, in the dtype that is needed; refused if its shape differs."""
     if np.shape(given) != default.shape:
         raise ValueError(
             f"{call}: state[{name!r}] has a leaf of shape {list(np.shape(given))} where "
@@ -478,20 +523,23 @@ def _cast_variable(call: str, name: str, given: Any, default: Any) -> Array:
 
 
 def _one_more_leaf(state: PyTree) -> Leaf:
-    """The state of an optimizer that has one for all parameters, as one more leaf beside theirs."""
+    """The state of an optimizer of all parameters at once, as one more leaf beside theirs."""
     return {f"{k}": jnp.asarray(x, jnp.result_type(x)) for k, x in enumerate(jax.tree.leaves(state))}
 
 
 def with_defaults(call: str, optimizer: AnyOptimizer, hypers: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The hyperparameters of an optimizer, those that are not given at their defaults.
+    """The hyperparameters of an optimizer; those that are not given have their defaults.
 
     Args:
       call: the user's call, for messages.
-      optimizer: whose they are.
-      hypers: by name.
+      optimizer: to which the hyperparameters belong.
+      hypers: given hyperparameters, by name.
+
+    Returns:
+      All hyperparameters, by name.
 
     Raises:
-      ValueError: for names that the optimizer does not have, or that are missing.
+      ValueError: if the optimizer does not have a name, or a required one is missing.
     """
     unknown = sorted(set(hypers) - set(optimizer.hypers))
     missing = sorted(k for k, value in optimizer.hypers.items() if value is None and k not in hypers)
@@ -504,14 +552,23 @@ def with_defaults(call: str, optimizer: AnyOptimizer, hypers: Mapping[str, PyTre
 
 
 def first_params_move(moves: Sequence[Move]) -> int:
-    """Index of the first move of the parameters."""
+    """Index of the first move of the parameters; the number of moves if there is none."""
     return next((k for k, move in enumerate(moves) if moved_variable(move) == PARAMS), len(moves))
 
 
 def view_of(
     move: Move, k: int, moves: Sequence[Move], leaf: Leaf, observations: Observed, record: Record
 ) -> View:
-    """What move ``k`` may read of a leaf."""
+    """What move ``k`` may read of a leaf.
+
+    Args:
+      move: number ``k`` of the moves.
+      k: index of the move.
+      moves: all moves of the leaf.
+      leaf: its float state when the move is made.
+      observations: the gradient and whatever else is observed of the leaf.
+      record: what was remembered or kept earlier in the step.
+    """
     if isinstance(move, Assign | Remember | Total | Keep):
         return View({**leaf, **record, **observations}, {})
     evaluated = ["gradient", *observations]
@@ -536,12 +593,12 @@ def view_of(
 
 
 def straight_through(value: Array, derivative: Array) -> Array:
-    """Evaluates to ``value`` and differentiates as ``derivative``."""
+    """An array that has this value and is differentiated as ``derivative``."""
     return derivative + jax.lax.stop_gradient(value - derivative)
 
 
 def alike(program: Sequence[Sequence[Move]]) -> list[list[int]]:
-    """The leaves that are moved together: those whose programs are of the same moves."""
+    """Groups of leaves that are moved together: those whose programs consist of the same moves."""
     groups: dict[Any, list[int]] = {}
     for i, moves in enumerate(program):
         groups.setdefault(tuple((type(move), move[0]) for move in moves), []).append(i)
@@ -552,7 +609,7 @@ T = TypeVar("T")
 
 
 def members(group: Sequence[int], each: Sequence[T]) -> list[T]:
-    """Those of a list that belong to a group."""
+    """The entries of a list that belong to a group."""
     return [each[i] for i in group]
 
 
@@ -562,13 +619,16 @@ def step(
     observations: Sequence[Observed],
     kept: Sequence[Record] | None = None,
 ) -> list[Leaf]:
-    """One step in floats, with the same quantized factors as the exact one: what JAX differentiates.
+    """One step in floats, with the same quantized factors as the exact step: what JAX differentiates.
 
     Args:
       program: the moves of every leaf.
-      leaves: float state.
-      observations: gradient and what is observed, of every leaf.
-      kept: what `Keep` has kept of the step, where that is known.
+      leaves: the float state before the step.
+      observations: the gradient and whatever else is observed, by leaf.
+      kept: what `Keep` kept in this step, by leaf, if it is known.
+
+    Returns:
+      The float state after the step.
     """
     new = [dict(leaf) for leaf in leaves]
     for group in alike(program):
@@ -587,7 +647,7 @@ def _step_alike(
     observations: Sequence[Observed],
     kept: Sequence[Record],
 ) -> list[Leaf]:
-    """`step` of leaves whose programs are alike."""
+    """`step` for leaves whose programs are alike."""
     new = [dict(leaf) for leaf in leaves]
     records: list[Record] = [{} for _ in leaves]
     dtypes = [leaf[PARAMS].dtype for leaf in leaves]
@@ -605,12 +665,12 @@ def _step_alike(
 
 
 def _as_kept(name: str, record: Record, kept: Record) -> Record:
-    """A record whose entry is what was kept, where that is known, and is differentiated as it stands."""
+    """A record whose entry has the value that was kept, if it is known, and the derivative as it stands."""
     return record | ({name: straight_through(kept[name], record[name])} if name in kept else {})
 
 
 def _moved_to(k: int, moves: Sequence[Move], leaf: Leaf, observations: Observed, record: Record) -> Array:
-    """What move ``k`` makes of its variable, in floats."""
+    """The variable of move ``k`` after the move, in floats."""
     move, view = moves[k], view_of(moves[k], k, moves, leaf, observations, record)
     if isinstance(move, Scale):
         x, exactly = leaf[move.variable], factor_of(move, view)
@@ -631,7 +691,16 @@ def remember(
     records: Sequence[Record],
     dtypes: Sequence[Any],
 ) -> list[Record]:
-    """The records with what move ``k`` remembers added."""
+    """Add to the records what move ``k`` remembers or keeps.
+
+    Args:
+      k: index of the move.
+      program: the moves of every leaf, alike.
+      leaves: the float state when the move is made, by leaf.
+      observations: the gradient and whatever else is observed, by leaf.
+      records: what was remembered or kept earlier in the step, by leaf.
+      dtypes: of the new entries, by leaf.
+    """
     values, names = [], []
     for moves, *parts in zip(program, leaves, observations, records):
         move = moves[k]
@@ -648,10 +717,10 @@ def remember(
 
 
 def factor_of(move: Scale, view: View) -> Any:
-    """The factor of a scale, from remembered scalars if it needs them."""
+    """The factor of a scale, evaluated on remembered scalars if it is a function."""
     return move.factor(view) if callable(move.factor) else move.factor
 
 
 def moved_variable(move: Move) -> str:
-    """The variable that a move changes; what is remembered or kept is none."""
+    """The variable that a move changes; the empty string if it only remembers or keeps."""
     return "" if isinstance(move, Remember | Total | Keep) else move.variable

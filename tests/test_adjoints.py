@@ -63,7 +63,7 @@ def test_agrees_with_finite_differences(optimizer: str) -> None:
     assert_agrees_with_finite_differences(value, everything, gradient)
 
 
-@pytest.mark.quick("momentum")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", TYPICAL)
 def test_agrees_with_stored_in_float32(optimizer: str) -> None:
     objective, everything = classification(optimizer, jnp.float32, steps=100)

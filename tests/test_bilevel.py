@@ -267,6 +267,7 @@ def test_a_truncated_window_is_that_of_the_adjoint(x64: None) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_reversible_adjoint_gives_what_storing_everything_gives(x64: None) -> None:
     data, state = logistic()
     ends = []

@@ -233,6 +233,7 @@ def remembering(asynchrony: hg.Asynchrony, steps: int = 8) -> Any:
     return split(structure.unflatten(blocks), params)
 
 
+@pytest.mark.slow
 def test_without_delays_the_bits_are_those_without_asynchrony() -> None:
     jax.tree.map(np.testing.assert_array_equal, run(hg.Asynchrony()), run(None))
 

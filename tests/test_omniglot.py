@@ -101,6 +101,7 @@ def test_cost_is_the_sum_of_the_means_of_the_scripts() -> None:
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_hypergradient_of_the_sharing_agrees_with_finite_differences(x64: None) -> None:
     given = experiment.split(SMALL, experiment.scripts(SMALL, None)[:1], 0)
     parts, held = ([experiment.take(given.examples[0], x[0])] for x in (given.train, given.test))

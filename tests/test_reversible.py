@@ -202,6 +202,7 @@ def test_a_factor_reads_only_what_a_step_has_remembered() -> None:
         hg.train(lambda w, meta, t: w @ w, jnp.ones(2), {}, steps=2, optimizer=wrong, adjoint=hg.Stored())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_step_may_shrink_by_its_own_norm() -> None:
     """``w <- w / (1 + λ ‖w‖) - α v``: in closed form for one element, and against `Stored`."""

@@ -1,4 +1,4 @@
-"""Ways to differentiate a training run: what ``adjoint=`` takes."""
+"""Ways to differentiate a training run: the values of ``adjoint=``."""
 
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Snapshot

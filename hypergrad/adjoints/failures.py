@@ -1,4 +1,4 @@
-"""What can go wrong in an exact reversal, and how it is told."""
+"""What can go wrong in an exact reversal, and its messages."""
 
 import enum
 import itertools
@@ -20,21 +20,23 @@ from hypergrad.program import PARAMS, Variable
 
 
 class Broken(enum.IntEnum):
-    """Where derivatives were no numbers, if not at a step."""
+    """Where derivatives became NaN or infinite, if not at a step."""
 
     NOWHERE = -1
-    FROM_OUTSIDE = -2  # what came in was no number: nothing on the way is to blame
-    IN_RESULT = -3  # what comes out for hyperparameters, meta, batches and closures
+    FROM_OUTSIDE = -2  # in the cotangents that came in: nothing on the way back is to blame
+    IN_RESULT = -3  # in the cotangents of hyperparameters, meta, batches and closures
 
 
 class Health(NamedTuple):
     """How a run went.
 
     Attributes:
-      failed: ``(3,)``, the first step that failed or -1, why (an index into `Exact.troubles`), and where.
-      needed: tape, by what is taped.
-      recovered: whether the start was.
-      broken: ``(2,)``, the last step whose derivatives were no numbers, or `Broken`; and the leaf.
+      failed: ``(3,)``, int32: the first step that failed or -1, why (an index into `Exact.troubles`), and
+        in which leaf.
+      needed: length of tape that was needed, in rows or bytes, for everything that is taped.
+      recovered: whether the start was recovered.
+      broken: ``(2,)``, int32: the last step whose derivatives were NaN or infinite, or a `Broken`; and the
+        leaf.
     """
 
     failed: Int[Array, "3"]
@@ -44,7 +46,7 @@ class Health(NamedTuple):
 
 
 def unbroken(numbers: Flag) -> Int[Array, "2"]:
-    """`Health.broken` before the way back, from whether the cotangents that come in are numbers."""
+    """`Health.broken` before the way back, given whether the cotangents that come in are finite."""
     where = jnp.where(numbers, Broken.NOWHERE, Broken.FROM_OUTSIDE).astype(jnp.int32)
     return jnp.stack([where, jnp.int32(0)])
 
@@ -54,14 +56,15 @@ class Failures:
     """The messages of one call.
 
     Attributes:
-      call: the user's.
+      call: the user's call.
       names: of the leaves.
       variables: of the optimizer, by name.
       troubles: see `Exact.troubles`.
-      taped: what is taped, leaf after leaf.
-      allotted: length of every tape; None if there is no way back.
-      radix: as the user has set it, by variable.
-      bits_per_step: that were reserved, by what is taped, and the steps that a tape is for.
+      taped: what is taped of every leaf.
+      allotted: length of every tape, in rows or bytes; None if there is no way back.
+      radix: as set by the user, by variable.
+      bits_per_step: bits reserved per element and step, a function of the variable; and the number of steps
+        that a tape is for.
     """
 
     call: str
@@ -74,7 +77,7 @@ class Failures:
     bits_per_step: tuple[Callable[[str], float], int]
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
-        """Pass the result on, or raise what was wrong with the run."""
+        """Pass the result on, or raise a `ReversalError` if the run failed."""
         allotted = None if self.allotted is None else list(itertools.chain(*self.allotted))
 
         def explain(
@@ -113,7 +116,7 @@ class Failures:
         return f"{at}{self.too_coarse(name, whose) if kind == 'rounding' else self.too_large(name, whose)}"
 
     def too_coarse(self, name: str, whose: str) -> str:
-        """Message for rounding that takes too much."""
+        """Message for rounding that takes too large a part of what is added."""
         if name in self.radix:
             advice = f"a larger radix than {self.radix[name]}"
         else:
@@ -156,7 +159,7 @@ class Failures:
         )
 
     def not_recovered(self) -> str:
-        """Message for a run that did not come back."""
+        """Message for a run whose start was not recovered."""
         return (
             f"{self.call}: played backwards, the run did not arrive at its start, so that its "
             "hypergradient would be wrong and is withheld. The loss did not give the same gradient bit "

@@ -1,4 +1,4 @@
-"""How much rounding takes from what is added to the integers, watched along the run."""
+"""Watches, along the run, how much rounding takes from what is added to the integers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from hypergrad.program import PARAMS
 
 
 class Guard(NamedTuple):
-    """How coarse the shifts of one variable of one leaf were so far, and since what step too much so.
+    """How coarse the shifts of one variable of one leaf have been so far.
 
     Attributes:
-      total: by row, see `exact.coarseness`.
-      since: -1 for none.
+      total: by row, the sum of `exact.coarseness` over the guarded steps.
+      since: the first step at which they were too coarse; -1 for none.
     """
 
     total: Float[Array, " rows"]
@@ -30,20 +30,21 @@ Guards = list[dict[str, Guard]]  # by leaf and variable
 
 
 def is_guarded(step: Step) -> Flag:
-    """Whether rounding is looked at in a step: in the first ones and in every eighth, as all are alike."""
+    """Whether rounding is checked in a step: in the first eight and every eighth, as steps are alike."""
     return (step < 8) | (step % 8 == 0)
 
 
 def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> Guards:
     """The guards after one more step.
 
-    Looked at is what was added up to now: later steps may be large only because an earlier one was lost.
-    What has decayed is no longer there: parameters that were large excuse nothing once they are small.
+    Only what has been added so far is judged, since later steps may be large only because an earlier one
+    was lost.  Totals of the parameters decay with them: parameters that were large excuse nothing once they
+    are small.
 
     Args:
       guards: before the step.
-      now: after it.
-      at: the step, and whether it was guarded.
+      now: the result of the step.
+      at: the number of the step, and whether it was guarded.
       steps: of the run.
     """
     step, guarded = at
@@ -71,7 +72,13 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
 
 
 def failed_by_rounding(failed: Int[Array, "3"], guards: Guards, integers: Exact) -> Int[Array, "3"]:
-    """The first failure of a run, rounding that took too much included; see `Health.failed`."""
+    """The first failure of a run, including rounding that took too much.
+
+    Args:
+      failed: the first failure of another kind; see `Health.failed`.
+      guards: at the end of the run.
+      integers: the exact arithmetic of the run.
+    """
     for i, leaf in enumerate(guards):
         for name, guard in leaf.items():
             trouble = integers.troubles().index(("rounding", name))
@@ -83,7 +90,16 @@ def failed_by_rounding(failed: Int[Array, "3"], guards: Guards, integers: Exact)
 def failed_by_range(
     numbers: Sequence[dict[str, exact.Fixed]], step: Step, integers: Exact
 ) -> Int[Array, "3"]:
-    """The first failure at a start, where numbers may be too large already; see `Health.failed`."""
+    """The first failure at the start of a run, whose numbers may already be too large.
+
+    Args:
+      numbers: of every leaf, by variable.
+      step: the first step.
+      integers: the exact arithmetic of the run.
+
+    Returns:
+      See `Health.failed`.
+    """
     failed = jnp.array([-1, 0, 0], jnp.int32)
     for i, leaf in enumerate(numbers):
         for name, x in leaf.items():

@@ -1,16 +1,26 @@
 """A step of an optimizer's program on integers, and its exact undoing.
 
-Forwards a `Scale` writes the bits that it destroys to a tape, and a `Shift` adds; backwards a `Scale`
-reads them, and a `Shift` subtracts.  Both evaluate factors and amounts anew, from what the other moves of
-the step have left as it was, and so to the same bits.
+Forwards, a `Scale` writes the bits that it destroys to a tape, and a `Shift` adds.  Backwards, a `Scale`
+reads these bits, and a `Shift` subtracts.  Both directions evaluate factors and amounts from the same
+arrays, which the move itself does not change, and therefore to the same bits.
+
+For gradient descent with momentum, the moves are the lines of Algorithm 1 in Maclaurin, Duvenaud, Adams
+(2015), and their inverses, read upwards, those of Algorithm 2::
+
+    v <- γ v                   Scale  (bits to the tape)     v <- v / γ   (bits from the tape)
+    v <- v - (1 - γ) ∇L(w)     Shift                         v <- v + (1 - γ) ∇L(w)
+    w <- w + α v               Shift                         w <- w - α v
 
 ==============  ====================  =====================================================================
 symbol          name                  meaning
 ==============  ====================  =====================================================================
 ``w, v``        numbers               parameters and the optimizer's variables, as integers
-``f``           factor, numerator     of a `Scale`: ``n / 2**32``
-``u``           amount                of a `Shift`, a float that is rounded once
+``f``           factor, numerator     factor of a `Scale`, ``n / 2**32``
+``u``           amount                amount of a `Shift`, a float that is rounded once
 ==============  ====================  =====================================================================
+
+Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
+learning", ICML 2015, Algorithms 1 to 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,12 +56,17 @@ from hypergrad.program import (
     view_of,
 )
 
-# A run is refused where rounding takes a larger part of what is added to a row of a variable.
+# A run is refused if rounding takes a larger part of what is added to a row of a variable.
 LARGEST_LOSS = 2.0**-10
 
 
 class ExactLeaf(NamedTuple):
-    """Exact state of one leaf: its variables, and a buffer for every `Scale` and `Keep` of its program."""
+    """Exact state of one leaf.
+
+    Attributes:
+      numbers: parameters and the optimizer's variables, by name.
+      buffers: one for every `Scale` and `Keep` of the leaf's program.
+    """
 
     numbers: dict[str, exact.Fixed]
     buffers: list[exact.Buffer]
@@ -64,12 +79,12 @@ BAD_LEVEL = ("level", "")
 
 
 class Moment(NamedTuple):
-    """A step of a run, and the hyperparameters there.
+    """A step of a run and its hyperparameters.
 
     Attributes:
-      fixed: by leaf, the constant hyperparameters by name.
-      scheduled: by leaf, those of this step.
-      step: its number.
+      fixed: for every leaf, the constant hyperparameters by name.
+      scheduled: for every leaf, the scheduled hyperparameters of this step by name.
+      step: int32, the number of the step.
       always_true: see `hypergrad._base.compiler`.
     """
 
@@ -80,15 +95,15 @@ class Moment(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """What a step on integers gives.
+    """The result of a step on integers.
 
     Attributes:
       leaves: the new state.
       tapes: of every leaf, one for every `Scale` and `Keep`.
-      records: what was remembered, by leaf.
+      records: the scalars that were remembered, by leaf.
       coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
-      faded: what is left of the parameters, by leaf: the largest factor of each.
-      wrong: what went wrong first and in which leaf, as indices into `Exact.troubles` and the leaves, or 0.
+      faded: the part of the parameters that is left, by leaf: the product of their largest factors.
+      wrong: ``(2,)``, what went wrong first, an index into `Exact.troubles` or 0, and in which leaf.
     """
 
     leaves: list[ExactLeaf]
@@ -103,10 +118,10 @@ class Exact(NamedTuple):
     """The exact arithmetic of an optimizer, on all leaves at once.
 
     Attributes:
-      program: the moves of every leaf at one step, from the hyperparameters and the step.
-      variables: their names, the parameters' first.
+      program: from the hyperparameters and the step to the moves of every leaf.
+      variables: names of the variables, the parameters first.
       dtypes: of the floats that the moves see, by leaf.
-      x64: whether the user's code runs in JAX's 64-bit mode, which this code must not change for it.
+      x64: whether the user's code runs in JAX's 64-bit mode; it must see that mode unchanged.
     """
 
     program: Callable[..., Sequence[Sequence[Move]]]
@@ -115,12 +130,12 @@ class Exact(NamedTuple):
     x64: bool
 
     def troubles(self) -> list[Trouble]:
-        """What can go wrong in a step."""
+        """What can go wrong in a step; `Stepped.wrong` is an index into this list."""
         kinds = ("range", "factor", "rounding")
         return [NO_TROUBLE, BAD_LOSS, BAD_LEVEL, *((kind, v) for kind in kinds for v in self.variables)]
 
     def floats(self, always_true: Flag, leaves: Sequence[ExactLeaf], *names: str) -> list[Leaf]:
-        """The float state that the integers stand for: all variables, or those named."""
+        """The float state that the integers stand for: all variables, or only those named."""
         return _floats(always_true, leaves, self.dtypes, *names)
 
     def step(
@@ -131,7 +146,15 @@ class Exact(NamedTuple):
         observations: Sequence[Observed],
         guarded: Flag,
     ) -> Stepped:
-        """One step on integers, and if it is guarded how coarse it was."""
+        """One step on integers.
+
+        Args:
+          at: the step and its hyperparameters.
+          leaves: the state before the step.
+          tapes: of every leaf.
+          observations: the gradient and whatever else is observed, by leaf.
+          guarded: whether to measure how coarse the shifts are.
+        """
         doing = _Forwards(self, at, leaves, tapes, observations, [{} for _ in leaves], guarded=guarded)
         for group in alike(doing.programs):
             taped = 0
@@ -150,7 +173,16 @@ class Exact(NamedTuple):
     def kept(
         self, at: Moment, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
     ) -> tuple[list[ExactLeaf], list[Record]]:
-        """What `Keep` has kept in the step that is to be undone, and the state without it on the tapes."""
+        """Read from the tapes what `Keep` kept in the step that is to be undone.
+
+        Args:
+          at: the step and its hyperparameters.
+          leaves: the state after the step.
+          tapes: of every leaf.
+
+        Returns:
+          The state with that taken off its buffers, and what was kept, by leaf.
+        """
         new, records = [], []
         for moves, leaf, tape, dtype in zip(self.program(*at[:3]), leaves, tapes, self.dtypes):
             buffers, record = list(leaf.buffers), {}
@@ -171,16 +203,27 @@ class Exact(NamedTuple):
         observations: Sequence[Observed] | None,
         records: list[Record],
     ) -> list[ExactLeaf]:
-        """Undo a step, in two parts: the parameters are needed to find again what the moves have seen.
+        """Undo a step, in two calls: observations can be evaluated again only at the old parameters.
 
-        Without that, undoes the moves from the first one of the parameters on; with it, the moves
-        before that.
+        Without observations, undo the moves from the first one of the parameters on, in Algorithm 2
+        ``w <- w - α v``; with them, undo the moves before it, ``v <- [v + (1 - γ) g] / γ``.
+
+        Args:
+          at: the step and its hyperparameters.
+          leaves: the state after the moves that are to be undone.
+          tapes: of every leaf.
+          observations: the gradient and whatever else is observed, by leaf; None in the first call.
+          records: what was remembered or kept in the step, by leaf.
+
+        Returns:
+          The state before these moves.
         """
         nothing: list[Observed] = [{} for _ in leaves]
         doing = _Step(self, at, leaves, tapes, nothing if observations is None else observations, records)
         for group in alike(doing.programs):
             moves = doing.programs[group[0]]
             cut = first_params_move(moves)
+            # First call: undo the position update.  Second, with the gradient: undo the velocity update.
             start, end = (cut, len(moves)) if observations is None else (0, cut)
             taped = sum(isinstance(move, Scale | Keep) for move in moves[:end])
             for k in reversed(range(start, end)):
@@ -194,16 +237,16 @@ class Exact(NamedTuple):
 
 @dataclass
 class _Step:
-    """A step under way: what its moves read, and the state that they change.
+    """A step in progress: what its moves read, and the state that they change.
 
     Attributes:
       exact: the arithmetic.
-      at: which step.
-      leaves: the state before.
+      at: the step and its hyperparameters.
+      leaves: the state before the first move, in either direction.
       tapes: of every leaf.
-      observations: gradient and what is observed, of every leaf.
+      observations: the gradient and whatever else is observed, by leaf.
       records: what has been remembered or kept in this step, by leaf.
-      now: the state as far as it has moved.
+      now: the state after the moves made so far.
       programs: the moves of every leaf.
     """
 
@@ -221,7 +264,7 @@ class _Step:
         self.programs = self.exact.program(*self.at[:3])
 
     def factors(self, group: Sequence[int], k: int) -> list[Numerators]:
-        """The numerators by which scale ``k`` of the programs multiplies the leaves of a group."""
+        """The numerators by which move ``k``, a `Scale`, multiplies the leaves of a group."""
 
         def evaluate(at: PyTree, records: Sequence[Record]) -> list[Array]:
             result, programs = [], self.exact.program(*at)
@@ -244,7 +287,7 @@ class _Step:
         return numerators
 
     def amounts(self, group: Sequence[int], k: int) -> list[Floats]:
-        """By how much shift ``k`` of the programs moves the leaves of a group."""
+        """The amounts that move ``k``, a `Shift`, adds to the leaves of a group."""
         variable = moved_variable(self.programs[group[0]][k])
         others = [
             ExactLeaf({v: x for v, x in self.now[i].numbers.items() if v != variable}, []) for i in group
@@ -267,7 +310,7 @@ class _Step:
         return same_bits(always_true, evaluate, self.at[:3], others, *given)
 
     def unscale(self, group: Sequence[int], k: int, taped: int) -> None:
-        """Undo a `Scale`, from the bits on its tape."""
+        """Undo a `Scale` with the bits on its tape: ``v <- v / γ``."""
         variable = moved_variable(self.programs[group[0]][k])
         numerators = [_at_least_one(n) for n in self.factors(group, k)]
         numbers = [self.now[i].numbers[variable] for i in group]
@@ -278,7 +321,7 @@ class _Step:
             self.now[i].numbers[variable], self.now[i].buffers[taped] = number, buffer
 
     def unshift(self, group: Sequence[int], k: int) -> None:
-        """Undo a `Shift`: the same amounts, subtracted."""
+        """Undo a `Shift`: subtract the same amounts."""
         variable = moved_variable(self.programs[group[0]][k])
         numbers = [self.now[i].numbers[variable] for i in group]
         before = bundles.unshift(self.at.always_true, numbers, self.amounts(group, k))
@@ -288,7 +331,7 @@ class _Step:
 
 @dataclass
 class _Forwards(_Step):
-    """A step forwards: what it writes and what it looks out for, besides; see `Stepped`."""
+    """A step forwards: also what it writes to the tapes and what it checks; see `Stepped`."""
 
     guarded: Flag = field(kw_only=True)
 
@@ -300,12 +343,12 @@ class _Forwards(_Step):
         self.wrong = jnp.zeros(2, jnp.int32)
 
     def look(self, valid: Flag, trouble: Trouble, leaf: int) -> None:
-        """Note what goes wrong first."""
+        """Note a trouble, unless valid, if it is the first."""
         code = jnp.array([self.exact.troubles().index(trouble), leaf], jnp.int32)
         self.wrong = jnp.where((self.wrong[0] == 0) & ~valid, code, self.wrong)
 
     def remember(self, group: Sequence[int], k: int) -> None:
-        """What move ``k`` remembers or keeps, put on record."""
+        """Put on record what move ``k`` remembers or keeps."""
         dtypes = members(group, self.exact.dtypes)
         given = (members(group, self.observations), members(group, self.records))
         with jax.enable_x64(self.exact.x64):
@@ -318,7 +361,7 @@ class _Forwards(_Step):
             self.look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
 
     def keep(self, group: Sequence[int], k: int, taped: int) -> None:
-        """Write which of its levels every element of a `Keep` is."""
+        """Write to the tape of a `Keep` which of its levels every element is."""
         for i in group:
             move = self.programs[i][k]
             assert isinstance(move, Keep)
@@ -329,7 +372,7 @@ class _Forwards(_Step):
             )
 
     def scale(self, group: Sequence[int], k: int, taped: int) -> None:
-        """A `Scale`; the bits that it destroys go to its tape."""
+        """Make a `Scale`, ``v <- γ v``; the bits that it destroys go to its tape."""
         variable = moved_variable(self.programs[group[0]][k])
         numerators = []
         for i, n in zip(group, self.factors(group, k)):
@@ -346,7 +389,7 @@ class _Forwards(_Step):
             self.written[i][taped] = tape
 
     def shift(self, group: Sequence[int], k: int) -> None:
-        """A `Shift`, and how coarse it was."""
+        """Make a `Shift`, ``v <- v + u``, and measure how coarse it was."""
         variable = moved_variable(self.programs[group[0]][k])
         amounts = self.amounts(group, k)
         numbers = [self.now[i].numbers[variable] for i in group]
@@ -359,7 +402,7 @@ class _Forwards(_Step):
             self.look(exact.fits(number), ("range", variable), i)
 
     def done(self) -> Stepped:
-        """What the step gives.  What is kept stands on the tape; only scalars are recorded."""
+        """The result of the step.  What was kept is on the tape; only scalars are recorded."""
         kept = {move.name for moves in self.programs for move in moves if isinstance(move, Keep)}
         scalars = [{name: x for name, x in each.items() if name not in kept} for each in self.records]
         return Stepped(self.now, self.written, scalars, self.coarse, self.faded, self.wrong)
@@ -368,7 +411,7 @@ class _Forwards(_Step):
 def _floats(
     always_true: Flag, leaves: Sequence[ExactLeaf], dtypes: Sequence[Any], *names: str
 ) -> list[Leaf]:
-    """The floats, of these types, that the integers of some leaves stand for."""
+    """The floats, of these dtypes, that the integers of some leaves stand for."""
     result: list[Leaf] = [{} for _ in leaves]
     for v in names or leaves[0].numbers:
         numbers = [leaf.numbers[v] for leaf in leaves]
@@ -378,11 +421,11 @@ def _floats(
 
 
 def _at_least_one(n: Numerators) -> Numerators:
-    """A numerator to divide by: a division by zero would trap, not tell."""
+    """A numerator that can be divided by: a division by zero would trap, without a message."""
     return jnp.maximum(n, jnp.ones_like(n))
 
 
 def _level(levels: Sequence[float], value: Float[Array, "*leaf"]) -> tuple[Int[Array, "*leaf"], Flag]:
-    """Which of the levels every element is, and whether all are one of them."""
+    """The index of each element among the levels, and whether all elements are among them."""
     same = jnp.stack([value == level for level in levels])
     return jax.lax.argmax(same, 0, jnp.int32), jnp.all(jnp.any(same, axis=0))

@@ -5,11 +5,11 @@ symbol    name                  meaning
 ========  ====================  ==============================================================
 ``L``     loss                  inner loss, a function of ``w`` and ``θ``
 ``w``     params                parameters before the step
-``θ``     wanted                what else of the loss is differentiated: meta, closures, batches
+``θ``     wanted                other inputs to differentiate in: meta, closures, batches
 ``g``     gradient              ``∂L/∂w``
-``S``     observed              what else the optimizer evaluates, a function of ``w`` and ``θ`` too
+``S``     observed              what else the optimizer evaluates, also a function of ``w`` and ``θ``
 ``u``     direction             cotangents of ``g`` and ``S``: ``u_g`` and ``u_S``
-``l``     loss_cotangent        cotangent of the loss along the run
+``l``     loss_cotangent        cotangent of the loss of the step
 ========  ====================  ==============================================================
 """
 
@@ -34,10 +34,10 @@ Gradient = Callable[..., tuple[Scalar, list[Observed]]]
 
 
 def gradient_of(run: Run) -> Gradient:
-    """Loss and gradient, whose derivative in reverse mode is that of `linearize`.
+    """A function for loss and gradient whose derivative in reverse mode is that of `linearize`.
 
-    An optimizer that looks at single examples leaves this gradient to ``watch``.  Where nobody watches
-    JAX drops it, which it would not if its derivative had a rule of its own.
+    If the optimizer looks at single examples, only ``watch`` uses this gradient.  Without ``watch`` JAX
+    drops it, which it would not do if its derivative had a custom rule.
     """
     return run.plain_gradient if run.optimizer.per_example else partial(_gradient, run)
 
@@ -82,7 +82,16 @@ def in_segments(
     inputs: Inputs,
     gradient: Gradient | None = None,
 ) -> Solution:
-    """A run in so many segments, each of which is computed again on the way back; see `Run.step`."""
+    """A run in segments, each of which is computed again on the way back (rematerialization).
+
+    Args:
+      run: the run.
+      segments: how many, at least 1.
+      start: the float state before the first step.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
+      gradient: as for `Run.step`; by default `gradient_of` the run.
+    """
     gradient = gradient_of(run) if gradient is None else gradient
     length = -(-run.steps // max(1, min(segments, run.steps)))
     whole = run.steps // length
@@ -101,20 +110,25 @@ def in_segments(
 
 
 class Products(NamedTuple):
-    """Cotangents that pass through loss and gradient: of the parameters and of what else is wanted."""
+    """Cotangents pulled back through loss and gradient.
+
+    Attributes:
+      params: of the parameters, by leaf.
+      wanted: of the other inputs that are differentiated, flat.
+    """
 
     params: list[Array]
     wanted: list[Array]
 
 
 class Linearized(NamedTuple):
-    """Loss, gradient and what is observed at a point, with what is needed for their derivatives there.
+    """Loss, gradient and whatever else is observed at a point, with their derivatives there.
 
     Attributes:
       primal: ``(loss, observations, first)``: ``observations`` are ``∂L/∂w`` and ``S``, by leaf, and
         ``first`` is what the first linear map needs besides its argument.
-      residuals: what the second needs.
-      jaxprs: the linear maps from ``l`` to ``l ∂L/∂θ``; and from a direction ``(u_g, u_S)`` by leaf to
+      residuals: what the second linear map needs besides its argument.
+      jaxprs: two linear maps: from ``l`` to ``l ∂L/∂θ``; and from a direction ``(u_g, u_S)``, by leaf, to
         ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
     """
 
@@ -123,7 +137,7 @@ class Linearized(NamedTuple):
     jaxprs: tuple[Any, Any]
 
     def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
-        """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``; None is ``l = 0``."""
+        """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``, where None is ``l = 0``."""
         first, second = (
             jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, given))
             for jaxpr, given in zip(self.jaxprs, (self.primal[2], self.residuals))
@@ -131,7 +145,7 @@ class Linearized(NamedTuple):
         total = second(*jax.tree.leaves(list(direction)))
         _, observations, _ = self.primal
         if loss_cotangent is not None:
-            used = loss_cotangent != 0  # at a step that is masked, ∂L/∂θ need not be a number
+            used = loss_cotangent != 0  # at a masked step, ∂L/∂θ need not be finite
             along = [*(loss_cotangent * g for g in gradients(observations)), *first(loss_cotangent)]
             total = [jnp.where(used, x, 0).astype(y.dtype) + y for x, y in zip(along, total)]
         return Products(total[: len(observations)], total[len(observations) :])
@@ -140,20 +154,20 @@ class Linearized(NamedTuple):
 def linearize(
     run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Flag | None = None
 ) -> Linearized:
-    """Evaluate loss, gradient and what is observed once, keeping what their derivatives need.
+    """Evaluate loss, gradient and whatever else is observed once, keeping what their derivatives need.
 
     Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
-    directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.  Where the loss holds
-    derivative rules of the user's own, ``g`` need be no gradient and ``∂g/∂w`` not symmetric: then reverse
-    over reverse.
+    directional derivative of ``(∂L/∂w, ∂L/∂θ)`` along ``u_g``: forward over reverse.  If the loss contains
+    custom derivative rules of the user, ``g`` need not be a gradient and ``∂g/∂w`` need not be symmetric:
+    then it is reverse over reverse.
 
     Args:
       run: the run.
       params: flat parameters.
-      theta: what else the loss is a function of: `Constants.loss` and `Inputs.batch`.
+      theta: the other inputs of the loss: `Constants.loss` and `Inputs.batch`.
       flags: which arrays of ``theta`` are wanted.
-      always_true: true, at run time: evaluate apart (see `hypergrad._base.compiler`), so that the same bits
-        come out in both directions.  None where that does not matter.
+      always_true: true at run time: evaluate in isolation (see `hypergrad._base.compiler`), so that both
+        directions find the same bits.  None if that does not matter.
     """
     linear_maps: list[tuple[Any, Any]] = []
 
@@ -192,7 +206,7 @@ def linearize(
 
         first = jax.make_jaxpr(lambda bar: [bar * x for x in first_theta])(value)
         if always_true is None and wanted:
-            # What is kept at every step may be less: of the weights of examples, those in the batch.
+            # What is kept at every step may be smaller: of all examples' weights, those in the batch.
             _, pull = jax.vjp(lambda wanted: loss(params, wanted), wanted)
             other = jax.make_jaxpr(lambda bar: pull(bar)[0])(value)
             given = {id(x) for x in jax.tree.leaves((params, theta))}
@@ -210,11 +224,11 @@ def linearize(
 
 
 def _first_apart(always_true: Flag, function: Callable[..., Any], *arguments: PyTree) -> Any:
-    """Evaluate a function that returns ``((loss, seen), second)``, the first in isolation.
+    """Evaluate a function that returns ``((loss, observations), second)``, the first part in isolation.
 
-    Its computation hands out what ``second`` needs too, and hands out all of that always: a compiler
-    that is let know what goes unused makes another computation of what is left.  A gradient keeps all else
-    alive, as it is used in both directions; the loss is not on the way back.
+    The isolated computation also returns everything that ``second`` needs, always: if the compiler knew
+    that some of it goes unused, it would compile the rest differently.  A gradient keeps everything else
+    alive, since it is used in both directions; the loss is not used on the way back.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     jaxpr, structure = closed.jaxpr, jax.tree.structure(shapes)
@@ -238,7 +252,7 @@ def _first_apart(always_true: Flag, function: Callable[..., Any], *arguments: Py
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     given = [*closed.consts, *jax.tree.leaves(arguments)]
     results = noinline(always_true, part(jaxpr, inputs, reversed(first), handed), *given)
-    # An array of no elements, such as the gradient of one, would keep nothing alive.
+    # An array without elements, such as the gradient of one, would keep nothing alive.
     sizes = [(v not in always, x.dtype.kind != "f", x.size == 0, x.size) for v, x in zip(handed, results)]
     smallest = sizes.index(min(sizes))
     results[smallest] = prevent_dce(always_true, results, results[smallest])

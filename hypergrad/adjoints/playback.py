@@ -1,19 +1,22 @@
 """A run on integers, step by step: forwards, and backwards bit for bit.
 
-Forwards (`Player.step`) a step moves integers and writes the bits that scales destroy to tapes.
-Backwards (`Player.unstep`) it reads them, finds the gradient again, undoes the moves, and differentiates
-the same step in floats.  `hypergrad.adjoints.segments` puts the steps together to runs.
+Forwards (`Player.step`, Algorithm 1), a step moves integers and writes the bits that scales destroy to
+tapes.  Backwards (`Player.unstep`, Algorithm 2), it reads these bits, evaluates the gradient again, undoes
+the moves, and differentiates the same step in floats.  `hypergrad.adjoints.segments` joins the steps to
+runs.
 
 ==========  ======================  ================================================================
 symbol      name                    meaning
 ==========  ======================  ================================================================
-``w, v``    leaves                  integers behind parameters and variables, before a step
-``g``       observations            gradient, and what else the optimizer has observed of a step
-``w̄, v̄``    cotangents              of the state behind the step; in the end, before it
-``θ̄``       sums                    of what is the same at every step, added up
+``w, v``    leaves                  parameters and variables, as integers
+``g``       observations            gradient at ``w``, and what else the optimizer observes there
+``w̄, v̄``    cotangents              of the state after a step, then of the state before it; ``dw, dv``
+                                    in the paper
+``θ̄``       sums                    of what is the same at every step, summed over the steps; ``dθ``
 ==========  ======================  ================================================================
 
-Source: Maclaurin, Duvenaud, Adams, ICML 2015, Algorithms 2 and 3.
+Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
+learning", ICML 2015, Algorithms 1 to 3.
 """
 
 from dataclasses import dataclass
@@ -36,26 +39,34 @@ from hypergrad.program import PARAMS, Leaf, Observed, Record
 
 
 class Flags(NamedTuple):
-    """Which arrays of constants and inputs are to be differentiated."""
+    """Which arrays are to be differentiated.
+
+    Attributes:
+      constants: a bool for every array of the `Constants`.
+      inputs: a bool for every array of the `Inputs`.
+    """
 
     constants: PyTree
     inputs: PyTree
 
     @property
     def loss(self) -> PyTree:
-        """Those that the loss takes."""
+        """The flags of the arrays that the loss takes."""
         return self.constants.loss, self.inputs.batch
 
     @property
     def hypers(self) -> PyTree:
-        """Those that the moves take."""
+        """The flags of the hyperparameters, which the moves take."""
         return self.constants.hypers, self.inputs.hypers
 
 
 class Cotangents(NamedTuple):
-    """Of what a run gives out: its end; by step, in lists, its losses and what was watched.
+    """Cotangents of the results of a run; None means zero.
 
-    None means zero.
+    Attributes:
+      end: of the final state, by leaf.
+      loss: of the losses by step, a list of one array ``(T,)``.
+      watched: of what was watched by step, a flat list.
     """
 
     end: list[Leaf]
@@ -64,7 +75,13 @@ class Cotangents(NamedTuple):
 
 
 class Forwards(NamedTuple):
-    """Where a run forwards is: its exact state, how coarse it was, and the first failure; see `Health`."""
+    """Where a run forwards is.
+
+    Attributes:
+      leaves: its exact state.
+      guards: how coarse its shifts have been.
+      failed: the first failure; see `Health.failed`.
+    """
 
     leaves: list[ExactLeaf]
     guards: Guards
@@ -72,7 +89,14 @@ class Forwards(NamedTuple):
 
 
 class Played(NamedTuple):
-    """A segment of the run forwards: where it ended, its tapes and records by step, what it gave out."""
+    """A segment that was played forwards.
+
+    Attributes:
+      now: where it ended.
+      tapes: of every leaf.
+      records: the scalars that were remembered, by leaf and step.
+      outputs: by step.
+    """
 
     now: Forwards
     tapes: list[list[Array]]
@@ -85,9 +109,9 @@ class Backwards(NamedTuple):
 
     Attributes:
       leaves: its exact state.
-      cotangents: of that state, as floats.
-      sums: cotangents of the constants, from later steps.
-      broken: see `Health`.
+      cotangents: of that state, floats.
+      sums: cotangents of the constants, summed over later steps.
+      broken: see `Health.broken`.
     """
 
     leaves: list[ExactLeaf]
@@ -97,29 +121,36 @@ class Backwards(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Steps ``first ... first + length - 1`` of a run; taken one by one, so that no array is cut up."""
+    """Steps ``first ... first + length - 1`` of a run.
+
+    Inputs are taken from whole arrays step by step, so that no array is cut up.
+
+    Attributes:
+      first: int32, the first step, counted from the start of the run.
+      length: the number of steps.
+    """
 
     first: Step
     length: int
 
     def steps(self) -> Int[Array, " length"]:
-        """Their numbers, counted from the start of the run."""
+        """The numbers of the steps, counted from the start of the run."""
         return self.first + jnp.arange(self.length, dtype=jnp.int32)
 
 
 @dataclass(frozen=True)
 class Player:
-    """One run on integers: what is static about it, and the arrays of one computation.
+    """One run on integers: its static part and its arrays.
 
     Attributes:
       run: to be played.
       integers: its exact arithmetic.
       beginning: how its integers begin.
       flags: what will be differentiated on the way back.
-      lengths: of the tapes of a segment; None if there will be no way back.
-      start: the floats that the run begins with.
-      constants: the same at every step.
-      inputs: by step.
+      lengths: of the tapes of a segment, in rows or bytes; None if there will be no way back.
+      start: the float state before the first step.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
       always_true: see `hypergrad._base.compiler`.
     """
 
@@ -149,7 +180,13 @@ class Player:
     # ---- forwards
 
     def play(self, now: Forwards, span: Span, taping: bool) -> Played:
-        """A segment forwards, on new tapes, or on none where it will be played again."""
+        """Play a segment forwards.
+
+        Args:
+          now: where the run is before the segment.
+          span: the steps of the segment.
+          taping: whether to keep tapes; not needed if the segment will be played forwards again.
+        """
         lengths = self.lengths if taping else None
         tapes = [
             [
@@ -162,13 +199,15 @@ class Player:
         return Played(now, tapes, records, outputs)
 
     def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, list[Record]]]:
-        """One step: the gradient at ``w``, then the moves of the optimizer on integers."""
+        """One step of Algorithm 1: the gradient at ``w``, then the moves of the optimizer on integers."""
         (leaves, guards, failed), tapes = carry
         run, integers, constants = self.run, self.integers, self.constants
         x, at = self._moment(t)
+        # g = ∇L(w): evaluate the gradient.
         loss, evaluated = self._gradient(leaves, x, at)
         observations = run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
         guarded = is_guarded(t)
+        # v <- γ v - (1 - γ) g and w <- w + α v: update velocity and position.
         now = integers.step(at, leaves, tapes, observations, guarded)
 
         bad_loss = jnp.array([integers.troubles().index(BAD_LOSS), 0], jnp.int32)
@@ -182,13 +221,13 @@ class Player:
         return (Forwards(now.leaves, guards, failed), now.tapes), (outputs, now.records)
 
     def _moment(self, t: Step) -> tuple[Inputs, Moment]:
-        """The inputs of a step, and the hyperparameters there."""
+        """The inputs of a step, and the step with its hyperparameters."""
         x = _at(self.inputs, t)
         always_true = self.always_true & (x.step >= 0)
         return x, Moment(self.constants.hypers, x.hypers, x.step, always_true)
 
     def _gradient(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> tuple[Scalar, list[Observed]]:
-        """Loss and gradient, to the same bits as on the way back if there will be one."""
+        """Loss and gradient, with the same bits as on the way back, if there will be one."""
         if self.lengths is None:
             params = self._params(leaves, at)
             return self.run.plain_gradient(params, self.constants.loss, x.batch)
@@ -205,16 +244,16 @@ class Player:
     # ---- backwards
 
     def replay(self, played: Played, now: Backwards, cotangents: Cotangents, span: Span) -> tuple[Any, Any]:
-        """A segment backwards.
+        """Play a segment backwards.
 
         Args:
-          played: the segment forwards.
-          now: where the run backwards is: at its end.
-          cotangents: of the losses of the whole run and what was watched in it.
+          played: the segment, played forwards.
+          now: where the run backwards is, at the end of the segment.
+          cotangents: of the losses of the whole run and of what was watched in it.
           span: the steps of the segment.
 
         Returns:
-          Where the run backwards is: at its start; and the cotangents of the inputs.
+          Where the run backwards is, at the start of the segment; and the cotangents of its inputs.
         """
 
         def unstep(now: Backwards, at: tuple[Array, list[Record]]) -> tuple[Backwards, Any]:
@@ -225,16 +264,31 @@ class Player:
     def unstep(
         self, now: Backwards, tapes: Any, cotangents: Cotangents, t: Step, records: list[Record]
     ) -> tuple[Backwards, Any]:
-        """One step back: ``w`` is recovered first, then the gradient there, then everything else."""
+        """One step of Algorithm 2: recover ``w``, then the gradient at ``w``, then everything else.
+
+        Args:
+          now: where the run backwards is, after the step.
+          tapes: of every leaf.
+          cotangents: of the losses of the whole run and of what was watched in it.
+          t: the step, counted from the start of the run.
+          records: what was remembered in the step, by leaf.
+
+        Returns:
+          Where the run backwards is, before the step; and the cotangents of its inputs.
+        """
         integers, (x, at) = self.integers, self._moment(t)
         leaves, kept = integers.kept(at, now.leaves, tapes)
         records = [a | b for a, b in zip(records, kept)]
+        # w <- w - α v: undo the position update.
         leaves = integers.unstep(at, leaves, tapes, None, records)
+        # g = ∇L(w): the gradient at the recovered weights.
         linearized = self._linearized(leaves, x, at)
         _, evaluated, _ = linearized.primal
         observations = self.run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
+        # v <- [v + (1 - γ) g] / γ: undo the velocity update.
         leaves = integers.unstep(at, leaves, tapes, observations, records)
 
+        # dw, dv, dθ, dα, dγ: pull the cotangents back through the step, in floats.
         floats = integers.floats(at.always_true, leaves)
         _, along_loss, along_watched = _at(cotangents._replace(end=[]), t)
         before, constants, inputs = _InFloats(self, x, at, kept, linearized).transposed(
@@ -246,9 +300,9 @@ class Player:
     def _broken(
         self, broken: Int[Array, "2"], cotangents: list[Leaf], t: Step, step: Step
     ) -> Int[Array, "2"]:
-        """`Health.broken`, after one more step back."""
+        """`Health.broken` after one more step back."""
         for i, leaf in enumerate(cotangents):
-            # Behind the first step are only the derivatives in the start of variables.
+            # Before the first step, cotangents of variables are only the derivatives in their start.
             unused = {name: (t == 0) & (name != PARAMS) for name in leaf}
             largest = {name: jnp.max(jnp.abs(x), initial=0) for name, x in leaf.items()}
             numbers = jnp.all(jnp.stack([jnp.isfinite(largest[k]) | unused[k] for k in leaf]))
@@ -261,10 +315,10 @@ class _InFloats(NamedTuple):
     """One step in floats, to be differentiated backwards.
 
     Attributes:
-      player: of the run.
+      player: plays the run.
       x: inputs of the step.
-      at: which step.
-      kept: what `Keep` has kept in it.
+      at: the step and its hyperparameters.
+      kept: what `Keep` kept in the step, by leaf.
       linearized: loss and gradient, with their derivatives.
     """
 
@@ -277,17 +331,17 @@ class _InFloats(NamedTuple):
     def transposed(
         self, floats: list[Leaf], behind: list[Leaf], along_loss: Any, along_watched: Any
     ) -> tuple[list[Leaf], list[Array], tuple[list[Array], list[Array]]]:
-        """Cotangents pulled back through the step.
+        """Pull cotangents back through the step.
 
         Args:
-          floats: the state before it.
-          behind: cotangents of the state behind it.
-          along_loss: cotangent of its loss, a list of one, or None.
-          along_watched: cotangents of what was watched, or None.
+          floats: the state before the step.
+          behind: cotangents of the state after the step.
+          along_loss: cotangent of the loss of the step, a list of one, or None.
+          along_watched: cotangents of what was watched in the step, or None.
 
         Returns:
-          Cotangents of the state before the step; of what is wanted of the constants; and of its inputs:
-          of the batch, and of scheduled hyperparameters.
+          Cotangents of the state before the step; of the wanted constants; and of the wanted inputs: of the
+          batch, and of scheduled hyperparameters.
         """
         player, constants = self.player, self.player.constants
         flags, watches = player.flags, along_watched is not None
@@ -296,7 +350,7 @@ class _InFloats(NamedTuple):
         watching, merge_watch = split(flags.constants.watch, constants.watch)
         spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, self.spread_shapes(floats))]
 
-        # As a function of everything but the parameters of the loss.
+        # The step as a function of everything except the arguments of the loss.
         def step(
             floats: list[Leaf], loss: Scalar, evaluated: list[Observed], spread: list[Array], watch: Any
         ) -> Any:
@@ -307,9 +361,11 @@ class _InFloats(NamedTuple):
             watched = player.run.watched(snapshot, constants._replace(watch=merge_watch(watch)))
             return new, inexact_leaves(watched)
 
+        # dα = dwᵀ v;  dv <- dv + α dw;  dγ = dvᵀ (v + g);  dv <- γ dv.
         _, pull = jax.vjp(step, floats, loss, evaluated, spread, watching)
         before, of_loss, direction, of_spread, of_watch = pull((behind, along_watched))
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
+        # dw <- dw - (1 - γ) dv ∇w∇w L;  dθ <- dθ - (1 - γ) dv ∇θ∇w L: Hessian-vector products.
         products = self.linearized.transposed(sum(of_losses) if of_losses else None, direction)
         for leaf, product in zip(before, products.params):
             leaf[PARAMS] += product
@@ -320,10 +376,11 @@ class _InFloats(NamedTuple):
         return before, same, (products.wanted[first_batch:], of_hypers[first_scheduled:])
 
     def spread_shapes(self, floats: list[Leaf]) -> list[tuple[int, ...]]:
-        """To which shapes to spread the wanted hyperparameters before differentiating in them.
+        """Shapes to which the wanted hyperparameters are broadcast before differentiating in them.
 
-        Their cotangents then come element by element, and `_sum_to` adds them faster than the compiler.
-        Only for optimizers that act element by element: others, such as K-FAC, need numbers.
+        Their cotangents are then found element by element, and `_sum_to` adds them faster than the
+        compiler.  This is only for optimizers that act element by element; others, such as K-FAC, need
+        scalars.
         """
         variables = self.player.beginning.variables.values()
         alike = all(variable.init is jnp.zeros_like for variable in variables)
@@ -337,25 +394,25 @@ class _InFloats(NamedTuple):
 
 
 def always_true(*given: PyTree) -> Flag:
-    """True, which the compiler does not know, unless it knows all that it is made from."""
+    """True, which the compiler cannot know, unless it knows all the arrays that are given."""
     numbers = [x for x in jax.tree.leaves(given) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
     firsts = [jax.lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(()) for x in numbers]
     return jnp.all(jnp.stack([jnp.asarray(True), *(x * 0 != 1 for x in firsts)]))
 
 
 def inexact_leaves(tree: PyTree) -> list[Any]:
-    """The leaves that have derivatives."""
+    """The leaves of a tree that have derivatives."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SymbolicZero))
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _at(tree: PyTree, step: Step) -> PyTree:
-    """One step's slice of arrays by step."""
+    """The slice of one step from arrays whose leading axis is the step."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), tree)
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sum over what was broadcast.  Sums over everything are inner products, which vectorise."""
+    """Sum over the axes that were broadcast; sums over everything are inner products, which vectorize."""
     if shape == () and x.ndim:
         ones = jnp.ones(x.shape[-1], x.dtype)
         return jnp.sum(dot(x, ones))
