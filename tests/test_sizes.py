@@ -255,3 +255,11 @@ def test_clipping_is_optax_own_at_ordinary_sizes() -> None:
     h = type("H", (), {"max_norm": jnp.float32(0.7)})()
     for a, b in zip(transform([h, h], tree), clipped):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_norms_of_mixed_types_in_a_strict_session(x64: None) -> None:
+    tree = [jnp.full(2, 3.0, jnp.float32), jnp.full(2, 4.0, jnp.float64), jnp.zeros(1, jnp.float16)]
+    with jax.numpy_dtype_promotion("strict"):
+        found, slopes = jax.value_and_grad(trees.norm)(tree)
+    assert found.dtype == jnp.float64 and float(found) == pytest.approx(50**0.5, rel=1e-12)
+    assert [x.dtype for x in slopes] == [x.dtype for x in tree]

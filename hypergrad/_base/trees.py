@@ -11,6 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 from jaxtyping import Key as KeyArray
 
+from hypergrad._base.dtypes import promoted
+
 PyTree = Any
 
 # Arrays of one number.
@@ -37,7 +39,7 @@ def power(tree: PyTree) -> Array:
     8.0
     """
     leaves = [jax.lax.stop_gradient(x) for x in jax.tree.leaves(tree)]
-    dtype = jnp.result_type(*leaves)
+    dtype = promoted(*leaves)
     sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in leaves if x.size]
     if not sizes:
         return jnp.ones((), dtype)
@@ -60,7 +62,7 @@ def norm(tree: PyTree) -> Array:
     """
     scale = power(tree)
     parts = [jnp.ravel(x / scale.astype(x.dtype)) for x in jax.tree.leaves(tree)]
-    squares = sum(jnp.sum(x * x) for x in parts)
+    squares = sum(jnp.sum(x * x).astype(scale.dtype) for x in parts)
     zero = squares == 0
     return scale * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 

@@ -137,7 +137,12 @@ class Linearized(NamedTuple):
     jaxprs: tuple[Any, Any]
 
     def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
-        """``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``, where None is ``l = 0``."""
+        """Pull cotangents back: ``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``.
+
+        Args:
+          loss_cotangent: ``l``, a scalar; None for 0.
+          direction: ``(u_g, u_S)``, by leaf.
+        """
         first, second = (
             jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(jaxpr, given))
             for jaxpr, given in zip(self.jaxprs, (self.primal[2], self.residuals))

@@ -1,7 +1,7 @@
 """`Reversible`: the adjoint that plays the run backwards, bit for bit.
 
-First derivatives are taken so.  Derivatives of these, of any order and in any nesting, are those of the
-same run in floats (`in_floats`), in segments that are computed again.
+First derivatives are found this way.  Derivatives of these, of any order and in any nesting, are those of
+the same run in floats (`in_floats`), in segments that are computed again.
 """
 
 import itertools
@@ -35,12 +35,12 @@ from hypergrad.program import PARAMS, Leaf
 
 
 def in_floats(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-    """The whole run in floats, for derivatives of derivatives: by JAX alone, in segments."""
+    """The whole run in floats and in segments, differentiated by JAX alone: for higher derivatives."""
     return in_segments(run, math.isqrt(run.steps), start, constants, inputs, run.plain_gradient)
 
 
 def _by_variable(name: str, given: Any) -> dict[str, Any]:
-    """A setting of `Reversible` by variable."""
+    """A setting of `Reversible` as a dictionary by variable."""
     try:
         found = dict(given)
     except (TypeError, ValueError):
@@ -58,13 +58,13 @@ class Reversible:
     """The run is played backwards, bit for bit; memory holds only the bits that a step destroys.
 
     Weights and the optimizer's variables are integers, as in Maclaurin, Duvenaud and Adams (2015).
-    Before a hypergradient is returned the recovered start is compared with the real one; where a single
-    bit differs the caller gets a `ReversalError`.
+    Before a hypergradient is returned, the recovered start is compared with the real one; if a single bit
+    differs, a `ReversalError` is raised.
 
     With several segments only their starts are kept, as integers, and every segment is played forwards
-    again before it is played backwards: for one more training run, memory falls from ``T b`` bits per
-    parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (96 for the
-    parameters and for every variable, 32 more for squares and for every `Scale`).  It is least for
+    again before it is played backwards.  At the cost of one more training run, memory falls from ``T b``
+    bits per parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (96
+    for the parameters and for every variable, 32 more for squares and for every `Scale`).  It is least for
     ``S = √(T b / k)``.  The bits of the run are the same for every ``S``.
 
     Derivatives of the hypergradient (Hessian-vector products of the outer objective by ``jax.jvp`` of
@@ -72,18 +72,20 @@ class Reversible:
     those of the run in floats, with the memory of `Checkpointed` for ``jax.jvp``.
 
     Args:
-      bits: room of the information buffers, in bits per element and step for every `Scale` of the
-        optimizer, in (0, 7]; one number, or by variable (``{"velocity": 0.2}``).  The mean of
-        ``log2(1 / factor)`` over the run is needed.  It counts only where the factors (momentum) are not
-        known before the run, that is under ``jit``; else the need is computed.  By default 1.
+      bits: room in the information buffers, in bits per element and step for every `Scale` of the
+        optimizer, in (0, 7]; one number, or one by variable (``{"velocity": 0.2}``); by default 1.  The run
+        needs the mean of ``log2(1 / factor)``.  Used only if the factors (momentum) are not known before
+        the run, that is, under ``jit``; otherwise the need is computed.
       radix: binary digits before the low words, by variable (``{"params": 40}``): values must stay below
-        ``2**(62 - radix)``, and the largest radix for which they do rounds least.  By default chosen for
-        every array, when the first numbers come into it, with room to outgrow them by ``2**32`` (squares
-        ``2**50``).
-      segments: in how many segments the run is played back, in ``[1, T]``.
+        ``2**(62 - radix)``, and the largest radix for which they do rounds least.  By default it is chosen
+        for every array when it receives its first numbers, with room to outgrow them by ``2**32`` (squares
+        by ``2**50``).
+      segments: number of segments in which the run is played back, in ``[1, T]``.
 
     Raises:
-      ReversalError: at the call, or, under ``jit``, from the running program.
+      ReversalError: if the run fails or its start is not recovered; at the call or, under ``jit``, from the
+        running program.
+      ValueError: if an argument is invalid.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible
     learning", ICML 2015, Algorithms 2 and 3.
@@ -155,7 +157,7 @@ class Reversible:
             return solve(start, constants, inputs)
 
     def _check_names(self, run: Run, taped: list[list[Taped]]) -> None:
-        """Refuse settings for variables that there are not."""
+        """Refuse settings for variables that do not exist."""
         variables = [PARAMS, *run.program.variables]
         kept = [each.variable for leaf in taped for each in leaf if each.levels]
         bits: Mapping[str, float] = {} if isinstance(self.bits, int | float) else dict(self.bits)
@@ -168,13 +170,13 @@ class Reversible:
                 raise ValueError(f"{run.call}: {name} has {unknown}; the variables are {possible}")
 
     def length(self, steps: int) -> int:
-        """Steps of a segment, of a run of so many; the last may be shorter."""
+        """Steps of a segment in a run with this many steps; the last segment may be shorter."""
         return -(-steps // min(self.segments, steps))
 
     def _allot(
         self, taped: list[list[Taped]], known: list[list[int | None]], length: int
     ) -> list[list[int]]:
-        """Length of every tape: what is needed where that is known, else from `bits`."""
+        """Length of every tape: the need if it is known, else what `bits` reserves."""
 
         def room(each: Taped) -> int:
             bits = exact.MARGIN + self.bits_of(each.variable) * length
@@ -187,7 +189,7 @@ class Reversible:
         ]
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
-        """Bytes of tape that are reserved under ``jit`` when no factor is known."""
+        """Bytes of tape that are reserved under ``jit``, when no factor is known."""
         taped = taped_of(run, start, constants, inputs)
         length = self.length(run.steps)
         lengths = self._allot(taped, [[None] * len(leaf) for leaf in taped], length)
@@ -210,7 +212,7 @@ class Reversible:
 
 
 def _present(cotangents: PyTree) -> list[Array] | None:
-    """Cotangents of what has derivatives; None where all are zero by structure."""
+    """Cotangents of the arrays that have derivatives; None if all are symbolically zero."""
     leaves = inexact_leaves(cotangents)
     if all(isinstance(x, SymbolicZero) for x in leaves):
         return None
@@ -218,7 +220,7 @@ def _present(cotangents: PyTree) -> list[Array] | None:
 
 
 def _zero_tangents(tree: PyTree) -> PyTree:
-    """Of any arrays."""
+    """Zero tangents for a tree of arrays of any dtype."""
 
     def zero(x: Array) -> Any:
         inexact = jnp.issubdtype(x.dtype, jnp.inexact)
@@ -235,16 +237,16 @@ class _Record(NamedTuple):
 
 
 class _Playback(NamedTuple):
-    """What is static about playing one run, forwards and backwards.
+    """The static part of playing one run, forwards and backwards.
 
     Attributes:
       run: to be played.
       integers: its exact arithmetic.
       beginning: how its integers begin.
-      strategy: in how many segments it is played.
-      settings: as the user has made them.
-      flags: what will be differentiated on the way back, if there will be one.
-      lengths: of the tapes; None if there will be none.
+      strategy: plays it in one segment or in many.
+      settings: as given by the user.
+      flags: what will be differentiated on the way back; None if there will be no way back.
+      lengths: of the tapes, in rows or bytes; None if there will be no way back.
     """
 
     run: Run
@@ -257,7 +259,7 @@ class _Playback(NamedTuple):
 
     @staticmethod
     def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
-        """For a run whose leaves have these types, without a way back."""
+        """The playback, without a way back, of a run whose leaves have these dtypes."""
         variables = run.program.variables
         integers = Exact(run.moves, [PARAMS, *variables], dtypes, run.x64)
         beginning = Start(variables, dict(settings.radix), taped)
@@ -276,7 +278,7 @@ class _Playback(NamedTuple):
         )
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
-        """Pass the result on, or raise what was wrong with the run."""
+        """Pass the result on, or raise a `ReversalError` if the run failed."""
         failures = Failures(
             self.run.call,
             self.run.names,
@@ -309,12 +311,12 @@ class _Playback(NamedTuple):
 
     def _forward(self, *arguments: Any) -> tuple[Solution, _Record]:
         with jax.enable_x64(True):
-            # Compiled as one also where nobody else does.
+            # Compiled as one program even if the caller does not use jit.
             solution, record = jax.jit(self._forward_unchecked, inline=True)(*arguments)
         return self.refuse(solution, record.health), record
 
     def _forward_unchecked(self, *arguments: Any) -> tuple[Solution, _Record]:
-        """The run forwards, whatever goes wrong."""
+        """The run forwards; failures are only noted."""
         player = self.player(*arguments)
         with jax.enable_x64(True):
             recorded, outputs, needed = self.strategy.forwards(player)
@@ -356,14 +358,14 @@ class _Playback(NamedTuple):
     def _backward(self, *given: Any) -> tuple[list[Leaf], list[Array]]:
         with jax.enable_x64(True):
             result, health = jax.jit(self._backward_unchecked, inline=True)(*given)
-        # What went wrong forwards is told here too: without jit nobody may have looked there, and under jit
-        # the compiler leaves out what only an unused value depends on.
+        # Failures of the run forwards are raised here too: under jit the compiler drops a check if only an
+        # unused value depends on it, and without jit nobody may have looked at the result.
         return self.refuse(result, health)
 
     def _backward_unchecked(
         self, arguments: Any, record: _Record, cotangents: Cotangents
     ) -> tuple[tuple[list[Leaf], list[Array]], Health]:
-        """Cotangents of the start, and of what is wanted of constants and inputs, whatever goes wrong."""
+        """Cotangents of the start and of the wanted constants and inputs; failures are only noted."""
         player = self.player(*arguments)
         flags, constants = player.flags.constants, player.constants
         fixed, _ = split(

@@ -1,7 +1,7 @@
 """A training run as a pure function.
 
 ``train`` turns the user's call into a `Run`, which is static, and three pytrees of arrays that may be
-differentiated: the start, the `Constants` and the `Inputs`.  An adjoint maps them to the end.
+differentiated: the start, the `Constants` and the `Inputs`.  An adjoint maps them to the end of the run.
 """
 
 import contextlib
@@ -40,10 +40,11 @@ class Constants(NamedTuple):
     """What is the same at every step.
 
     Attributes:
-      loss: flat list of arrays: what the loss closes over, what `observe` does, and the user's ``meta``.
+      loss: flat list: the arrays that the loss closes over, those that `observe` closes over, and the
+        user's ``meta``.
       hypers: for every leaf of the parameters, the constant hyperparameters by name.
-      watch: flat list of arrays that ``watch`` closes over.
-      exact: the integers behind the start, where it is the end of another run; see `Outputs`.
+      watch: flat list of the arrays that ``watch`` closes over.
+      exact: the integers behind the start, if it is the end of another run; see `Outputs`.
     """
 
     loss: list[Array]
@@ -53,12 +54,12 @@ class Constants(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What differs from step to step; every array has the steps as its leading axis.
+    """What differs from step to step; the leading axis of every array is the step.
 
     Attributes:
-      batch: flat list of arrays: the user's ``batches``; then the step, for an optimizer that observes.
+      batch: flat list of arrays: the user's ``batches``; then the step, if the optimizer observes.
       hypers: for every leaf of the parameters, the scheduled hyperparameters by name.
-      step: ``(T,)`` int32, ``t, t+1, ...``, from 0 or where another run ended.
+      step: ``(T,)``, int32: ``t, t + 1, ...``, from 0 or from where another run ended.
     """
 
     batch: list[Array]
@@ -71,10 +72,10 @@ class Snapshot(NamedTuple):
 
     Attributes:
       step: int32 scalar, from 0.
-      params: the parameters before the step.
-      state: the optimizer's variables before the step, each a tree like the parameters.
-      loss: inner loss at ``params``.
-      gradient: its gradient.
+      params: the parameters before the step, a tree.
+      state: the optimizer's variables before the step, by name, each a tree like the parameters.
+      loss: scalar, the inner loss at ``params``.
+      gradient: of the inner loss at ``params``, a tree like the parameters.
     """
 
     step: Step
@@ -85,9 +86,12 @@ class Snapshot(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one step gives out: the loss before it, and whatever ``watch`` returned.
+    """The outputs of one step, or of a whole run, with the step as leading axis.
 
-    Of a whole run also, where it is played on integers, those behind its end.
+    Attributes:
+      loss: the inner loss before the step.
+      watched: what ``watch`` returned.
+      exact: of a whole run that is played on integers: the integers behind its end; else None.
     """
 
     loss: Any
@@ -106,17 +110,19 @@ class Run:
     Attributes:
       call: the user's call, for messages.
       optimizer: a program of moves, or a function of all parameters at once.
-      loss: the inner loss, hoisted; of what it closes over and ``[*params, *meta, *batch]``, the batch
-        being of one where the optimizer looks at single examples.
-      watch: the user's watch, hoisted, or None; of ``constants.watch`` and a flat `Snapshot`.
-      layout: how trees lie in the flat state.
-      steps: ``T``.
+      loss: the inner loss after closure conversion: a function of the arrays that it closes over and of
+        ``[*params, *meta, *batch]``, a batch of one if the optimizer looks at single examples.
+      watch: the user's watch after closure conversion, a function of ``constants.watch`` and of a flat
+        `Snapshot`; or None.
+      layout: how trees are laid out in the flat state.
+      steps: ``T``, at least 1.
       captured: how many of ``constants.loss`` are closed over, first by the loss; the others are ``meta``.
       x64: whether the user's code runs in JAX's 64-bit mode.
       arguments: tree structure of ``(meta, batch)``, for an optimizer of all parameters at once.
-      observe: what else the optimizer evaluates, hoisted, or None; of the same arguments as the loss.
+      observe: what else the optimizer evaluates, after closure conversion, with arguments like those of the
+        loss; or None.
       names: of the leaves, for messages.
-      custom: whether the loss holds derivative rules of the user's own.
+      custom: whether the loss contains custom derivative rules of the user.
     """
 
     call: str
@@ -134,7 +140,7 @@ class Run:
 
     @property
     def program(self) -> Optimizer:
-        """The optimizer as a program of moves; refuses one that is none."""
+        """The optimizer as a program of moves; a `ReversalError` if it is none."""
         return self.optimizer.program(self.call)
 
     def moves(
@@ -143,7 +149,13 @@ class Run:
         inputs: Sequence[Mapping[str, Array]],
         t: Step,
     ) -> list[Sequence[Move]]:
-        """The moves of every leaf at one step, from its hyperparameters."""
+        """The moves of every leaf at one step.
+
+        Args:
+          constants: for every leaf, the constant hyperparameters by name.
+          inputs: for every leaf, the scheduled hyperparameters of the step by name.
+          t: int32, the step.
+        """
         return [
             self.leaf_moves(i, SimpleNamespace(**fixed, **scheduled), t)
             for i, (fixed, scheduled) in enumerate(zip(constants, inputs))
@@ -157,7 +169,7 @@ class Run:
             return self.program.moves(h, t)
 
     def transformed(self, hypers: Hypers, observations: Sequence[Observed]) -> list[Observed]:
-        """What the moves see: the gradient transformed."""
+        """The observations with the gradient transformed, as the moves see them."""
         if self.optimizer.transform is None:
             return list(observations)
         with jax.enable_x64(self.x64):
@@ -168,13 +180,13 @@ class Run:
     def observations(
         self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
     ) -> list[Observed]:
-        """The same, with the same bits in both directions (see `hypergrad._base.compiler`)."""
+        """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
         if self.optimizer.transform is None:
             return list(observations)
         return noinline(always_true, self.transformed, hypers, list(observations))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
-        """The inner loss of flat parameters."""
+        """The inner loss at flat parameters, the mean over examples if the optimizer looks at those."""
         loss = self.examples(loss_constants, batch).loss
         if not self.optimizer.per_example:
             return loss(params, batch)
@@ -201,7 +213,7 @@ class Run:
         return [{name: tree[i] for name, tree in trees.items()} for i in range(len(params))]
 
     def watched(self, snapshot: Snapshot, constants: Constants) -> PyTree:
-        """What the user watches."""
+        """What the user's ``watch`` returns for a snapshot; None without one."""
         if self.watch is None:
             return None
         return self.watch(constants.watch, jax.tree.leaves(snapshot))
@@ -209,17 +221,17 @@ class Run:
     def snapshot(
         self, leaves: Sequence[Leaf], loss: Scalar, observations: Sequence[Observed], t: Step
     ) -> Snapshot:
-        """What `watch` is shown."""
+        """What ``watch`` sees of a step."""
         unflatten = self.layout.params.unflatten
         params = unflatten(self.params_of(leaves))
         return Snapshot(t, params, self.state_of(leaves), loss, unflatten(gradients(observations)))
 
     def params_of(self, leaves: Sequence[Leaf]) -> list[Array]:
-        """The parameters among the float state, flat."""
+        """The parameters in the float state, flat."""
         return [leaf[PARAMS] for leaf in leaves[: self.layout.params.num_leaves]]
 
     def state_of(self, leaves: Sequence[Leaf]) -> dict[str, PyTree]:
-        """The optimizer's variables among the float state, by name."""
+        """The optimizer's variables in the float state, by name."""
         return self.optimizer.state_of(leaves, self.layout)
 
     def step(
@@ -231,8 +243,15 @@ class Run:
     ) -> tuple[list[Leaf], Outputs]:
         """One step in floats, for adjoints that leave differentiation to JAX.
 
-        With `plain_gradient` in both modes; with `hypergrad.adjoints.linearize.gradient_of` in reverse
-        mode only, for less.
+        Args:
+          leaves: the float state before the step.
+          constants: what is the same at every step.
+          inputs: of this step.
+          gradient_of: loss and observations.  With `plain_gradient` the step is differentiable in both
+            modes; with `hypergrad.adjoints.linearize.gradient_of` in reverse mode only, at a lower cost.
+
+        Returns:
+          The float state after the step, and its outputs.
         """
         loss, observations = gradient_of(self.params_of(leaves), constants.loss, inputs.batch)
         loss_of = partial(self.loss_of, constants, inputs)
@@ -258,7 +277,15 @@ class Run:
         t: Step,
         kept: Sequence[Record] | None = None,
     ) -> list[Leaf]:
-        """The moves of one step in floats."""
+        """The float state after the moves of one step.
+
+        Args:
+          leaves: the float state before the step.
+          observations: the gradient and whatever else is observed, by leaf, not transformed yet.
+          hypers: constant and scheduled hyperparameters of the step.
+          t: int32, the step.
+          kept: what `Keep` kept in the step, by leaf, if it is known.
+        """
         observations = self.transformed(hypers, observations)
         return step(self.moves(*hypers, t), leaves, observations, kept)
 
@@ -273,7 +300,7 @@ class Run:
     def plain_gradient(
         self, params: list[Array], loss_constants: list[Array], batch: list[Array]
     ) -> tuple[Scalar, list[Observed]]:
-        """Loss, and gradient and what is observed by leaf, with JAX's own derivatives."""
+        """Loss, and by leaf the gradient and whatever else is observed, with JAX's own derivatives."""
         loss, gradient = jax.value_and_grad(lambda w: self.loss_at(w, loss_constants, batch))(params)
         observed = self.observed_at(params, loss_constants, batch)
         return loss, [{"gradient": g, **each} for g, each in zip(gradient, observed)]
@@ -286,7 +313,7 @@ def gradients(observations: Sequence[Observed]) -> list[Array]:
 
 @contextlib.contextmanager
 def closures_refused(call: str) -> Iterator[None]:
-    """A readable error where a function with a derivative of its own closes over what is differentiated."""
+    """Raise a readable error if a function with a custom derivative closes over a traced value."""
     try:
         yield
     except jax.errors.UnexpectedTracerError as error:

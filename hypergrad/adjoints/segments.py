@@ -1,7 +1,7 @@
-"""A run as one segment or as many: two strategies to play it.
+"""Two strategies to play a run: as one segment or as many.
 
-One segment keeps its tapes for the way back.  Of many only the starts are kept, as integers, and each is
-played forwards again before it is played backwards; memory is that of the tapes of one.
+A single segment keeps its tapes for the way back.  Of many segments only the starts are kept, as integers,
+and each segment is played forwards again before it is played backwards; only one has its tapes in memory.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -24,8 +24,8 @@ class Recorded(NamedTuple):
     """What the way back needs.
 
     Attributes:
-      last: the last segment, its tapes and records included where it is the only one.
-      starts: of all segments: the long ones in one array, and the shorter last one if there is one.
+      last: the last segment, with its tapes and records if it is the only one.
+      starts: of all segments: those of full length stacked, then the shorter last one if there is one.
     """
 
     last: Played
@@ -36,7 +36,7 @@ class Strategy(Protocol):
     """How the segments of a run are played."""
 
     def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
-        """The run forwards: what the way back needs, what it gives out, and the length of tape needed."""
+        """The run forwards: what the way back needs, the outputs, and the length of tape needed."""
 
     def backwards(
         self,
@@ -45,11 +45,21 @@ class Strategy(Protocol):
         sums_and_broken: tuple[list[Array], Int[Array, "2"]],
         given: Cotangents,
     ) -> tuple[Backwards, Any, Flag]:
-        """The run backwards: where it is, the cotangents of its inputs, and whether it was recovered."""
+        """The run backwards.
+
+        Args:
+          player: plays the run.
+          recorded: by the run forwards.
+          sums_and_broken: `Backwards.sums` and `Backwards.broken` before the way back.
+          given: cotangents of the results of the run.
+
+        Returns:
+          Where the run backwards is; the cotangents of the inputs; and whether the start was recovered.
+        """
 
 
 def strategy_of(steps: int, length: int) -> Strategy:
-    """One segment where it holds all steps, else many."""
+    """The strategy for a run of so many steps in segments of this length."""
     return OneSegment(steps) if length == steps else ManySegments(*divmod(steps, length), length)
 
 
@@ -61,19 +71,23 @@ def _begun(player: Player) -> Forwards:
 
 
 def _ended(player: Player, played: Played) -> Played:
-    """A run forwards, with rounding among its failures."""
+    """A run that was played forwards, with rounding among its failures."""
     now = played.now
     failed = failed_by_rounding(now.failed, now.guards, player.integers)
     return played._replace(now=now._replace(failed=failed))
 
 
 def _tape_needed(leaves: list[ExactLeaf]) -> list[Array]:
-    """Length of tape that was needed, by what is taped."""
+    """Length of tape that was needed, for everything that is taped."""
     return [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
 
 
 class OneSegment(NamedTuple):
-    """The whole run, with its tapes."""
+    """The whole run as one segment, with its tapes.
+
+    Attributes:
+      steps: of the run.
+    """
 
     steps: int
 
@@ -97,18 +111,24 @@ class OneSegment(NamedTuple):
 
 
 class ManySegments(NamedTuple):
-    """``full`` segments of one length, and a shorter one at the end if ``rest`` is not 0."""
+    """A run in many segments, the last of which may be shorter.
+
+    Attributes:
+      full: number of segments of full length.
+      rest: steps of the shorter segment at the end; 0 for none.
+      length: steps of a segment of full length.
+    """
 
     full: int
     rest: int
     length: int
 
     def firsts(self) -> Int[Array, " full"]:
-        """The first steps of the segments of one length."""
+        """The first steps of the segments of full length."""
         return self.length * jnp.arange(self.full, dtype=jnp.int32)
 
     def last(self) -> Step:
-        """The first step of the shorter one."""
+        """The first step of the shorter segment."""
         return jnp.int32(self.full * self.length)
 
     def forwards(self, player: Player) -> tuple[Recorded, Outputs, list[Array]]:
@@ -141,7 +161,7 @@ class ManySegments(NamedTuple):
     ) -> tuple[Backwards, Any, Flag]:
         """See `Strategy`."""
         _, guards = jax.eval_shape(player.begin)
-        fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), guards)  # not looked at again
+        fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), guards)  # not judged again
 
         def segment(carry: Any, at: Any, length: int = self.length) -> Any:
             now, recovered = carry

@@ -23,7 +23,7 @@ class Start:
 
     Attributes:
       variables: of the optimizer, by name.
-      radix: binary digits that the user asks for, by variable.
+      radix: as set by the user, by variable.
       taped: what is taped of every leaf.
     """
 
@@ -37,8 +37,8 @@ class Start:
         """The start as integers, and what rounding took from it.
 
         Args:
-          start: in floats.
-          earlier: what an earlier run has `packed`, or None.
+          start: the float state, by leaf.
+          earlier: the `packed` end of an earlier run, or None.
           always_true: see `hypergrad._base.compiler`.
         """
         before, totals = (None, None) if earlier is None else unpacked(earlier)
@@ -50,8 +50,8 @@ class Start:
             for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
                 number = fresh[i]
                 if before is not None and totals is not None:
-                    # The integers behind the start, where it is still what an earlier run left: that is
-                    # not rounded again.
+                    # If the start is still what an earlier run left, take the integers behind it: these
+                    # are not rounded again.
                     left = before[i].numbers[name]
                     known = jnp.all(exact.to_float(left, given[i].dtype) == given[i])
                     number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
@@ -61,13 +61,13 @@ class Start:
         return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
-        """Those with which the run begins: empty, or as an earlier run left them."""
+        """The buffers with which the run begins: empty, or as an earlier run left them."""
         if before is not None:
             return [leaf.buffers for leaf in before]
         return [[exact.empty(s.shape, s.factor_shape) for s in leaf] for leaf in self.taped]
 
     def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
-        """A variable of all leaves as integers."""
+        """One variable of all leaves as integers."""
         radix = self.radix.get(name, exact.UNSET)
         words = 1 if name == PARAMS else self.variables[name].words
         return bundles.shift(always_true, [exact.zero(x.shape, words, radix) for x in given], given)
@@ -75,7 +75,14 @@ class Start:
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
     ) -> Flag:
-        """Whether the run backwards arrived at its start; looked at one variable after the other."""
+        """Whether the run backwards arrived at its start, checked one variable at a time.
+
+        Args:
+          start: the float state with which the run began, by leaf.
+          earlier: as given to `begin`.
+          found: the exact state at the end of the way back.
+          always_true: see `hypergrad._base.compiler`.
+        """
         before = None if earlier is None else unpacked(earlier)[0]
         same = []
         for name in (PARAMS, *self.variables):
@@ -98,7 +105,7 @@ class Start:
 
 
 def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Flag:
-    """Whether two states are the same bits.  The radix of an array of zeros does not count."""
+    """Whether two states have the same bits, apart from their radices."""
 
     def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
         return [(_bits([*leaf.numbers.values()]), leaf.buffers) for leaf in leaves]
@@ -107,15 +114,19 @@ def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Flag:
 
 
 def on_new_tapes(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
-    """A state to go on from on new tapes."""
+    """A state from which to continue on new tapes."""
     return [ExactLeaf(leaf.numbers, [exact.torn_off(b) for b in leaf.buffers]) for leaf in leaves]
 
 
 def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -> PyTree:
-    """An exact state as arrays of at most 32 bits, which survive with JAX's 64-bit mode off.
+    """An exact state as arrays of at most 32 bits, which survive if JAX's 64-bit mode is off.
 
-    How coarse its shifts were goes with it: a run that goes on where training has all but ended adds
-    little to numbers that are little by now, and is no coarser for it than one run of all steps.
+    How coarse its shifts were is packed too.  A run that continues where training has almost ended adds
+    small amounts to small numbers; with the totals it is judged like one run of all steps.
+
+    Args:
+      leaves: the exact state.
+      guards: at the end of the run, by leaf and variable.
     """
     with jax.enable_x64(True):
 
@@ -149,7 +160,7 @@ def unpacked(state: PyTree) -> tuple[list[ExactLeaf], list[dict[str, Array]]]:
 
 
 def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
-    """Numbers without their radix, which does not count where they are zeros."""
+    """Numbers without their radix, which does not matter if they are zero."""
     return [number[:2] for number in numbers]
 
 

@@ -1,14 +1,14 @@
 """How a training run is differentiated.
 
-An adjoint is one function from a run and its arrays to the end of the run, whose derivative it arranges.
+An adjoint is a function from a run and its arrays to the end of the run, whose derivative it defines.
 
 =================  ===========================================  ============================
-adjoint            memory beside the parameters                 time, in plain trainings
+adjoint            memory in addition to the parameters         time, in plain training runs
 =================  ===========================================  ============================
 `Reversible`       ``log2(1/γ)`` bits per parameter and step    about 3 to 4
 `Stored`           everything, every step                       about 3
 `Checkpointed`     ``2 √T`` copies of the state                 about 4
-`Truncated(k)`     that of another adjoint over ``k`` steps     1, and that over ``k`` steps
+`Truncated(k)`     that of another adjoint over ``k`` steps     1, plus that of ``k`` steps
 `Forward`          one copy of the state per number             1 to 2 per number
 =================  ===========================================  ============================
 """
@@ -31,21 +31,27 @@ from hypergrad.program import Leaf
 
 
 class Adjoint(Protocol):
-    """A differentiation strategy: one function from the arrays of a run to its end.
-
-    Args of the call: the static run, the start (for every leaf of the parameters its float variables by
-    name), constants and inputs.  Returns the end, like the start, and the outputs of all steps.
-    """
+    """A differentiation strategy: a function from the arrays of a run to its end."""
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-        """Run to the end."""
+        """Run to the end.
+
+        Args:
+          run: the static part of the run.
+          start: for every leaf of the parameters, its float variables by name.
+          constants: what is the same at every step.
+          inputs: what differs from step to step.
+
+        Returns:
+          The end, like the start; and the outputs of all steps.
+        """
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Reverse mode through the loop, with everything stored: the reference for the others.
+    """Reverse mode through the loop, with everything stored: the reference for the other adjoints.
 
-    Memory grows by everything a step computes, at every step.
+    Every step adds to memory everything that it computes.
 
     >>> import hypergrad as hg
     >>> hg.Stored()
@@ -60,10 +66,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """Reverse mode through segments that are run again on the way back.
+    """Reverse mode through segments that are run again on the way back (rematerialization).
 
     Args:
-      segments: how many states are kept, in ``[1, T]``; None for ``√T``, the least memory.
+      segments: number of segments, whose starts are kept, in ``[1, T]``; None for ``√T``, which takes the
+        least memory.
+
+    Raises:
+      ValueError: if segments is not a whole number of at least 1.
 
     Source: Griewank and Walther, "Evaluating derivatives", 2008, chapter 12 (one level).
 
@@ -89,14 +99,17 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class Truncated:
-    """Only the last steps are differentiated; what went in before them counts as constant.
+    """Only the last steps are differentiated; everything before them counts as constant.
 
-    The hypergradient is biased: it leaves out what the end of the run owes to earlier steps, and its
-    derivatives in the start of the run and in the schedules of earlier steps are zero.
+    The hypergradient is biased: it leaves out what the end of the run owes to earlier steps, and it is zero
+    in the start of the run and in the schedules of earlier steps.
 
     Args:
       steps: how many of the last steps are differentiated, at least 1.
-      adjoint: how, by default `Stored`.
+      adjoint: how they are differentiated, by default `Stored`.
+
+    Raises:
+      ValueError: if steps is not a whole number of at least 1.
 
     Source: Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel optimization",
     AISTATS 2019.
@@ -128,7 +141,7 @@ class Truncated:
         )
         held = jax.lax.stop_gradient((start, constants, early))
         leaves, outputs = self.adjoint(replace(run, steps=before), *held)
-        # The integers behind the end of the first part are the second's start.
+        # The integers behind the end of the first part are the start of the second.
         constants = constants._replace(exact=outputs.exact)
         leaves, rest = self.adjoint(
             replace(run, steps=self.steps), jax.lax.stop_gradient(leaves), constants, late
@@ -142,15 +155,15 @@ class Truncated:
 class Forward:
     """Forward mode: derivatives are carried along with the run, one copy of the state for each number.
 
-    Memory does not grow with the steps.  For a handful of numbers, such as constant hyperparameters; also
-    the only adjoint that `jax.jvp` and `jax.jacfwd` can differentiate.
+    Memory does not grow with the number of steps.  Use it for a handful of numbers, such as constant
+    hyperparameters.  It is also the only adjoint that `jax.jvp` and `jax.jacfwd` can differentiate.
 
     Args:
-      limit: how many numbers may be differentiated before the call is refused.
+      limit: most numbers that may be differentiated, at least 1.
 
     Raises:
-      ValueError: if more are.
-      TypeError: where the loss holds a ``jax.custom_vjp`` that JAX cannot differentiate forwards.
+      ValueError: if limit is invalid, or more numbers are differentiated.
+      TypeError: if the loss contains a ``jax.custom_vjp``, which JAX cannot differentiate forwards.
 
     Source: Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter
     optimization", ICML 2017, section 3.2.
@@ -172,7 +185,7 @@ class Forward:
         everything = (start, constants, inputs)
         arrays = jax.tree.leaves(everything)
         structure: Any = jax.tree.structure(everything)
-        # A hyperparameter is given to many leaves: it is one number, to be carried once.
+        # A hyperparameter of many leaves is one number, to be carried once.
         once = {id(x): x for x in arrays}
         place = {key: k for k, key in enumerate(once)}
         places = [place[id(x)] for x in arrays]
@@ -187,7 +200,7 @@ class Forward:
 
         def rule(flat: Any, given: Any) -> Any:
             wanted = [k for k, x in enumerate(given) if not isinstance(x, SymbolicZero)]
-            # A complex number is two: the end is no holomorphic function of it.
+            # A complex number counts as two: the end is not a holomorphic function of it.
             point = [part for k in wanted for part in _real(flat[k])]
             sizes = [part.size for part in point]
             if sum(sizes) > self.limit:
@@ -203,7 +216,7 @@ class Forward:
                 return plain(*(replaced.get(k, x) for k, x in enumerate(flat)))
 
             def column(k: Array) -> Any:
-                """Derivative of the end in the ``k``-th number."""
+                """Derivative of the end in number ``k``."""
                 parts = np.split(jnp.arange(sum(sizes)) == k, np.cumsum(sizes)[:-1])
                 units = [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, point)]
                 return jax.jvp(end, (point,), (units,))

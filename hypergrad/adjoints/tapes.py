@@ -1,4 +1,4 @@
-"""How long the tapes of an exact reversal must be, which is known before the run from its factors alone."""
+"""The lengths of the tapes of an exact reversal, computed before the run from its factors alone."""
 
 import itertools
 import math
@@ -23,10 +23,10 @@ class Taped(NamedTuple):
     """One `Scale` or `Keep` of one leaf, which writes to a tape.
 
     Attributes:
-      variable: that is scaled, or the name of what is kept.
-      shape: of the variable, or of the leaf.
-      factor_shape: of the factor: () or the same; () for what is kept.
-      levels: of what is kept, how many; 0 for a scale.
+      variable: name of the variable that is scaled, or of what is kept.
+      shape: of the variable, or of the leaf if something is kept.
+      factor_shape: of the factor, () or the shape of the variable; () if something is kept.
+      levels: number of levels of what is kept; 0 for a scale.
     """
 
     variable: str
@@ -36,7 +36,7 @@ class Taped(NamedTuple):
 
 
 def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
-    """What all that is taped of one leaf costs in one step; None where only the run itself tells."""
+    """Bits that each taped move of one leaf costs in one step; None if only the run itself can tell."""
     costs: list[Array | None] = []
     for move in run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t):
         if isinstance(move, Keep):
@@ -49,7 +49,17 @@ def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Arra
 
 
 def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
-    """What is taped of every leaf; refuses a program that cannot be reversed."""
+    """What is taped of every leaf.
+
+    Args:
+      run: the run.
+      start: the float state before the first step, by leaf.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
+
+    Raises:
+      ReversalError: if the program cannot be reversed.
+    """
     name = run.program.name
     result = []
     for i, leaf in enumerate(start):
@@ -67,7 +77,7 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
                 taped.append(Taped(move.name, leaf[PARAMS].shape, (), len(move.levels)))
             elif isinstance(move, Scale):
                 shape = leaf[move.variable].shape
-                # What a factor may remember are scalars.
+                # A factor may read only remembered scalars.
                 factor = move.factor(_Ones()) if callable(move.factor) else move.factor
                 n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
                 taped.append(Taped(move.variable, shape, n.shape))
@@ -83,9 +93,21 @@ def known_lengths(
     constants: Constants,
     inputs: Inputs,
 ) -> list[list[int | None]]:
-    """Length of the tapes of a segment of so many steps, computed before the run; None where not known."""
-    # A factor may come out one unit away from that of the run: one bit more is enough for all.
-    # Registers that are not empty at the start hold up to a byte more.
+    """Lengths of the tapes of a segment, computed before the run; None if a length is not known.
+
+    Args:
+      run: the run.
+      taped: what is taped of every leaf.
+      length: steps of the segment.
+      start: the float state before the first step, by leaf.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
+
+    Returns:
+      In rows or bytes, for everything that is taped of every leaf.
+    """
+    # A factor may differ by one unit from that of the run: one more bit is enough for all steps.
+    # Registers that are not empty at the start hold up to one more byte.
     more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
 
     def needed(hypers: list[Any], steps: Array) -> list[list[Array | None]]:
@@ -113,7 +135,7 @@ def known_lengths(
 
 
 def _known_results(closed: Any, arguments: list[Array]) -> list[int | None]:
-    """The results of a program as far as they do not depend on what is being traced."""
+    """The results of a jaxpr that do not depend on traced values; None for the others."""
     jaxpr = closed.jaxpr
     variables = [*jaxpr.constvars, *jaxpr.invars]
     given = dict(zip(variables, [*closed.consts, *arguments]))
@@ -132,9 +154,9 @@ def _known_results(closed: Any, arguments: list[Array]) -> list[int | None]:
 
 
 class _Program:
-    """A closed jaxpr; the same as another if both are written alike.
+    """A closed jaxpr, equal to another if both print alike.
 
-    Were two taken for one that differ, a tape would be too short, which is an error, or too long.
+    If two different ones were taken for equal, a tape would be too short, which is an error, or too long.
     """
 
     def __init__(self, closed: Any):
@@ -159,7 +181,7 @@ def _needed(
     scheduled: Mapping[str, Array],
     steps: Array,
 ) -> list[Array | None]:
-    """Tape that any segment needs, for factors that differ from element to element."""
+    """Tape that is enough for every segment, for factors that differ from element to element."""
 
     def add(carry: Any, x: Any) -> Any:
         (bits, needed), (hypers, t) = carry, x
@@ -177,22 +199,28 @@ def _needed(
 
 
 def _longest(costs: Array, length: int) -> Array:
-    """The most that a segment of so many steps costs, from the costs ``(T,)`` of all."""
+    """The largest cost of a segment of so many steps, from the costs ``(T,)`` of all steps."""
     padded = jnp.pad(costs, (0, -costs.size % length))
     return jnp.max(jnp.sum(padded.reshape(-1, length), axis=1))
 
 
 class _Ones:
-    """Stands for what a step remembers where only shapes matter."""
+    """Stands for what a step remembers if only shapes matter."""
 
     def __getattr__(self, name: str) -> float:
         return 1.0
 
 
 def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
-    """Bits per element and step that scales destroy, by variable; the most over all leaves.
+    """Bits per element and step that the run destroys, by variable: the largest over all leaves.
 
-    One bit, for which `Reversible` has room by default, where only the run itself tells.
+    If only the run itself can tell, it is one bit, for which `Reversible` has room by default.
+
+    Args:
+      run: the run.
+      start: the float state before the first step, by leaf.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
     """
     taped = taped_of(run, start, constants, inputs)
     lengths = known_lengths(run, taped, run.steps, start, constants, inputs)

@@ -1,4 +1,4 @@
-"""Means over examples, some of them at a time."""
+"""Means over examples, computed in chunks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hypergrad.curvature.spectra import Matvec
 
 
 def example_losses(loss: Callable[..., Array], w: PyTree, data: Sequence[PyTree]) -> Array:
-    """``(n,)`` losses of examples."""
+    """Losses of single examples, ``(n,)``."""
     return jax.vmap(lambda example: loss(w, *as_batch(example)))(data)
 
 
@@ -28,9 +28,9 @@ class Piece:
     """Part of the data.
 
     Attributes:
-      data: of one chunk or, where stacked, of several of one size, along a new leading axis.
-      share: of all examples that a chunk has.
-      stacked: whether it is several.
+      data: of one chunk or, if stacked, of several of one size along a new leading axis.
+      share: the part of all examples that a chunk holds, in (0, 1].
+      stacked: whether there are several chunks.
     """
 
     data: Any
@@ -44,7 +44,13 @@ class Piece:
 
 
 def pieces_of(call: str, data: PyTree, chunk: int | None) -> list[Piece]:
-    """The data in chunks: those of full size, and the last where it is smaller."""
+    """Cut data into chunks: those of full size, and the last if it is smaller.
+
+    Args:
+      call: the user's call, for messages.
+      data: pytree of arrays with the examples as leading axis.
+      chunk: examples of a chunk; None for all at once.
+    """
     check_chunk(call, chunk)
     if chunk is None:
         return [Piece(data, 1.0, False)]
@@ -60,7 +66,12 @@ def pieces_of(call: str, data: PyTree, chunk: int | None) -> list[Piece]:
 
 
 def mean_over(pieces: Sequence[Piece], functions: Sequence[Callable[[PyTree], PyTree]]) -> PyTree:
-    """Mean over the examples of what the functions, one for each piece, give as means over a chunk."""
+    """The mean over all examples, from means over chunks.
+
+    Args:
+      pieces: of the data.
+      functions: one for each piece, from a chunk to a tree of means over it.
+    """
     total = None
     for piece, function in zip(pieces, functions):
 
@@ -73,7 +84,7 @@ def mean_over(pieces: Sequence[Piece], functions: Sequence[Callable[[PyTree], Py
             continue
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(shared, piece.example()))
 
-        # Differentiated in reverse, a chunk is computed again rather than kept.
+        # In reverse mode a chunk is computed again rather than kept.
         @partial(jax.checkpoint, prevent_cse=False)
         def add(total: PyTree, data: PyTree, shared: Any = shared) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, shared(data)), None
@@ -85,7 +96,14 @@ def mean_over(pieces: Sequence[Piece], functions: Sequence[Callable[[PyTree], Py
 def mean_matvec(
     call: str, params: PyTree, pieces: Sequence[Piece], bodies: Sequence[Callable[..., PyTree]]
 ) -> Matvec:
-    """The matvec whose product with a vector is the mean over chunks of ``body(params, chunk, vector)``."""
+    """The matvec whose product with a vector is the mean over chunks of ``body(params, chunk, vector)``.
+
+    Args:
+      call: the user's call, for messages.
+      params: where the matvec is taken.
+      pieces: of the data.
+      bodies: one for each piece.
+    """
 
     @jax.jit
     def product(params: PyTree, pieces: Any, bodies: Any, vector: PyTree) -> PyTree:
@@ -100,7 +118,14 @@ def _at(body: Callable[..., PyTree], params: PyTree, vector: PyTree, data: PyTre
 
 
 def scalar_loss(call: str, loss: Callable[..., Array], *arguments: PyTree, name: str = "loss") -> Any:
-    """The loss, traced once; refused where it does not return one float."""
+    """The loss, traced once; refused if it does not return one real float.
+
+    Args:
+      call: the user's call, for messages.
+      loss: from the arguments to a scalar.
+      arguments: arrays, or their shapes, on which the loss is traced.
+      name: of the loss, for messages.
+    """
     traced, result = trace_once(loss, *arguments)
     if not (isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()):
         raise ValueError(
@@ -126,7 +151,7 @@ def as_batch(example: PyTree) -> PyTree:
 def example_arguments(
     call: str, params: PyTree, data: PyTree, direction: PyTree, chunk: int | None
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Parameters, data and direction in the types that derivatives need, and the number of examples."""
+    """Parameters, data and direction, checked and in the dtypes that derivatives need."""
     check_chunk(call, chunk)
     params, data = floats(call, "params", params), as_arrays(data)
     count_of(call, data)
@@ -141,7 +166,7 @@ def as_arrays(tree: PyTree) -> PyTree:
 
 
 def _like(call: str, name: str, tree: PyTree, like: PyTree) -> PyTree:
-    """The tree in the dtypes of the other, if it has its structure and shapes."""
+    """The tree in the dtypes of ``like``; refused if structure or shapes differ."""
     found: Any = jax.tree.structure(tree)
     wanted: Any = jax.tree.structure(like)
     if found != wanted:
@@ -171,7 +196,7 @@ def count_of(call: str, data: PyTree) -> int:
 
 
 def by_example(call: str, outputs: PyTree, n: int) -> None:
-    """Refuse outputs whose leading axis is not the example."""
+    """Refuse outputs whose leading axis is not the examples."""
     if any(x.shape[:1] != (n,) for x in jax.tree.leaves(outputs)):
         raise ValueError(
             f"{call}: for {n} examples apply(params, inputs) must return outputs with a leading axis of "

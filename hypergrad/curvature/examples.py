@@ -27,8 +27,8 @@ class PerExample(NamedTuple):
 
     Attributes:
       loss: ``f_i``, ``(n,)``.
-      gradient: ``g_i``, a tree like the parameters, every array with the examples as leading axis.
-      hvp: ``h_i``, likewise; None without a direction.
+      gradient: ``g_i``, a tree like the parameters whose arrays have the examples as leading axis.
+      hvp: ``h_i``, a tree like the gradient; None without a direction.
     """
 
     loss: Float[Array, " n"]
@@ -46,16 +46,19 @@ def per_example(
     """Loss, gradient and Hessian-vector product of every example: ``f_i(w)``, ``∇f_i(w)``, ``∇²f_i(w) δ``.
 
     Args:
-      loss: ``loss(params, *data) -> scalar``, which is given one example at a time, as a batch of one.
-      params: ``w``.
+      loss: ``loss(params, *data) -> scalar``, which receives one example at a time, as a batch of one.
+      params: ``w``, a pytree of floats.
       data: pytrees of arrays with the examples as leading axis.
       direction: ``δ``, a tree like the parameters; None for no products.
-      chunk: examples at a time, by default all at once.  The result takes ``n`` times the memory of the
-        parameters in any case: see `moments`.
+      chunk: examples at a time, at least 1; by default all at once.  In any case the result takes ``n``
+        times the memory of the parameters; see `moments`.
+
+    Returns:
+      A `PerExample`.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is.
-      TypeError: for parameters or a loss that are not real floats.
+      ValueError: if an argument is invalid.
+      TypeError: if parameters or the loss are not real floats.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -71,13 +74,13 @@ def per_example(
 
 
 class Moment(NamedTuple):
-    """Mean over examples, and how far it may be from the mean of the distribution they come from.
+    """Mean over examples, and how far it may be from the mean of their distribution.
 
     Attributes:
-      mean: ``x̄ = 1/n Σ_i x_i``.
-      variance: of the mean, coordinate by coordinate, ``Σ_i (x_i - x̄)² / (n (n - 1))``; times ``n`` it is
-        that of an example.
-      average: of ``variance`` over all coordinates of the tree, a scalar.
+      mean: ``x̄ = 1/n Σ_i x_i``, a tree.
+      variance: of the mean, coordinate by coordinate, ``Σ_i (x_i - x̄)² / (n (n - 1))``, a tree; times ``n``
+        it is the variance of an example.
+      average: scalar, the mean of ``variance`` over all coordinates of the tree.
     """
 
     mean: PyTree
@@ -86,12 +89,12 @@ class Moment(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What `moments` returns.
+    """The result of `moments`.
 
     Attributes:
-      loss: of ``f_i``, scalars.
-      gradient: of ``g_i``, trees like the parameters.
-      hvp: of ``h_i``, likewise; None without a direction.
+      loss: moments of ``f_i``, scalars.
+      gradient: moments of ``g_i``, trees like the parameters.
+      hvp: moments of ``h_i``, trees like the parameters; None without a direction.
     """
 
     loss: Moment
@@ -108,22 +111,26 @@ def moments(
 ) -> Moments:
     """Mean losses, gradients and Hessian-vector products of examples, and the variances of these means.
 
-    ``moments(...).gradient.average`` is ``σ̂ = 1/d Σ_j Σ_i (g_ij - ḡ_j)² / (n (n - 1))``; so are ``q̂`` of
-    the products and ``r̂`` of the losses.  There are two passes, one for the mean and one for the deviations
-    from it: in float32 ``E x² - (E x)²`` has no right digit where means are thousands of deviations.
+    ``moments(...).gradient.average`` is ``σ̂ = 1/d Σ_j Σ_i (g_ij - ḡ_j)² / (n (n - 1))``; ``q̂`` of the
+    products and ``r̂`` of the losses are the same for these.  There are two passes, one for the mean and one
+    for the deviations from it: in float32, ``E x² - (E x)²`` has no correct digit if means are thousands of
+    standard deviations.
 
     Args:
-      loss: ``loss(params, *data) -> scalar``, which is given one example at a time, as a batch of one.  The
-        examples must not depend on each other, as they do through batch normalisation.
-      params: ``w``.
+      loss: ``loss(params, *data) -> scalar``, which receives one example at a time, as a batch of one.  The
+        examples must not depend on each other, as they do through batch normalization.
+      params: ``w``, a pytree of floats.
       data: pytrees of arrays with the examples, at least two, as leading axis.
       direction: ``δ``, a tree like the parameters; None for no products.
-      chunk: examples at a time, by default all at once; the gradients of so many are in memory together.
-        On CPUs some 16 are also faster than many.
+      chunk: examples at a time, at least 1, whose gradients are in memory together; by default all at once.
+        On CPUs about 16 are also faster than many.
+
+    Returns:
+      A `Moments`.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is.
-      TypeError: for parameters or a loss that are not real floats.
+      ValueError: if an argument is invalid.
+      TypeError: if parameters or the loss are not real floats.
 
     Source: Chen, Choi, Balles, Duvenaud, Hennig, "Self-tuning stochastic optimization with curvature-aware
     gradient filtering", 2020, section 4.
@@ -163,7 +170,7 @@ def moments(
 
 
 def _derivatives(loss: Callable[..., Array], w: PyTree, direction: PyTree, data: Any) -> PerExample:
-    """Value, gradient and, along a direction, Hessian-vector product of a loss."""
+    """Value, gradient and, if there is a direction, Hessian-vector product of a loss."""
     both = jax.value_and_grad(lambda w: loss(w, *data))
     if direction is None:
         return PerExample(*both(w), None)
@@ -174,7 +181,7 @@ def _derivatives(loss: Callable[..., Array], w: PyTree, direction: PyTree, data:
 def _mean_in_pairs(rows: Array) -> Array:
     """Mean over the leading axis: half of the rows plus the other half, and so on.
 
-    On CPUs XLA reduces a leading axis number by number, with strides, 30 times slower.
+    On CPUs XLA reduces a leading axis number by number, with strides, which is 30 times slower.
     """
     n, left = len(rows), []
     while len(rows) > 1:

@@ -1,4 +1,4 @@
-"""Likelihoods by which outputs of a network are turned into distributions."""
+"""Likelihoods, which turn outputs of a network into distributions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,13 @@ from hypergrad._base.trees import Key, Scalar
 class Likelihood(NamedTuple):
     """The predictive distribution ``p(y | z)`` of a network, whose negative logarithm is a loss.
 
-    All three functions are of *one* example.
+    All three functions take *one* example.
 
     Attributes:
       loss: ``loss(outputs, target) -> scalar``, ``-log p(y | z)`` in nats, up to a constant.
-      sample: ``sample(key, outputs) -> target``.
-      fisher: ``fisher(outputs, tangent)``, the product of ``E_y[∇_z log p ∇_z log pᵀ]`` with a tangent.
+      sample: ``sample(key, outputs) -> target``, drawn from ``p(y | z)``.
+      fisher: ``fisher(outputs, tangent)``, the product of ``E_y[∇_z log p ∇_z log pᵀ]`` with a tangent,
+        which is like the outputs.
     """
 
     loss: Callable[[Array, Array], Array]
@@ -29,9 +30,10 @@ class Likelihood(NamedTuple):
 
 
 def categorical() -> Likelihood:
-    """Softmax cross-entropy: logits ``(classes,)``, the target a class or ``(classes,)`` probabilities.
+    """Softmax cross-entropy.
 
-    ``-log p = -Σ_c y_c log p_c``, ``p = softmax(z)``, Fisher matrix ``diag(p) - p pᵀ``.
+    ``-log p = -Σ_c y_c log p_c``, ``p = softmax(z)``, with the Fisher matrix ``diag(p) - p pᵀ``.  Logits
+    are ``(classes,)``; the target is a class or ``(classes,)`` probabilities.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -50,9 +52,10 @@ def categorical() -> Likelihood:
 
 
 def bernoulli() -> Likelihood:
-    """Sigmoid cross-entropy, summed over the outputs: logits and targets in [0, 1] of any one shape.
+    """Sigmoid cross-entropy, summed over the outputs.
 
-    ``-log p = Σ_k log(1 + exp z_k) - y_k z_k``, Fisher matrix ``diag(p (1 - p))``, ``p = sigmoid(z)``.
+    ``-log p = Σ_k log(1 + exp z_k) - y_k z_k``, ``p = sigmoid(z)``, with the Fisher matrix
+    ``diag(p (1 - p))``.  Logits and targets have any one shape; targets are in [0, 1].
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -73,9 +76,10 @@ def bernoulli() -> Likelihood:
 
 
 def normal() -> Likelihood:
-    """Half the squared error, summed over the outputs: ``y ~ N(z, I)``, of any one shape.
+    """Half the squared error, summed over the outputs: ``y ~ N(z, I)``.
 
-    ``-log p = ½ Σ_k (z_k - y_k)²``, Fisher matrix the identity.
+    ``-log p = ½ Σ_k (z_k - y_k)²``, with the identity as Fisher matrix.  Outputs and targets have any one
+    shape.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature

@@ -1,4 +1,4 @@
-"""Curvature matrices as products with vectors; symbols: see `hypergrad.curvature`."""
+"""Curvature matrices as products with vectors; for symbols see `hypergrad.curvature`."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,24 +27,23 @@ from hypergrad.curvature.spectra import Matvec
 def hessian(loss: Callable[..., Array], params: PyTree, *data: PyTree, chunk: int | None = None) -> Matvec:
     """The Hessian of a loss, ``v -> ∇²L(w) v``, forward over reverse.
 
-    With derivatives written by hand in the loss (``jax.custom_vjp``, ``jax.custom_jvp``), it is the matrix
-    ``jax.hessian(loss)`` as it is, how a gradient changes along ``v``, which need not be symmetric:
-    `asymmetry` tells.
+    If the loss contains derivatives written by hand (``jax.custom_vjp``, ``jax.custom_jvp``), the matrix is
+    that of ``jax.hessian(loss)``: how the gradient changes along ``v``.  It need not be symmetric; measure
+    that with `asymmetry`.
 
     Args:
       loss: ``loss(params, *data) -> scalar``.
       params: ``w``, where the Hessian is taken; a pytree of floats.
-      data: what else the loss takes.
-      chunk: examples at a time, one chunk after the other, to save memory; the last may be smaller.  By
-        default all at once, and then the loss need not be a mean over examples.
+      data: the other arguments of the loss, pytrees of arrays.
+      chunk: examples at a time, at least 1, one chunk after the other, to save memory; the last may be
+        smaller.  By default all at once, and then the loss need not be a mean over examples.
 
     Returns:
       A matvec.
 
     Raises:
-      ValueError: where an argument cannot be meant as it is; from the matvec where a vector is not like
-        the parameters.
-      TypeError: for parameters or a loss that are not real floats.
+      ValueError: if an argument is invalid; from the matvec, if a vector is not like the parameters.
+      TypeError: if parameters or the loss are not real floats.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
 
@@ -74,21 +73,22 @@ def gauss_newton(
     *targets: PyTree,
     chunk: int | None = None,
 ) -> Matvec:
-    """The generalised Gauss-Newton matrix, ``v -> Jᵀ H J v``, with ``H`` the Hessian of the loss in ``z``.
+    """The generalized Gauss-Newton matrix, ``v -> Jᵀ H J v``, with ``H`` the Hessian of the loss in ``z``.
 
     Args:
       apply: ``apply(params, inputs) -> outputs``, the network.
-      output_loss: ``output_loss(outputs, *targets) -> scalar``; where it is convex, so is the quadratic.
-      params: ``w``.
-      inputs: of the network.
-      targets: what else the loss takes.
-      chunk: as for `hessian`; the leading axis of inputs, outputs and targets is then the example.
+      output_loss: ``output_loss(outputs, *targets) -> scalar``; if it is convex, the matrix is positive
+        semidefinite.
+      params: ``w``, a pytree of floats.
+      inputs: of the network, a pytree of arrays.
+      targets: the other arguments of the loss, pytrees of arrays.
+      chunk: as for `hessian`; the leading axis of inputs, outputs and targets is then the examples.
 
     Returns:
       A matvec.
 
     Raises:
-      ValueError, TypeError: as `hessian`.
+      ValueError, TypeError: as for `hessian`.
 
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
     Computation 2002.
@@ -119,7 +119,7 @@ def _sandwich(
     data: Sequence[PyTree],
     v: PyTree,
 ) -> PyTree:
-    """``Jᵀ M J v`` with the Jacobian of ``function(w, data)`` and ``middle(data, z, Jv) = M J v``."""
+    """``Jᵀ M J v``, with the Jacobian of ``function(w, data)`` and with ``middle(data, z, Jv) = M J v``."""
     z, forwards = linearized(lambda w: function(w, data), w)
     return jax.linear_transpose(forwards, w)(middle(data, z, forwards(v)))[0]
 
@@ -140,23 +140,23 @@ def fisher(
     *,
     chunk: int | None = None,
 ) -> Matvec:
-    """The Fisher matrix, ``v -> 1/n Σ_i J_iᵀ F(z_i) J_i v``, with the targets' expectation taken exactly.
+    """The Fisher matrix, ``v -> 1/n Σ_i J_iᵀ F(z_i) J_i v``, with an exact expectation over targets.
 
-    Equals `gauss_newton` for the losses of `categorical`, `bernoulli` and `normal`, whose Hessians in the
-    outputs do not depend on the targets.
+    It equals `gauss_newton` for the losses of `categorical`, `bernoulli` and `normal`, whose Hessians in
+    the outputs do not depend on the targets.
 
     Args:
       apply: ``apply(params, inputs) -> outputs``, example by example along the leading axis.
-      likelihood: of the targets, whose ``F(z)`` is ``likelihood.fisher``.
-      params: ``w``.
+      likelihood: of the targets; ``F(z)`` is ``likelihood.fisher``.
+      params: ``w``, a pytree of floats.
       inputs: a pytree of arrays with the examples as leading axis.
-      chunk: examples at a time, by default all at once.
+      chunk: examples at a time, at least 1; by default all at once.
 
     Returns:
       A matvec.
 
     Raises:
-      ValueError, TypeError: as `hessian`.
+      ValueError, TypeError: as for `hessian`.
 
     Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
 
@@ -201,22 +201,22 @@ def sampled_fisher(
     """The Fisher matrix from one target drawn for each example, ``v -> 1/n Σ_i g_i g_iᵀ v``.
 
     Here ``g_i`` is the gradient of the loss at ``y_i ~ p(y | z_i)``.  The expectation over the key is
-    `fisher`.  The targets are the same in every product, and whatever the chunk; derivatives do not go
-    through how they depend on the parameters.
+    `fisher`.  The targets are the same in every product and for every chunk; derivatives take them as
+    constants.
 
     Args:
       apply: as for `fisher`.
-      likelihood: whose ``sample`` draws the targets.
-      params: ``w``.
+      likelihood: of the targets, which ``likelihood.sample`` draws.
+      params: ``w``, a pytree of floats.
       inputs: a pytree of arrays with the examples as leading axis.
       key: a JAX random key.
-      chunk: examples at a time, by default all at once.
+      chunk: examples at a time, at least 1; by default all at once.
 
     Returns:
       A matvec.
 
     Raises:
-      ValueError, TypeError: as `hessian`.
+      ValueError, TypeError: as for `hessian`.
 
     Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
     ICML 2015, section 5.
@@ -231,7 +231,7 @@ def sampled_fisher(
     call = called("sampled_fisher(apply, likelihood, params, inputs, key", chunk)
     params = floats(call, "params", params)
     data = as_arrays((inputs,))
-    data = (*data, jax.random.split(key, count_of(call, data)))  # by example: the same whatever the chunk
+    data = (*data, jax.random.split(key, count_of(call, data)))  # by example: the same for every chunk
 
     def losses(w: PyTree, inputs: PyTree, keys: Array) -> Array:
         z = apply(w, inputs)
@@ -266,19 +266,19 @@ def empirical_fisher(
 ) -> Matvec:
     """The second moment of the examples' gradients at their own targets, ``v -> 1/n Σ_i g_i g_iᵀ v``.
 
-    Not an estimate of `fisher`, though it goes by the name.
+    It is not an estimate of `fisher`, despite its name.
 
     Args:
-      loss: ``loss(params, *data) -> scalar``, which is given one example at a time, as a batch of one.
-      params: ``w``.
+      loss: ``loss(params, *data) -> scalar``, which receives one example at a time, as a batch of one.
+      params: ``w``, a pytree of floats.
       data: pytrees of arrays with the examples as leading axis.
-      chunk: examples at a time, by default all at once.
+      chunk: examples at a time, at least 1; by default all at once.
 
     Returns:
       A matvec.
 
     Raises:
-      ValueError, TypeError: as `hessian`.
+      ValueError, TypeError: as for `hessian`.
 
     Source: Kunstner, Balles, Hennig, "Limitations of the empirical Fisher approximation for natural
     gradient descent", NeurIPS 2019.

@@ -1,7 +1,7 @@
-"""What matvecs tell about their matrices: dense ones, traces, eigenvalues.
+"""What matvecs reveal about their matrices: dense matrices, traces, eigenvalues.
 
 A *matvec* is any linear function ``v -> A v`` from trees to trees like them, such as those of
-`hypergrad.curvature`, where the names of this file are public.
+`hypergrad.curvature`, where the names of this module are public.
 
 ======  ===========  ===========================================================
 symbol  shape        meaning
@@ -32,21 +32,24 @@ from hypergrad._base.tracing import mapped, trace_once
 from hypergrad._base.trees import Key, PyTree, Scalar, describe, dot, floats, norm, power, shapes_of
 
 Matvec = Callable[[PyTree], PyTree]
-# An accelerator's default keeps too few digits to keep vectors orthogonal.
+# Products are taken with `dot`: an accelerator's default keeps too few digits for orthogonal vectors.
 
 
 def batched(matvec: Matvec, *, chunk: int | None = None) -> Matvec:
     """A matvec for stacks of vectors: trees whose arrays have one more axis, in front.
 
-    What does not depend on the vectors, such as the forward pass, is done once for all that are computed
-    together.  Without a chunk it is ``jax.vmap``.
+    Whatever does not depend on the vectors, such as the forward pass, is done once for all vectors that are
+    computed together.  Without a chunk this is ``jax.vmap``.
 
     Args:
-      matvec: of single vectors.
-      chunk: vectors at a time, by default all at once.
+      matvec: for single vectors.
+      chunk: vectors at a time, at least 1; by default all at once.
+
+    Returns:
+      The matvec for stacks.
 
     Raises:
-      ValueError: for a chunk below 1.
+      ValueError: if chunk is below 1.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -63,12 +66,12 @@ def dense(matvec: Matvec, like: PyTree, *, chunk: int | None = None) -> Float[Ar
     """The matrix of a matvec, ``(d, d)``, in the order of ``jax.flatten_util.ravel_pytree``.
 
     Args:
-      matvec: any linear function from trees like `like` to such trees.
+      matvec: a linear function from trees like `like` to such trees.
       like: a tree like the parameters.
-      chunk: columns at a time, by default all at once.
+      chunk: columns at a time, at least 1; by default all at once.
 
     Raises:
-      ValueError: for a matvec that returns something else.
+      ValueError: if chunk is below 1, or matvec does not return a tree like `like`.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -86,9 +89,9 @@ def dense(matvec: Matvec, like: PyTree, *, chunk: int | None = None) -> Float[Ar
 def asymmetry(matvec: Matvec, like: PyTree, key: Key) -> Scalar:
     """How far a matrix is from symmetric, from two products: ``|uᵀA v - vᵀA u| / √(|A v|² + |A u|²)``.
 
-    The vectors ``u`` and ``v`` are random, of length 1.  Of symmetric matrices it is rounding, about
-    1e-7 in float32; of others about ``|A - Aᵀ| / |A| / √d``, in Frobenius norms.  `lanczos` and conjugate
-    gradients take symmetry for granted, and a loss with derivatives written by hand may lack it.
+    The vectors ``u`` and ``v`` are random, of length 1.  For symmetric matrices the result is rounding,
+    about 1e-7 in float32; for others it is about ``|A - Aᵀ| / |A| / √d``, in Frobenius norms.  `lanczos`
+    and conjugate gradients assume symmetry, which a loss with derivatives written by hand may lack.
 
     Args:
       matvec: a linear function from trees like `like` to such trees.
@@ -99,7 +102,7 @@ def asymmetry(matvec: Matvec, like: PyTree, key: Key) -> Scalar:
       A scalar, at least 0 and at most about 1.4; 0 for a matrix of zeros.
 
     Raises:
-      ValueError: for a matvec that returns what is not like `like`.
+      ValueError: if matvec does not return a tree like `like`.
 
     >>> import jax, jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -120,8 +123,8 @@ class Trace(NamedTuple):
     """An estimate of a trace.
 
     Attributes:
-      value: unbiased.
-      standard_error: of the value, from the samples.
+      value: the estimate, a scalar; unbiased.
+      standard_error: of the value, a scalar estimated from the samples.
     """
 
     value: Scalar
@@ -133,9 +136,9 @@ def trace(
 ) -> Trace:
     """The trace of a matrix from products with random signs, ``tr A ≈ 1/m Σ_s g_sᵀ A g_s``.
 
-    With a rank, the products with so many random vectors span a space, with the basis ``Q``, on which the
+    With a rank, the products with that many random vectors span a space with the basis ``Q``, on which the
     trace is computed exactly; only the rest is estimated: ``tr Q A Qᵀ + tr (I - QᵀQ) A (I - QᵀQ)``
-    (Hutch++).  That pays where few eigenvalues are large, as in networks.  All in all it takes ``samples +
+    (Hutch++).  That pays if few eigenvalues are large, as in networks.  In total it takes ``samples +
     2 rank`` products.
 
     Args:
@@ -143,14 +146,14 @@ def trace(
       like: a tree like the parameters.
       key: a JAX random key.
       samples: ``m``, at least 2.
-      rank: at least 0, at most ``d``; static.
-      chunk: vectors at a time, by default all at once.
+      rank: of ``Q``, in ``[0, d]``; static.
+      chunk: vectors at a time, at least 1; by default all at once.
 
     Returns:
-      A `Trace`; exact for diagonal matrices, since signs have the square 1.
+      A `Trace`; exact for diagonal matrices, since signs square to 1.
 
     Raises:
-      ValueError: for numbers out of range, and a matvec that returns what is not like `like`.
+      ValueError: if a number is out of range, or matvec does not return a tree like `like`.
 
     Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1989; Meyer, Musco,
     Musco, Woodruff, "Hutch++: Optimal stochastic trace estimation", SOSA 2021, algorithm 1.
@@ -172,7 +175,7 @@ def trace(
     known = jnp.zeros((), flat.dtype)
     if rank:
         sketch = jax.random.rademacher(sketch_key, (rank, flat.size), flat.dtype)
-        # The estimate is unbiased for any fixed basis, and so is its derivative, without the basis's.
+        # The estimate is unbiased for any fixed basis, and so is its derivative with the basis constant.
         products = jax.lax.stop_gradient(mapped(chunk, product, sketch))
         basis = jnp.linalg.qr((products / power(products)).T)[0].T
         known = jnp.sum(basis * mapped(chunk, product, basis))
@@ -187,13 +190,15 @@ def trace(
 
 
 class Ritz(NamedTuple):
-    """What ``k`` steps of Lanczos found of a symmetric matrix, by ascending eigenvalue.
+    """Eigenvalues of a symmetric matrix as ``k`` steps of Lanczos find them, in ascending order.
+
+    Values and weights are the nodes and weights of Gauss quadrature for
+    ``startᵀ f(A) start / startᵀ start``.
 
     Attributes:
       values: Ritz values ``θ_i``, ``(k,)``.
-      weights: ``(k,)``, squared components of the start along the Ritz vectors, in all 1: the nodes and
-        weights of Gauss quadrature for ``startᵀ f(A) start / startᵀ start``.
-      residuals: ``(k,)``, ``|A x_i - θ_i x_i|``; there is an eigenvalue no farther than this.
+      weights: ``(k,)``, squared components of the normalized start along the Ritz vectors; their sum is 1.
+      residuals: ``(k,)``, ``|A x_i - θ_i x_i|``; there is an eigenvalue no farther from ``θ_i`` than this.
       vectors: Ritz vectors ``x_i`` of length 1, a tree like the start with ``k`` as leading axis.
     """
 
@@ -206,20 +211,20 @@ class Ritz(NamedTuple):
 def lanczos(matvec: Matvec, start: PyTree, *, steps: int) -> Ritz:
     """Extreme eigenvalues and eigenvectors of a symmetric matrix: ``Q A Qᵀ = T``, ``T = S diag(θ) Sᵀ``.
 
-    ``Q`` spans ``start, A start, ..., A^(k-1) start``; every row is made orthogonal to all before, twice.
-    Where that space is exhausted before the last step, it goes on from a random vector, and what is found
-    then has no weight.
+    ``Q`` spans ``start, A start, ..., A^(k-1) start``; every row is made orthogonal to all earlier rows,
+    twice.  If that space is exhausted before the last step, the iteration continues from a random vector,
+    and what it finds then has no weight.
 
     Args:
       matvec: a symmetric linear function from trees like `start` to such trees.
-      start: a tree that is not zero, usually random.
+      start: a tree of floats that is not zero, usually random.
       steps: ``k``, from 1 to ``d``; all of ``Q`` is kept.
 
     Returns:
       A `Ritz`.  With ``k = d`` it holds all eigenvalues.
 
     Raises:
-      ValueError: for steps out of range, a start of zero, and a matvec that returns what is not like it.
+      ValueError: if steps is out of range, start is zero, or matvec does not return a tree like `start`.
 
     Source: Golub and Van Loan, "Matrix computations", 4th edition, section 10.1.
 
@@ -245,7 +250,7 @@ def _lanczos(
     d, eps = start.size, jnp.finfo(start.dtype).eps
 
     def step(carry: tuple[Array, Array, Array], k: Array) -> tuple[Any, Any]:
-        basis, q, scale = carry  # rows of the basis that are not there yet are 0
+        basis, q, scale = carry  # later rows of the basis are still 0
         basis = basis.at[k].set(q)
         w = product(q)
         a = dot(q, w)
@@ -280,8 +285,8 @@ class Spectrum(NamedTuple):
     The trace of a function is ``tr f(A) ≈ d · mean over starts of Σ_i weights_i f(values_i)``.
 
     Attributes:
-      values: ``(samples, steps)``.
-      weights: ``(samples, steps)``, each row in all 1.
+      values: nodes, ``(samples, steps)``.
+      weights: ``(samples, steps)``; the sum of every row is 1.
     """
 
     values: Float[Array, "samples steps"]
@@ -298,14 +303,14 @@ def spectrum(
       like: a tree like the parameters.
       key: a JAX random key.
       steps: of Lanczos, from 1 to ``d``.
-      samples: starts, at least 1.
-      chunk: starts at a time, by default all at once; each takes ``steps`` trees of memory.
+      samples: number of starts, at least 1.
+      chunk: starts at a time, at least 1; by default all at once.  Each takes ``steps`` trees of memory.
 
     Returns:
       A `Spectrum`; see `density`.
 
     Raises:
-      ValueError: for numbers out of range, and a matvec that returns what is not like `like`.
+      ValueError: if a number is out of range, or matvec does not return a tree like `like`.
 
     Source: Ghorbani, Krishnan, Xiao, "An investigation into neural net optimization via Hessian eigenvalue
     density", ICML 2019.
@@ -331,18 +336,18 @@ def spectrum(
 
 
 def density(found: Spectrum, points: Float[Array, " p"], width: float | Scalar) -> Float[Array, " p"]:
-    """The smoothed density of eigenvalues, ``ρ(t) = Σ_i weights_i N(t; values_i, width²)``, of all starts.
+    """The smoothed density of eigenvalues, ``ρ(t) = Σ_i weights_i N(t; values_i, width²)``.
 
     Args:
-      found: by `spectrum`.
+      found: a `Spectrum`.
       points: ``t``, ``(p,)``.
       width: standard deviation of the smoothing, above 0.
 
     Returns:
-      ``ρ``, ``(p,)``, the mean over the starts; its integral over all ``t`` is 1.
+      ``ρ``, ``(p,)``, the mean over all starts; its integral over all ``t`` is 1.
 
     Raises:
-      ValueError: for points that are not ``(p,)``, and a width that is not above 0.
+      ValueError: if points is not ``(p,)``, or width is not above 0.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import curvature
@@ -361,7 +366,7 @@ def density(found: Spectrum, points: Float[Array, " p"], width: float | Scalar) 
 
 
 def _without(basis: Float[Array, "k n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    """``(I - QᵀQ) v``, twice: what rounding leaves of the components the first time is gone the second."""
+    """``(I - QᵀQ) v``, twice: the second time removes what rounding left of the components."""
     for _ in range(2):
         vector = vector - dot(dot(basis, vector), basis)
     return vector

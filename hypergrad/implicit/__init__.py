@@ -1,6 +1,6 @@
-"""Hypergradients at a solution, by the implicit function theorem: nothing of how it was found is needed.
+"""Hypergradients at a solution, by the implicit function theorem: how it was found does not matter.
 
-Where ``F(w, θ) = 0`` determines ``w``, its derivative is ``dw = -A⁻¹ ∂F/∂θ dθ``.  Backwards that is one
+If ``F(w, θ) = 0`` determines ``w``, its derivative is ``dw = -A⁻¹ ∂F/∂θ dθ``.  In reverse mode that is one
 linear system, whatever the number of hyperparameters: ``Aᵀ u = ∂g/∂w``, and the hypergradient is
 ``∂g/∂θ - (∂F/∂θ)ᵀ u``.
 
@@ -8,15 +8,15 @@ linear system, whatever the number of hyperparameters: ``Aᵀ u = ∂g/∂w``, a
 symbol    name              meaning
 ========  ================  ========================================================================
 ``w``     params            the solution, a tree of ``d`` numbers
-``θ``     args, hypers      what it is differentiated in
-``f``     objective         what ``w`` minimises; then ``F = ∂f/∂w``
+``θ``     args, hypers      what the solution is differentiated in
+``f``     objective         what ``w`` minimizes; then ``F = ∂f/∂w``
 ``F``     optimality        a tree like ``w``; 0 at the solution
 ``A``     matvec            ``∂F/∂w``, ``(d, d)``; the Hessian of ``f``
-``g``     outer             what is to be small at the solution, such as a validation loss
+``g``     outer             the outer objective at the solution, such as a validation loss
 ``u``     adjoint           ``A⁻ᵀ ∂g/∂w``
 ========  ================  ========================================================================
 
-The linear systems are solved by one of `hypergrad.linear`, whose names are public here.
+The linear systems are solved by a solver of `hypergrad.linear`, whose names are public here.
 """
 
 from hypergrad._base.errors import ConvergenceError, ZeroHypergradientWarning

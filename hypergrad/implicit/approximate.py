@@ -1,4 +1,4 @@
-"""Hypergradients at approximate solutions, and HOAG, the outer loop that tightens them as it goes."""
+"""Hypergradients at approximate solutions, and HOAG, an outer loop that tightens them step by step."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,12 +19,12 @@ from hypergrad.implicit.zeros import is_used, warn_of_zeros
 
 
 class Hypergradient(NamedTuple):
-    """What `hypergradient` returns.
+    """The result of `hypergradient`.
 
     Attributes:
-      value: ``g(w, θ)``.
+      value: ``g(w, θ)``, a scalar.
       gradient: ``dg/dθ``, a tree like the hyperparameters.
-      adjoint: ``u``, a tree like the parameters; where to start the next linear system.
+      adjoint: ``u``, a tree like the parameters; a start for the next linear system.
     """
 
     value: Array
@@ -44,24 +44,26 @@ def hypergradient(
 ) -> Hypergradient:
     """The hypergradient at an approximate minimum: ``∂g/∂θ - ∂/∂θ ⟨∂f/∂w, u⟩``, ``∂²f/∂w² u = ∂g/∂w``.
 
-    The same as through `minimizer`, with the adjoint handed in and out for warm starts.
+    It equals the gradient through `minimizer`, and the adjoint is passed in and out for warm starts.
 
     Args:
-      objective: ``f(params, hypers) -> scalar``, what the parameters minimise.
+      objective: ``f(params, hypers) -> scalar``, which the parameters minimize.
       outer: ``g(params, hypers) -> scalar``.
       params: ``w``, a tree of floats.
       hypers: ``θ``, a tree of floats; there may be millions, at the cost of one more gradient.
-      linear: solver of the linear system, by default `ConjugateGradients`; `GMRES` where the objective
-        holds derivatives written by hand, as for `minimizer`.
-      tolerance: the largest norm of ``∂f/∂w`` at which the parameters count as a minimum.
-      start: of the linear system, such as the adjoint at hyperparameters nearby; by default 0.
+      linear: solver of the linear system, by default `ConjugateGradients`, or `GMRES` if the objective
+        contains derivatives written by hand, as for `minimizer`.
+      tolerance: above 0, the largest norm of ``∂f/∂w`` at which the parameters count as a minimum.
+      start: start of the linear solver, a tree like the parameters, such as the adjoint at hyperparameters
+        nearby; by default 0.
 
     Returns:
       A `Hypergradient`.  A `ZeroHypergradientWarning` announces hyperparameters without influence.
 
     Raises:
-      ConvergenceError: where a residual is above its tolerance; see `root`.
-      ValueError, TypeError: where trees do not fit or are not floats.
+      ConvergenceError: if a residual is above its tolerance; see `root`.
+      ValueError: if trees do not fit, or a function does not return a scalar.
+      TypeError: if parameters or hyperparameters are not floats.
 
     Source: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, algorithm 1.
 
@@ -95,7 +97,7 @@ def hypergradient(
     if not all(used):
         warn_of_zeros(call, [name for name, u in zip(names_of({"hypers": hypers}), used) if not u])
     matvec: Callable[[PyTree], PyTree]
-    if by_hand:  # the matrix is not symmetric, and its transpose is wanted
+    if by_hand:  # the matrix need not be symmetric, and its transpose is needed
         slope = jax.grad(objective)
         residual, pull_back = jax.vjp(slope, params, hypers)
         matvec = lambda u: pull_back(u)[0]  # noqa: E731
@@ -106,18 +108,18 @@ def hypergradient(
     u = solve_or_refuse(call, linear, matvec, to_params, start)
     if by_hand:
         return Hypergradient(value, sub(direct, pull_back(u)[1]), u)
-    # Along u first, backwards second: one gradient, whatever the number of hyperparameters.
+    # Forwards along u, then backwards: one gradient, whatever the number of hyperparameters.
     along = lambda h: jax.jvp(lambda w: objective(w, h), (params,), (u,))[1]  # noqa: E731
     return Hypergradient(value, sub(direct, jax.grad(along)(hypers)), u)
 
 
 class Hoag(NamedTuple):
-    """What `hoag` returns, ``K`` being the number of outer steps.
+    """The result of `hoag` after ``K`` outer steps.
 
     Attributes:
-      hypers: after the last step.
-      params: the last solution, for the hyperparameters before that step.
-      adjoint: the last ``u``, there.
+      hypers: ``θ`` after the last step.
+      params: ``w`` at the last step, for the hyperparameters before that step.
+      adjoint: ``u`` at the last step, a tree like the parameters.
       values: ``(K,)``, ``g`` before every step.
     """
 
@@ -138,28 +140,29 @@ def hoag(
     optimizer: optax.GradientTransformation,
     linear: LinearSolver | None = None,
 ) -> Hoag:
-    """Hyperparameter optimization with approximate gradients: accurate only in the end, warm always.
+    """Hyperparameter optimization with approximate gradients, which become accurate only in the end.
 
-    At step ``k`` both the minimum and the linear system are solved to ``ε_k``, from where they were at step
-    ``k - 1``; then the optimizer moves the hyperparameters.  Converges where ``Σ ε_k`` does.
+    At step ``k`` both the minimum and the linear system are solved to ``ε_k``, starting from the solutions
+    of step ``k - 1``; then the optimizer moves the hyperparameters.  It converges if ``Σ ε_k`` does.
 
     Args:
       objective: ``f(params, hypers) -> scalar``, the inner objective.
       outer: ``g(params, hypers) -> scalar``.
       hypers: ``θ`` at the start, a tree of floats, unconstrained.
-      init: ``w`` at the start.
-      solve: ``solve(params, hypers, tolerance) -> params``, a JAX function (or `host` of one in NumPy) that
-        goes on until ``|∂f/∂w| <= tolerance``, which is checked.
-      tolerances: ``ε``, ``(K,)``, above 0, one outer step each; such as ``0.1 * 0.9 ** arange(K)``.
-      optimizer: of the hyperparameters, by optax.
-      linear: solver of the linear system, by default `ConjugateGradients`; its tolerance is replaced by
-        ``ε_k``, relative to the right-hand side.  Where it sets ``accept``, that is left as it is.
+      init: ``w`` at the start, a tree of floats.
+      solve: ``solve(params, hypers, tolerance) -> params``, a JAX function (or `host` of a NumPy function)
+        that iterates until ``|∂f/∂w| <= tolerance``, which is checked.
+      tolerances: ``ε``, ``(K,)``, floats above 0, one for each outer step; for example
+        ``0.1 * 0.9 ** arange(K)``.
+      optimizer: optax optimizer of the hyperparameters.
+      linear: solver of the linear system, by default as for `hypergradient`; its tolerance is replaced by
+        ``ε_k``, relative to the right-hand side.  If it sets ``accept``, that is left as it is.
 
     Returns:
       A `Hoag`.
 
     Raises:
-      ConvergenceError, ValueError, TypeError: as `hypergradient`.
+      ConvergenceError, ValueError, TypeError: as for `hypergradient`.
 
     Source: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, algorithm 1.
 

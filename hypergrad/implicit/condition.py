@@ -1,4 +1,4 @@
-"""An optimality condition, traced once, and what it is given; symbols: see `hypergrad.implicit`."""
+"""An optimality condition, traced once, and its inputs; for symbols see `hypergrad.implicit`."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -22,12 +22,14 @@ class Condition:
 
     Attributes:
       call: the user's call, for messages.
-      function: ``F``, or ``f``; of what it closes over, and of the parameters and arguments, flat.
-      minimises: whether it is ``f``.
-      symmetric: whether ``A`` is: that of ``f``, where all its derivatives are JAX's.
-      captured: how many arrays it closes over, the first of the inputs ``θ``; the others are arguments.
+      function: ``F`` or ``f`` after closure conversion: a function of the arrays that it closes over and of
+        parameters and arguments, flat.
+      minimises: whether the function is ``f``.
+      symmetric: whether ``A`` is symmetric: it is for ``f``, if all its derivatives are JAX's own.
+      captured: how many arrays it closes over; these are the first of the inputs ``θ``, followed by the
+        arguments.
       names: of the inputs, for messages.
-      linear: the solver.
+      linear: solver of the linear system.
     """
 
     call: str
@@ -39,7 +41,12 @@ class Condition:
     linear: LinearSolver
 
     def __call__(self, params: PyTree, inputs: Sequence[Array]) -> PyTree:
-        """``F(w, θ)``."""
+        """``F(w, θ)``, a tree like the parameters.
+
+        Args:
+          params: ``w``, a tree.
+          inputs: ``θ``, flat: what the function closes over, then the arguments.
+        """
         captured, args = inputs[: self.captured], inputs[self.captured :]
 
         def at(params: PyTree) -> PyTree:
@@ -57,7 +64,21 @@ def condition_of(
     linear: LinearSolver | None,
     minimises: bool,
 ) -> tuple[Condition, list[Array]]:
-    """The condition for an objective or an optimality, and what that closes over."""
+    """The condition of an objective or an optimality, and the arrays that it closes over.
+
+    Args:
+      call: the user's call, for messages.
+      role: what the function is called there, "objective" or "optimality".
+      function: ``f`` or ``F``.
+      params: ``w``, or an array tree like it.
+      given: arguments by position and by name.
+      linear: solver of the linear system; None for the default.
+      minimises: whether the function is ``f``.
+
+    Raises:
+      TypeError: if the function cannot be called with these arguments.
+      ValueError: if it does not return a scalar or a tree like the parameters, respectively.
+    """
     args, named = given
     _check_arguments(call, role, function, args, named)
     at = lambda params, given: function(params, *given[0], **given[1])  # noqa: E731
@@ -82,7 +103,16 @@ def condition_of(
 def arguments_by_name(
     function: Callable[..., Any], count: int, settings: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is given by keyword: what the condition has parameters for, and the solver's own settings."""
+    """Divide keywords into arguments of the condition and settings of the solver.
+
+    Args:
+      function: the condition.
+      count: number of arguments given by position, besides the parameters.
+      settings: everything that was given by keyword.
+
+    Returns:
+      Those for which the condition has a parameter, and the others.
+    """
     try:
         parameters = list(inspect.signature(function).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -97,7 +127,7 @@ def arguments_by_name(
 def _check_arguments(
     call: str, role: str, function: Callable[..., Any], args: Sequence[Any], named: dict[str, Any]
 ) -> None:
-    """Refuse arguments that the condition has no parameters for, or too few."""
+    """Refuse too few arguments, and those for which the condition has no parameter."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -120,7 +150,7 @@ def is_scalar(result: Any) -> bool:
 
 
 def _parameters(function: Callable[..., Any], count: int) -> list[str]:
-    """Names of the arguments behind the first."""
+    """Names of the arguments after the first."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -139,12 +169,12 @@ def names_of(trees: dict[str, PyTree]) -> list[str]:
 
 
 def shape_tree(tree: PyTree) -> PyTree:
-    """Shapes and types of a tree of arrays and numbers."""
+    """Shapes and dtypes of a tree of arrays and numbers."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
 
 def cast_like(call: str, params: PyTree, init: PyTree) -> PyTree:
-    """What a solver returned, in the dtypes of init."""
+    """What a solver returned, in the dtypes of init; refused if structure or shapes differ."""
     found: Any = jax.tree.structure(params)
     wanted: Any = jax.tree.structure(init)
     fits = found == wanted and all(
@@ -157,7 +187,17 @@ def cast_like(call: str, params: PyTree, init: PyTree) -> PyTree:
 
 
 def refuse_point(call: str, result: PyTree, size: Scalar, tolerance: Any) -> PyTree:
-    """What was computed at a point, unless its condition is not met there."""
+    """Pass on what was computed at a point, or raise if the optimality condition is not met there.
+
+    Args:
+      call: the user's call, for messages.
+      result: what was computed.
+      size: norm of ``F`` at the point.
+      tolerance: the largest norm that counts as a solution.
+
+    Raises:
+      ConvergenceError: if the norm is above the tolerance or NaN.
+    """
 
     def explain(size: float, tolerance: float) -> str | None:
         if size <= tolerance:

@@ -1,4 +1,4 @@
-"""`root` and `minimizer`: solvers made differentiable by the conditions that their results meet."""
+"""`root` and `minimizer`: solvers made differentiable by the conditions that their solutions meet."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,29 +31,31 @@ def root(
 ) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
     """Make a solver of ``F(w, θ) = 0`` differentiable: ``dw = -A⁻¹ ∂F/∂θ dθ``, ``A = ∂F/∂w``.
 
-    A decorator of ``solve(init, *args, **settings) -> params``.  How it solves does not matter: loops and
-    SciPy are never differentiated.  Solvers that are not JAX code run as they are outside of ``jit`` and
-    ``vmap``, and inside with `host`.
+    This is a decorator for ``solve(init, *args, **settings) -> params``.  How it solves does not matter:
+    loops and SciPy are never differentiated.  Solvers that are not JAX code run unchanged outside of
+    ``jit`` and ``vmap``; inside they need `host`.
 
     Args:
-      optimality: ``optimality(params, *args) -> F``, a tree like the parameters; a JAX function.
+      optimality: ``optimality(params, *args) -> F``, a JAX function; ``F`` is a tree like the parameters.
       linear: solver of the linear system, by default `GMRES`.
-      tolerance: the largest Euclidean norm of ``F`` at which a point counts as a solution.
+      tolerance: above 0, the largest Euclidean norm of ``F`` at which a point counts as a solution.
 
     Returns:
-      The decorator.  What it returns takes ``(init, *args, **settings)``, where ``init`` is like the
-      parameters, ``args`` are pytrees of arrays that the optimality gets too, and ``settings`` are the
-      solver's own.  What the optimality has a parameter for may be given by that keyword as well, and is
-      then no setting.  Derivatives of any order, forward and reverse, go through ``args`` and through what
-      the optimality closes over.  Those in ``init``, in ``settings`` and in arguments the optimality does
-      not depend on are 0, which is announced by a `ZeroHypergradientWarning` before anything is solved.
+      The decorator.  The decorated solver takes ``(init, *args, **settings)``, where ``init`` is a tree
+      like the parameters, ``args`` are pytrees of arrays that the optimality receives too, and ``settings``
+      are for the solver alone.  A keyword for which the optimality has a parameter is an argument, not a
+      setting.  Derivatives of any order, forward and reverse, go through ``args`` and through what the
+      optimality closes over.  Derivatives in ``init``, in ``settings`` and in arguments on which the
+      optimality does not depend are 0, which a `ZeroHypergradientWarning` announces before anything is
+      solved.
 
-      It raises ConvergenceError where the norm of ``F`` is above the tolerance, or the residual of the
-      linear system above that of ``linear``; inside compiled code JAX raises a ``JaxRuntimeError`` that
-      quotes it.  ValueError and TypeError, where trees do not fit or are not floats.
+      The decorated solver raises a ConvergenceError if the norm of ``F`` is above the tolerance, or the
+      residual of the linear system above what ``linear`` accepts; inside compiled code JAX raises a
+      ``JaxRuntimeError`` that quotes it.  It raises a ValueError if trees do not fit, and a TypeError if
+      they are not floats or the optimality cannot be called with the same arguments.
 
     Raises:
-      ValueError: for a tolerance that is not above 0.
+      ValueError: if tolerance is not above 0.
 
     Source: Blondel et al., "Efficient and modular implicit differentiation", NeurIPS 2022.
 
@@ -71,22 +73,23 @@ def root(
 def minimizer(
     objective: Callable[..., Array], *, linear: LinearSolver | None = None, tolerance: float = 1e-4
 ) -> Callable[[Callable[..., PyTree]], Callable[..., PyTree]]:
-    """Make a minimiser of ``f(w, θ)`` differentiable: `root` of ``F = ∂f/∂w``, whose ``A`` is symmetric.
+    """Make a minimizer of ``f(w, θ)`` differentiable: `root` of ``F = ∂f/∂w``, whose ``A`` is symmetric.
 
     Args:
-      objective: ``objective(params, *args) -> scalar``, twice differentiable; a JAX function.
+      objective: ``objective(params, *args) -> scalar``, a JAX function that is twice differentiable.
       linear: solver of the linear system, by default `ConjugateGradients`, for minima where the Hessian is
-        positive definite; `GMRES` where the objective holds derivatives written by hand, such as a
+        positive definite; or `GMRES` if the objective contains derivatives written by hand, such as a
         ``jax.custom_vjp``, since ``A`` then need not be symmetric.
-      tolerance: the largest Euclidean norm of ``∂f/∂w`` at which a point counts as a minimum.
+      tolerance: above 0, the largest Euclidean norm of ``∂f/∂w`` at which a point counts as a minimum.
 
     Returns:
-      A decorator of ``solve(init, *args, **settings) -> params``; see `root`, also for what raises.
+      A decorator for ``solve(init, *args, **settings) -> params``; see `root`, also for what the decorated
+      solver raises.
 
     Raises:
-      ValueError: for a tolerance that is not above 0.
+      ValueError: if tolerance is not above 0.
 
-    Source: as `root`; Bengio, "Gradient-based optimization of hyperparameters", Neural Computation 2000.
+    Source: see `root`; Bengio, "Gradient-based optimization of hyperparameters", Neural Computation 2000.
 
     >>> import jax, scipy.optimize
     >>> from hypergrad import implicit
@@ -102,16 +105,16 @@ def minimizer(
 
 
 def host(solve: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """A solver in NumPy or SciPy as one that may be compiled and mapped, by a callback.
+    """Turn a solver in NumPy or SciPy into a function that can be compiled and mapped, by a callback.
 
     Inside compiled code it should call no JAX functions: they may wait for the program that waits for them.
 
     Args:
-      solve: ``solve(init, *args, **settings) -> params``; it gets NumPy arrays, and must return arrays of
-        the shapes in ``init``.
+      solve: ``solve(init, *args, **settings) -> params``; it receives NumPy arrays, and must return arrays
+        with the shapes in ``init``.
 
     Returns:
-      The same as a JAX function, without derivatives: decorate it further by `root` or `minimizer`.
+      The solver as a JAX function without derivatives; decorate it with `root` or `minimizer`.
 
     >>> import jax, jax.numpy as jnp, numpy as np
     >>> from hypergrad import implicit
@@ -164,7 +167,7 @@ def _decorator(
             given: Any = jax.tree.map(jnp.asarray, (args, named))
             condition, captured = condition_of(call, role, function, init, given, linear, minimises)
 
-            # Flattened, a dictionary is sorted.
+            # Flattening sorts the keys of a dictionary.
             names = [*condition.names, *names_of({"init": init}), *names_of(dict(sorted(settings.items())))]
             everything = [captured, given, init, settings]
             captured, given, init, settings = announced(
@@ -187,9 +190,16 @@ watched.defjvp(watched_jvp, symbolic_zeros=True)
 
 
 def _implicit(condition: Condition, params: PyTree, inputs: list[Array], valid: Array) -> PyTree:
-    """The solution, as a function of the inputs of its condition; NaN for ``valid`` makes derivatives NaN.
+    """The solution as a function of the inputs of its condition.
 
-    They may not depend on the parameters, and without this a compiler would leave out the check of those.
+    Derivatives are multiplied by ``valid``, since they may not depend on the parameters: otherwise a
+    compiler would drop the check that these are a solution.
+
+    Args:
+      condition: which the solution meets.
+      params: the solution.
+      inputs: of the condition.
+      valid: the scalar 1, or NaN to make derivatives NaN.
     """
     rule = partial(_implicit_jvp, condition)
     solution = with_rule(lambda params, inputs, valid: params, rule, symbolic_zeros=True, by_hand=True)

@@ -1,30 +1,30 @@
-"""Linear systems ``A x = b`` from products with their matrices, to a residual that is always measured.
+"""Linear systems ``A x = b`` from products with their matrices, with a residual that is always measured.
 
 =====================  =======================================  =======================================
 solver                 for                                      use it
 =====================  =======================================  =======================================
-`ConjugateGradients`   symmetric positive definite ``A``        **Recommended** for minimisers
+`ConjugateGradients`   symmetric positive definite ``A``        **Recommended** for minimizers
 `GMRES`                any ``A``; keeps ``restart`` trees       **Recommended** for roots
-`Direct`               any ``A``, ``d`` up to thousands         **Recommended** where it fits
-`Nystrom`              few large eigenvalues, many small        Situational: ill-conditioned minimisers
+`Direct`               any ``A``, ``d`` up to thousands         **Recommended** if it fits
+`Nystrom`              few large eigenvalues, many small        Situational: ill-conditioned minimizers
 `NormalEquations`      any ``A``; squares the condition         Situational: indefinite or singular
 `Neumann`              eigenvalues in ``(0, 2/α)``              Not recommended: the slowest
 =====================  =======================================  =======================================
 
-Every solver measures the residual it leaves, relative to the right-hand side, and two numbers say what
-becomes of it.  Below ``tolerance`` iterations stop; with 0 all of them are made.  Above ``accept`` the
-result is an error; by default that is the tolerance, and at infinity all is accepted that is finite.  What
-is cut short on purpose, such as the five steps of conjugate gradients of implicit MAML, is
+Every solver measures the residual that it leaves, relative to the right-hand side, and two numbers decide
+what follows.  Below ``tolerance``, iterations stop; with 0 all of them are made.  Above ``accept``, the
+result is an error; by default that is the tolerance, and with infinity every finite residual is accepted.
+To stop early on purpose, as implicit MAML does after five steps of conjugate gradients, use
 ``ConjugateGradients(iterations=5, tolerance=0, accept=math.inf)``.
 
 ========  ================  ==========================================
 symbol    name              meaning
 ========  ================  ==========================================
-``A``     matvec            ``(d, d)``, as a linear function of trees
+``A``     matvec            ``(d, d)``, a linear function of trees
 ``b``     b                 right-hand side, a tree of ``d`` numbers
 ``x``     x                 solution, a tree like ``b``
 ``ρ``     damping           added to the diagonal
-``α``     step              of the Neumann series
+``α``     step              step of the Neumann series
 ========  ================  ==========================================
 """
 
@@ -46,26 +46,26 @@ from hypergrad.curvature.spectra import Matvec, dense
 
 
 class Solved(NamedTuple):
-    """What a linear solver returns.
+    """The result of a linear solver.
 
     Attributes:
       x: the solution, a tree like the right-hand side.
-      residual: ``|b - A x| / |b|``, in the equation that the solver solves; ``|A x|`` where ``b`` is 0.
+      residual: scalar, ``|b - A x| / |b|`` of the equation that the solver solves; ``|A x|`` if ``b`` is 0.
     """
 
     x: PyTree
     residual: Scalar
 
     def over(self, scale: Scalar) -> "Solved":
-        """The solution divided by the scale, by which the matrix was divided before."""
+        """The solution divided by the scale by which the matrix was divided before."""
         return Solved(_times(1 / scale, self.x), self.residual)
 
 
 class LinearSolver(Protocol):
-    """A solver of ``A x = b``: one function from a matvec, ``b`` and a start to `Solved`.
+    """A solver of ``A x = b``: a function from a matvec, ``b`` and a start to `Solved`.
 
-    ``b`` is scaled so that its largest entry is 1 in size, or is 0, and the start with it.  A start that is
-    worse than 0 is replaced by 0.
+    Unless ``b`` is 0, it is scaled so that its largest entry is 1 in size, and the start is scaled with it.
+    A start that is worse than 0 is replaced by 0.
     """
 
     @property
@@ -74,29 +74,35 @@ class LinearSolver(Protocol):
 
     @property
     def accept(self) -> float | Array | None:
-        """The largest residual that is no error; None is the tolerance, but never 0."""
+        """The largest residual that is not an error; None is the tolerance, but never 0."""
 
     @property
     def advice(self) -> str:
-        """What to do where the residual is larger."""
+        """What to do if the residual is larger, for messages."""
 
     def __call__(self, matvec: Matvec, b: PyTree, start: PyTree) -> Solved:
-        """Solve."""
+        """Solve.
+
+        Args:
+          matvec: ``A``, a linear function from trees like ``b`` to such trees.
+          b: right-hand side, a tree of floats.
+          start: where iterations start, a tree like ``b``.
+        """
 
 
 @dataclass(frozen=True)
 class ConjugateGradients:
-    """Conjugate gradients for ``(A + ρ I) x = b``, ``A + ρ I`` symmetric positive definite.
+    """Conjugate gradients for ``(A + ρ I) x = b``, with ``A + ρ I`` symmetric positive definite.
 
-    The residual is that of the damped system: what damping changes in the solution is not measured.
+    The residual is that of the damped system: how damping changes the solution is not measured.
 
     Args:
-      iterations: at most, each one product with ``A``.
+      iterations: most iterations, at least 1; each is one product with ``A``.
       tolerance: in [0, 1), the residual at which to stop, relative to ``b``; None is the square root of the
         machine epsilon, 0.00035 in float32 and 1.5e-8 in float64.  With 0 all iterations are made.
       damping: ``ρ``, at least 0.
-      accept: above 0, the largest residual that is no error; ``math.inf`` for any.  None is the tolerance,
-        where that is 0 the square root of the machine epsilon.
+      accept: above 0, the largest residual that is not an error; ``math.inf`` for any.  None is the
+        tolerance, or the square root of the machine epsilon if the tolerance is 0.
 
     Source: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", 1952; for
     hypergradients Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016; damped,
@@ -127,7 +133,7 @@ class ConjugateGradients:
     def __call__(self, matvec: Matvec, b: PyTree, start: PyTree) -> Solved:
         """See `LinearSolver`."""
         scale, product = _unscaled(_damped(matvec, self.damping), b)
-        # Its own running residual is not exactly the true one, hence half the tolerance.
+        # The running residual of the iteration is not exactly the true one, hence half the tolerance.
         settings = {"tol": _tolerance(self, b) / 2, "maxiter": self.iterations}
         x, _ = linalg.cg(product, b, _times(scale, start), **settings)
         return _measured(product, b, x).over(scale)
@@ -137,13 +143,13 @@ class ConjugateGradients:
 class NormalEquations:
     """Conjugate gradients for ``(A Aᵀ + ρ I) y = b``, ``x = Aᵀ y``, for any square ``A`` (Craig's method).
 
-    Without damping the residual is that of ``A x = b``.  With it, ``x`` minimises
+    Without damping, the residual is that of ``A x = b``.  With damping, ``x`` minimizes
     ``|A x - b|² + ρ |x - start|²``.
 
     Args:
-      iterations: at most, each a product with ``A`` and one with ``Aᵀ``.
+      iterations: most iterations, at least 1; each is one product with ``A`` and one with ``Aᵀ``.
       tolerance: as for `ConjugateGradients`.
-      damping: ``ρ``, at least 0; needed where ``A`` is singular.
+      damping: ``ρ``, at least 0; needed if ``A`` is singular.
       accept: as for `ConjugateGradients`.
 
     Source: Saad, "Iterative methods for sparse linear systems", 2nd edition, section 8.3.
@@ -183,14 +189,14 @@ class NormalEquations:
 class Neumann:
     """The Neumann series, ``x = α Σ_{k<K} (I - α A)^k b``.
 
-    Converges where all eigenvalues of ``α A`` are closer to 1 than 1.  It is what differentiating the last
-    ``K`` steps of gradient descent with the rate ``α`` gives, at the solution.
+    It converges if all eigenvalues of ``α A`` lie less than 1 from 1.  At the solution, it equals the
+    result of differentiating the last ``K`` steps of gradient descent with the learning rate ``α``.
 
     Args:
-      step: ``α``; for a Hessian below ``2 / its largest eigenvalue``.
-      terms: ``K``, each one product with ``A``.
-      tolerance: what ``accept`` is by default, as for `ConjugateGradients`; nothing stops early.
-      accept: above 0, the largest residual that is no error; ``math.inf`` for any.
+      step: ``α``, at least 0; for a Hessian below ``2 / its largest eigenvalue``.
+      terms: ``K``, at least 1; each is one product with ``A``.
+      tolerance: the default of ``accept``, as for `ConjugateGradients`; nothing stops early.
+      accept: above 0, the largest residual that is not an error; ``math.inf`` for any.
 
     Source: Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit
     differentiation", AISTATS 2020, section 3.
@@ -227,11 +233,12 @@ class Neumann:
 
 @dataclass(frozen=True)
 class GMRES:
-    """Generalised minimal residuals, ``min |A x - b|`` over Krylov spaces, for any square ``A``.
+    """Generalized minimal residuals, ``min |A x - b|`` over Krylov spaces, for any square ``A``.
 
     Args:
-      restart: dimension of the space, and how many trees are kept; ``d`` is enough for an exact solution.
-      cycles: spaces at most, each ``restart`` products with ``A``.
+      restart: at least 1, the dimension of a space, and how many trees are kept; with ``d`` the solution is
+        exact.
+      cycles: most spaces, at least 1; each takes ``restart`` products with ``A``.
       tolerance: as for `ConjugateGradients`.
       accept: as for `ConjugateGradients`.
 
@@ -269,16 +276,16 @@ class GMRES:
 class Nystrom:
     """A Nyström approximation of a positive semidefinite ``A``, refined by conjugate gradients.
 
-    ``P = Uᵀ diag(1/(λ + ρ)) U + (I - Uᵀ U)/ρ``, with eigenvalues ``λ`` and eigenvectors ``U`` of
-    ``A Ω (Ωᵀ A Ω)⁻¹ Ωᵀ A`` for random ``Ω``, ``(d, rank)``.  From ``x = P b`` start conjugate gradients
-    for ``A x = b``, preconditioned by ``P``; the residual is that of ``A x = b``.
+    ``P = Uᵀ diag(1/(λ + ρ)) U + (I - Uᵀ U)/ρ``, with the eigenvalues ``λ`` and eigenvectors ``U`` of
+    ``A Ω (Ωᵀ A Ω)⁻¹ Ωᵀ A`` for a random ``Ω``, ``(d, rank)``.  Conjugate gradients for ``A x = b``,
+    preconditioned by ``P``, start from ``x = P b``; the residual is that of ``A x = b``.
 
     Args:
-      rank: products with ``A`` for the approximation, and how many trees are kept; at least 1.
+      rank: at least 1, the number of products with ``A`` for the approximation, and of trees that are kept.
       damping: ``ρ``, above 0: the size of the eigenvalues that are not among the largest ``rank``.
-      iterations: of the refinement, at most, each one product; 0 for the approximation alone.
+      iterations: most iterations of the refinement, each one product; 0 for the approximation alone.
       tolerance: as for `ConjugateGradients`.
-      seed: of ``Ω``.
+      seed: of ``Ω``, a whole number.
       accept: as for `ConjugateGradients`.
 
     Source: Hataya and Yamada, "Nyström method for accurate and scalable implicit differentiation", AISTATS
@@ -318,7 +325,7 @@ class Nystrom:
         random = jax.random.normal(jax.random.key(self.seed), shape, flat.dtype)
         omega = jnp.linalg.qr(random)[0].T  # rows from here on
         sketch = jax.lax.map(product, omega)
-        # A little is added to the diagonal for the Cholesky factor, and taken off the eigenvalues again.
+        # A little is added to the diagonal for the Cholesky factor, and subtracted from the eigenvalues.
         shift = jnp.finfo(flat.dtype).eps * norm(sketch)
         sketch = sketch + shift * omega
         lower = jnp.linalg.cholesky(dot(omega, sketch.T))
@@ -340,12 +347,12 @@ class Nystrom:
 
 @dataclass(frozen=True)
 class Direct:
-    """The matrix itself, ``(d, d)`` in memory, and its LU factors, for any ``A``.
+    """LU factors of the matrix itself, ``(d, d)`` in memory, for any ``A``.
 
     Args:
-      largest: ``d`` above this is refused.
-      tolerance: what ``accept`` is by default, as for `ConjugateGradients`.
-      accept: above 0, the largest residual that is no error; ``math.inf`` for any.
+      largest: at least 1, the largest ``d`` that is not refused.
+      tolerance: the default of ``accept``, as for `ConjugateGradients`.
+      accept: above 0, the largest residual that is not an error; ``math.inf`` for any.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import implicit
@@ -380,7 +387,7 @@ def linear_solve(
     """The solution of ``A x = b``, or an error; not to be differentiated.
 
     Args:
-      matvec: a linear function from trees like `b` to such trees.
+      matvec: ``A``, a linear function from trees like `b` to such trees.
       b: right-hand side, a tree of floats.
       start: where iterations start, a tree like `b`; by default 0.
       linear: the solver, by default `ConjugateGradients`.
@@ -389,9 +396,10 @@ def linear_solve(
       ``x``, a tree like `b`.
 
     Raises:
-      ConvergenceError: where the residual is above what the solver accepts, or not finite.  Inside compiled
+      ConvergenceError: if the residual is above what the solver accepts, or not finite.  Inside compiled
         code JAX raises a ``JaxRuntimeError`` that quotes it.
-      ValueError, TypeError: for trees that do not fit or are not floats.
+      ValueError: if the trees do not fit.
+      TypeError: if the trees are not floats.
 
     >>> import jax.numpy as jnp
     >>> from hypergrad import implicit
@@ -409,7 +417,15 @@ def linear_solve(
 def solve_or_refuse(
     call: str, linear: LinearSolver, matvec: Matvec, b: PyTree, start: PyTree = None
 ) -> PyTree:
-    """`linear_solve` behind its checks, for the call that messages quote."""
+    """`linear_solve` without the checks of its arguments.
+
+    Args:
+      call: the user's call, for messages.
+      linear: the solver.
+      matvec: as for `linear_solve`.
+      b: as for `linear_solve`.
+      start: as for `linear_solve`.
+    """
     # The largest entry of b is scaled to 1: the squares of small numbers are 0 in float32.
     sizes = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(b) if x.size]
     scale = _or_one(jnp.max(jnp.stack(sizes))) if sizes else jnp.ones(())
@@ -436,7 +452,7 @@ def solve_or_refuse(
 
 
 def named(linear: LinearSolver) -> str:
-    """The solver for messages; a number that is traced says nothing there."""
+    """The solver as text for messages, without numbers that are traced."""
     numbers = {"tolerance": linear.tolerance, "accept": getattr(linear, "accept", None)}
     traced = {name: None for name, x in numbers.items() if isinstance(x, jax.core.Tracer)}
     return repr(replace(linear, **traced)) if traced else repr(linear)  # type: ignore[type-var]
@@ -452,7 +468,7 @@ def _strict(b: PyTree) -> float:
 
 
 def _accepted(linear: LinearSolver, b: PyTree) -> Any:
-    accept = getattr(linear, "accept", None)  # a solver of the user's need not have it
+    accept = getattr(linear, "accept", None)  # a user's own solver need not have it
     if accept is not None:
         return accept
     tolerance = _tolerance(linear, b)
@@ -474,7 +490,7 @@ def _check_stop(solver: Any) -> None:
 
 
 def _check(solver: Any, **numbers: tuple[Any, float]) -> None:
-    """Refuse settings of a solver below the least that makes sense."""
+    """Refuse settings of a solver below the smallest that make sense."""
     if _known(solver.tolerance) and not solver.tolerance >= 0:
         raise ValueError(f"{solver!r}: tolerance must be at least 0")
     if _known(solver.accept) and not solver.accept > 0:
@@ -490,9 +506,9 @@ def _damped(matvec: Matvec, damping: float | Array) -> Matvec:
 
 
 def _unscaled(matvec: Matvec, b: PyTree) -> tuple[Array, Matvec]:
-    """A power of two near the size of a matrix, and the matvec of that matrix over it.
+    """A power of two near the size of a matrix, and the matvec of that matrix divided by it.
 
-    Iterations square products, and those of a matrix of 1e-20 would be 0 in float32.
+    Iterations square products, and the squares for a matrix of size 1e-20 would be 0 in float32.
     """
     scale = power(matvec(b))
     return scale, lambda v: _times(1 / scale, matvec(v))

@@ -1,4 +1,4 @@
-"""Hyperparameters on which a solution does not depend are announced."""
+"""Announces hyperparameters on which a solution does not depend."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ from hypergrad.implicit.condition import Condition, shape_tree
 
 
 def stopped(x: Any) -> Any:
-    """An array as a constant; anything else as it is."""
+    """An array as a constant; anything else unchanged."""
     return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x
 
 
 def announced(
     call: str, names: Sequence[str], condition: Condition, params: PyTree, trees: PyTree
 ) -> PyTree:
-    """The trees as they are; where they are differentiated, leaves without influence are announced.
+    """The trees unchanged; if they are differentiated, leaves without influence are announced.
 
     Args:
-      call: the user's call.
+      call: the user's call, for messages.
       names: of every leaf.
-      condition: whose inputs are the first leaves.
-      params: shapes.
+      condition: the optimality condition, whose inputs are the first leaves.
+      params: shapes of the parameters.
       trees: what may be differentiated.
     """
     structure: Any
@@ -66,7 +66,7 @@ def warn_of_zeros(call: str, names: Sequence[str]) -> None:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def watched(announce: Callable[[Sequence[bool]], None], arrays: list[Array]) -> list[Array]:
-    """The arrays; where they are differentiated, `announce` is told which cotangents are 0."""
+    """The arrays unchanged; if they are differentiated, `announce` is told in which of them."""
     return arrays
 
 
@@ -78,7 +78,7 @@ def watched_jvp(announce: Callable[[Sequence[bool]], None], primals: Any, tangen
 
 
 def is_used(function: Callable[..., PyTree], leaves: Sequence[Any], params: PyTree) -> list[bool]:
-    """Whether the derivative of ``function(leaves, params)`` in a leaf may differ from 0, by its jaxpr."""
+    """Whether the derivative of ``function(leaves, params)`` in each leaf may be nonzero, by its jaxpr."""
     flags = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
     moving, _ = split(flags, leaves)
 
