@@ -2,8 +2,8 @@
 
 Forwards (`Player.step`, Algorithm 1), a step moves integers and writes the bits that scales destroy to
 tapes.  Backwards (`Player.unstep`, Algorithm 2), it reads these bits, evaluates the gradient again, undoes
-the moves, and differentiates the same step in floats.  `hypergrad.adjoints.segments` joins the steps to
-runs.
+the moves, and differentiates the same step in floats.  Comments quote the lines of the paper, which are
+for momentum.  `hypergrad.adjoints.segments` joins the steps to runs.
 
 ==========  ======================  ================================================================
 symbol      name                    meaning

@@ -10,7 +10,7 @@ symbol   meaning
 ``w``    bytes that a short run takes, whatever its length
 ``m``    bytes that reverse mode keeps of one step, what the gradient computes included
 ``s``    bytes of the state in floats
-``k``    bytes of the state in integers, 8 for each element of each variable
+``k``    bytes of the state in integers, with its buffers; see `hypergrad.Reversible.state_bytes`
 ``b``    bytes that one step sends to the information buffers
 =======  ==========================================================================================
 
