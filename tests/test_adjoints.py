@@ -76,6 +76,7 @@ def test_agrees_with_stored_in_float32(optimizer: str) -> None:
     assert max(errors.values()) < 1e-3, errors
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_and_hyperparameters() -> None:
     rng = np.random.default_rng(0)
     starts = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)

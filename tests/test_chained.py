@@ -205,7 +205,7 @@ def test_integers_count_only_where_the_floats_are_still_the_same() -> None:
     assert_same_bits(floats(mixed), floats(pure))
 
 
-@pytest.mark.quick("3")
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("segments", [2, 3, 40])
 def test_segments_do_not_change_the_bits(segments: int) -> None:

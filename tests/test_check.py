@@ -339,6 +339,7 @@ def test_fast_polynomial_growth_is_a_warning() -> None:
     assert chaos.numbers["exponent"] == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_at_some_length_fails() -> None:
     def objective(rate: Any, steps: int) -> Any:
         return jnp.sum(trained({"learning_rate": rate, "momentum": 0.5}, steps))

@@ -290,7 +290,7 @@ FAST = [("none", False), ("PI", True)]
 REST = [(rule, p) for rule in RULES for p in (False, True) if (rule, p) not in FAST]
 
 
-@pytest.mark.quick("none-False")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "preconditioned"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in REST)]
 )

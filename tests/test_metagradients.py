@@ -22,6 +22,7 @@ def made_up() -> Examples:
     return Examples(*(x for part in images for x in (part, jnp.arange(len(part)) % 10)))
 
 
+@pytest.mark.slow
 def test_metagradient_is_the_slope_of_the_run() -> None:
     e = made_up()
     _, apply = experiment.network(TINY, e)

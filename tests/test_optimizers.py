@@ -61,7 +61,7 @@ COSTLY = {
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in COSTLY else []) for name in OPTIMIZERS]
 
 
-@pytest.mark.quick("momentum", "sm3", "rmsprop")
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", EACH)
 @pytest.mark.usefixtures("x64")
 def test_derivatives_in_everything(optimizer: str) -> None:

@@ -352,6 +352,7 @@ SAMPLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLED)
 def test_sampled_hypergradients_average_to_the_exact_one(case: str) -> None:
     optimizer, method, adjoint = SAMPLED[case]

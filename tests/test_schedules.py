@@ -238,6 +238,7 @@ def after_training(schedule: Any, dtype: Any, steps: int = 20) -> Any:
     return loss(hg.train(loss, params, hypers, data, steps=steps).params, data, None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_hypergradient_of_a_warmup_cosine_agrees_with_finite_differences() -> None:
     value = jax.jit(lambda schedule: after_training(schedule, jnp.float64))
