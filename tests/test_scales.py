@@ -266,3 +266,39 @@ def test_truncated_works_where_training_has_ended():
     adjoint = hg.Truncated(50, hg.Reversible())
     value, gradient = end(half_square, jnp.ones(3), 1000, None, adjoint, learning_rate=0.5, momentum=0.5)
     assert abs(value) < 1e-12 and abs(gradient["learning_rate"]) < 1e-12
+
+
+# A hundred thousand steps.
+
+
+def long_run(adjoint: Any, noise: float) -> Any:
+    """Value and derivatives of a run of Adam, with gradients that never die or soon do."""
+    steps = 100_000
+
+    def loss(w: Any, meta: Any, t: Any) -> Any:
+        shaken = w - meta - noise * jnp.sin(1.7 * t * jnp.arange(1, 5))
+        return jnp.sum(jnp.array([1.0, 0.1, 1e-3, 1e-5]) * jnp.square(shaken))
+
+    def outer(rate: Any, meta: Any, b2: Any) -> Any:
+        hypers = {"learning_rate": rate, "b2": b2}
+        times = jnp.arange(steps, dtype=jnp.float32) % 1000
+        start = jnp.array([0.3, 0.1, -0.2, 0.4])
+        arguments = {"steps": steps, "optimizer": hg.adam(), "adjoint": adjoint}
+        return jnp.sum(jnp.square(hg.train(loss, start, hypers, meta, times, **arguments).params - 0.9))
+
+    return jax.value_and_grad(outer, argnums=(0, 1, 2))(1e-5, 1.0, 0.999)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps_of_adam() -> None:
+    found, expected = (long_run(adjoint, 0.3) for adjoint in (hg.Reversible(), hg.Checkpointed()))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_hypergradient_that_overflows_where_gradients_have_died_says_so() -> None:
+    """At ``ε = 1e-8`` a step of Adam at a gradient of 0 multiplies what passes through it by hundreds."""
+    message = r"the run was recovered.*became NaN or infinite.*have died away to rounding a larger eps"
+    with pytest.raises(hg.ReversalError, match=message):
+        long_run(hg.Reversible(), 0.0)
