@@ -279,6 +279,7 @@ def test_watch_sees_every_step_before_its_moves() -> None:
         assert float(trained.losses[0]) == 3.0
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_is_the_same_run() -> None:
     """`Trained.state` starts another run where the first one ended."""
     hypers = {"learning_rate": 0.1, "momentum": 0.7}

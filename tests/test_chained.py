@@ -170,6 +170,7 @@ def test_a_schedule_split_in_two() -> None:
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_parameters_changed_between_the_runs_are_honoured() -> None:
     """The variables go on; the parameters begin where they are put, though integers came with them."""
     change = lambda w: w | {"matrix": w["matrix"] + 0.25}  # noqa: E731

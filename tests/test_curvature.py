@@ -244,6 +244,7 @@ def test_products_can_be_differentiated_and_mapped(x64: None) -> None:
     np.testing.assert_allclose(mapped(many, v)[1], one, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_hypergradients_go_through_products(x64: None) -> None:
     """Training on a loss with a penalty on curvature, differentiated in the weight of that penalty."""
     x, v = jnp.linspace(-1, 1, 4), jnp.array([1.0, 2.0])

@@ -211,7 +211,7 @@ QUICK = {"muon for matrices", "frozen"}  # the others take seconds to compile
 NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
 
 
-@pytest.mark.quick("frozen")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("x64")
 def test_is_optax_with_its_derivatives(name: str) -> None:

@@ -212,7 +212,7 @@ def disagreeing(name, digits, fast):
     return [row for row in result.comparisons if not row.agrees]
 
 
-@pytest.mark.quick("L2_granularity_logistic", "per_weight_L2_logistic", "distill_logistic_30_images")
+@pytest.mark.quick("per_weight_L2_logistic")
 @needs_reference
 @needs_data
 @pytest.mark.parametrize("name", LEARNED)
