@@ -202,11 +202,10 @@ class Labels(NamedTuple):
     variables: Mapping[str, frozenset[str]]
 
 
-Leaf = dict[str, Float[Array, "..."]]  # float state of one leaf: params and the optimizer's variables
-Observed = dict[
-    str, Float[Array, "..."]
-]  # of one leaf, at the parameters before the step: the gradient and whatever else is observed
-Record = dict[str, Float[Array, "..."]]  # what was remembered or kept of one leaf in one step
+# Of one leaf, by name:
+Leaf = dict[str, Float[Array, "..."]]  # its float state: params and the optimizer's variables
+Observed = dict[str, Float[Array, "..."]]  # at the parameters before a step: gradient and what is observed
+Record = dict[str, Float[Array, "..."]]  # what was remembered or kept in a step
 
 
 class Examples(NamedTuple):
@@ -361,7 +360,7 @@ class Optimizer:
           ValueError: if the state or the labels do not fit the optimizer.
         """
         leaves, structure = jax.tree.flatten(at)
-        labels = None if self.labels is None else self.labels_of(call, at, leaves)
+        labels = self.labels_of(call, at, leaves)
         state = {} if state is None else state
         check_state(call, state, self.variables)
         unknown = sorted(set(state) - {*self.variables, STEP, EXACT})
@@ -372,15 +371,23 @@ class Optimizer:
             given = _given_variable(call, name, state[name], structure) if name in state else None
             for i, leaf in enumerate(leaves):
                 begin = partial(self.start_of, name, label=None if labels is None else labels[i])
-                start[i][name] = begin(leaf)
-                if given is not None:
-                    default = jax.eval_shape(begin, leaf)
-                    start[i][name] = _cast_variable(call, name, given[i], default)
+                if given is None:
+                    start[i][name] = begin(leaf)
+                else:
+                    start[i][name] = _cast_variable(call, name, given[i], jax.eval_shape(begin, leaf))
         return start, Layout(structure, None, labels)
 
-    def labels_of(self, call: str, params: PyTree, leaves: Sequence[Array]) -> tuple[str, ...]:
-        """The labels of the leaves, checked."""
-        assert self.labels is not None
+    def flat(self, call: str, variables: Mapping[str, PyTree], at: PyTree) -> tuple[list[Leaf], Layout]:
+        """The float state from parameters and all variables, unchecked; undoes `state_of`."""
+        leaves, structure = jax.tree.flatten(at)
+        flat = {PARAMS: leaves} | {name: jax.tree.leaves(variables[name]) for name in self.variables}
+        start = [{name: x[i] for name, x in flat.items()} for i in range(len(leaves))]
+        return start, Layout(structure, None, self.labels_of(call, at, leaves))
+
+    def labels_of(self, call: str, params: PyTree, leaves: Sequence[Array]) -> tuple[str, ...] | None:
+        """The labels of the leaves, checked; None if all have the same program."""
+        if self.labels is None:
+            return None
         labels = tuple(self.labels.of(params))
         unknown = sorted({str(label) for label in labels} - set(self.labels.variables))
         if unknown or len(labels) != len(leaves):
@@ -411,8 +418,8 @@ class GenericOptimizer:
     Attributes:
       name: as the user would write it.
       init: from the parameters to the optimizer's state, any pytree.
-      update: ``(h, gradient, state, params, here) -> (params, state)``, where ``h`` is a dictionary of
-        scalars and ``here`` a `StepContext`.
+      update: ``(h, gradient, state, params, context) -> (params, state)``, where ``h`` is a dictionary of
+        scalars and ``context`` a `StepContext`.
       hypers: names and default values of the hyperparameters; None marks one that must be given.
       domains: lower and upper end of the half-open range ``[low, high)`` of each hyperparameter.
       per_example: whether `update` receives `Examples` in place of the gradient.
@@ -453,10 +460,6 @@ class GenericOptimizer:
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)] or [float]  # no leaves if all are masked
         return jnp.zeros((), dtypes[0]), ["all parameters"]
 
-    def initial(self, hypers: Mapping[str, Array], params: PyTree) -> PyTree:
-        """The optimizer's state before the first step, from the hyperparameters of that step."""
-        return self.init(hypers, params) if self.init_from_hypers else self.init(params)
-
     def start(
         self, call: str, state: Mapping[str, PyTree] | None, hypers: Mapping[str, Array], at: PyTree
     ) -> tuple[list[Leaf], Layout]:
@@ -465,7 +468,7 @@ class GenericOptimizer:
             check_state(call, state, ["state"])
         if state is not None and set(state) != {"state"}:
             raise ValueError(f"{call}: state has {sorted(state)}; {self.name} keeps ['state']")
-        initial = self.initial(hypers, at)
+        initial = self.init(hypers, at) if self.init_from_hypers else self.init(at)
         given = initial if state is None else state["state"]
         like: Any = jax.tree.structure(initial)
         found: Any = jax.tree.structure(given)
@@ -473,8 +476,14 @@ class GenericOptimizer:
             raise ValueError(
                 f"{call}: state['state'] has the tree structure {found}, and {self.name} keeps {like}"
             )
+        return self.flat(call, {"state": given}, at)
+
+    def flat(self, call: str, variables: Mapping[str, PyTree], at: PyTree) -> tuple[list[Leaf], Layout]:
+        """The float state from parameters and the optimizer's state, unchecked; undoes `state_of`."""
         leaves, structure = jax.tree.flatten(at)
-        return [*({PARAMS: leaf} for leaf in leaves), _one_more_leaf(given)], Layout(structure, like)
+        state = variables["state"]
+        layout = Layout(structure, jax.tree.structure(state))
+        return [*({PARAMS: leaf} for leaf in leaves), _one_more_leaf(state)], layout
 
     def state_of(self, leaves: Sequence[Leaf], layout: Layout) -> dict[str, PyTree]:
         """The optimizer's state in the float state of a run: one tree with the name ``state``."""

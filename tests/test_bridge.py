@@ -254,3 +254,27 @@ def test_a_zero_gradient_is_clipped_without_nan() -> None:
         return jnp.sum(hg.train(flat, jnp.ones(2), hypers, steps=5, optimizer=optimizer).params)
 
     assert float(jax.grad(outer)(1.0)) == 0.0
+
+
+def test_an_update_neither_begins_again_nor_judges_its_state() -> None:
+    """It is on the path of every step: what `train` checks once of a state is not checked there."""
+    begun = []
+
+    def init(params: Any) -> Any:
+        begun.append(1)
+        return jnp.zeros(())
+
+    optimizer = hg.program.GenericOptimizer(
+        "counted()", init, lambda h, g, s, w, context: (w - h["rate"] * g, s + 1), {"rate": 0.5}
+    )
+    transformation = hg.as_optax(optimizer, {})
+    state, w = transformation.init(jnp.ones(2)), jnp.ones(2)
+    for _ in range(3):
+        updates, state = transformation.update(w, state, w)
+    assert len(begun) == 1 and float(state.variables["state"]) == 3.0
+    np.testing.assert_allclose(updates, -0.5 * w)
+
+    adam = hg.as_optax(hg.adam(), {"learning_rate": 0.1})
+    _, state = adam.update(jnp.full(2, jnp.nan), adam.init(w), w)
+    updates, _ = adam.update(w, state, w)  # diverged, and so are those that follow
+    assert bool(jnp.all(jnp.isnan(updates)))

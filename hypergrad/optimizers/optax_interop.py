@@ -19,8 +19,6 @@ from hypergrad.program import (
     Examples,
     FloatStep,
     GenericOptimizer,
-    Layout,
-    Leaf,
     StepContext,
     with_defaults,
 )
@@ -266,11 +264,12 @@ def as_optax(
             f"{call}: {optimizer.name} looks at single examples, and optax has "
             "only their mean gradient for it; use it with hypergrad.train"
         )
-    of_moves = _Moves(call, optimizer, values)
+    stepper = _Stepper(call, optimizer, values)
 
     def init(params: PyTree) -> ProgramState:
-        step = jnp.zeros((), jnp.int32)
-        start, layout = of_moves.start(None, of_moves.merged(params), step)
+        step, merged = jnp.zeros((), jnp.int32), stepper.merged(params)
+        hypers = stepper.hypers(step, merged)
+        start, layout = optimizer.start(call, None, hypers[0] if hypers else {}, merged)
         return ProgramState(step, optimizer.state_of(start, layout))
 
     def update(
@@ -287,16 +286,14 @@ def as_optax(
         if params is None:
             raise ValueError(f"{call}: call update(gradient, state, params)")
         after = optax.safe_increment(state.step)
-        if not jax.tree.leaves(params):  # all of them masked
-            return gradient, ProgramState(after, state.variables)
         context = _context(call, params, (meta, batch), value, value_fn)
-        updates, variables = of_moves.updates(gradient, state, params, context)
+        updates, variables = stepper.updates(gradient, state, params, context)
         return updates, ProgramState(after, variables)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Moves(NamedTuple):
+class _Stepper(NamedTuple):
     """An optimizer with its hyperparameters, which makes one step at a time.
 
     Attributes:
@@ -329,20 +326,15 @@ class _Moves(NamedTuple):
         }
         return [{name: x[i] for name, x in now.items()} for i in range(count)]
 
-    def start(
-        self, variables: Mapping[str, PyTree] | None, merged: PyTree, step: Array
-    ) -> tuple[list[Leaf], Layout]:
-        """The flat state from the optimizer's variables, or the initial one."""
-        leaves = self.hypers(step, merged)
-        return self.optimizer.start(self.call, variables, leaves[0] if leaves else {}, merged)
-
     def updates(
         self, gradient: PyTree, state: ProgramState, params: PyTree, context: StepContext
     ) -> tuple[PyTree, dict[str, PyTree]]:
         """What to add to the parameters, and the optimizer's variables after the step."""
         optimizer, merged = self.optimizer, self.merged(params)
-        start, layout = self.start(state.variables, merged, state.step)
         hypers = self.hypers(state.step, merged)
+        if not hypers:  # every leaf is masked
+            return gradient, state.variables
+        start, layout = optimizer.flat(self.call, state.variables, merged)
         by_leaf = [SimpleNamespace(**h, label=None) for h in hypers]
         for h, label in zip(by_leaf, layout.labels or []):
             h.label = label
