@@ -16,7 +16,7 @@ from hypergrad._base.errors import error_if
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.integers import LARGEST_LOSS, Trouble
 from hypergrad.adjoints.tapes import Taped
-from hypergrad.program import PARAMS, Variable
+from hypergrad.program import PARAMS, Optimizer
 
 
 class Broken(enum.IntEnum):
@@ -58,7 +58,7 @@ class Failures:
     Attributes:
       call: the user's call.
       names: of the leaves.
-      variables: of the optimizer, by name.
+      program: the optimizer.
       troubles: see `Exact.troubles`.
       taped: what is taped of every leaf.
       allotted: length of every tape, in rows or bytes; None if there is no way back.
@@ -69,7 +69,7 @@ class Failures:
 
     call: str
     names: Sequence[str]
-    variables: Mapping[str, Variable]
+    program: Optimizer
     troubles: Sequence[Trouble]
     taped: Sequence[Sequence[Taped]]
     allotted: Sequence[Sequence[int]] | None
@@ -139,9 +139,9 @@ class Failures:
                 f"2**{62 - given}, that radix={{{name!r}: {given}}} asks for; leave the radix to be chosen "
                 "from the numbers, or pass a smaller one"
             )
-        words = 1 if name == PARAMS else self.variables[name].words
+        headroom = exact.HEADROOM[self.program.words_of(name)]
         return (
-            f"{whose} became NaN or grew to 2**{exact.HEADROOM[words]} times the largest number that "
+            f"{whose} became NaN or grew to 2**{headroom} times the largest number that "
             "was first in it. Either training has diverged, which a lower learning rate cures, or it began "
             f"with numbers that say nothing of later ones: pass Reversible(radix={{{name!r}: r}}) with "
             f"the largest r for which |{name}| < 2**(62 - r) all along, or adjoint=Checkpointed()"

@@ -71,6 +71,11 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
     return new
 
 
+def no_failure() -> Int[Array, "3"]:
+    """See `Health.failed`."""
+    return jnp.array([-1, 0, 0], jnp.int32)
+
+
 def failed_by_rounding(failed: Int[Array, "3"], guards: Guards, integers: Exact) -> Int[Array, "3"]:
     """The first failure of a run, including rounding that took too much.
 
@@ -100,7 +105,7 @@ def failed_by_range(
     Returns:
       See `Health.failed`.
     """
-    failed = jnp.array([-1, 0, 0], jnp.int32)
+    failed = no_failure()
     for i, leaf in enumerate(numbers):
         for name, x in leaf.items():
             trouble = integers.troubles().index(("range", name))

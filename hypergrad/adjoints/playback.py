@@ -30,6 +30,7 @@ from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
+from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
 from hypergrad.adjoints.linearize import Linearized, linearize
@@ -307,7 +308,7 @@ class Player:
             largest = {name: jnp.max(jnp.abs(x), initial=0) for name, x in leaf.items()}
             numbers = jnp.all(jnp.stack([jnp.isfinite(largest[k]) | unused[k] for k in leaf]))
             place = jnp.stack([step, jnp.int32(i)])
-            broken = jnp.where((broken[0] == -1) & ~numbers, place, broken)
+            broken = jnp.where((broken[0] == Broken.NOWHERE) & ~numbers, place, broken)
         return broken
 
 
@@ -382,7 +383,7 @@ class _InFloats(NamedTuple):
         compiler.  This is only for optimizers that act element by element; others, such as K-FAC, need
         scalars.
         """
-        variables = self.player.beginning.variables.values()
+        variables = self.player.run.program.variables.values()
         alike = all(variable.init is jnp.zeros_like for variable in variables)
         shapes = []
         for part, flags in zip((self.at.fixed, self.at.scheduled), self.player.flags.hypers):

@@ -26,7 +26,7 @@ from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
 from hypergrad.adjoints.linearize import in_segments
-from hypergrad.adjoints.playback import Cotangents, Flags, Player, always_true, inexact_leaves
+from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, always_true, inexact_leaves
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
 from hypergrad.adjoints.starts import Start, packed
@@ -125,11 +125,11 @@ class Reversible:
         length = self.length(run.steps)
         lengths_of = partial(known_lengths, run, taped, length)
         known = lengths_of(start, constants, inputs)
-        dtypes = [leaf[PARAMS].dtype for leaf in start]
+        one_way = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-            return _Playback.of(self, run, taped, dtypes).solution(start, constants, inputs)
+            return one_way.forward()(start, constants, inputs)[0]
 
         def forward(*arguments: Any) -> Any:
             flags = Flags(*perturbed(arguments[1:]))
@@ -137,14 +137,14 @@ class Reversible:
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
             now_known = known if complete(known) else lengths_of(*arguments)
             lengths = self._allot(taped, now_known, length)
-            playback = _Playback.of(self, run, taped, dtypes)._replace(flags=flags, lengths=lengths)
+            playback = one_way._replace(flags=flags, lengths=lengths)
             solution, record = playback.forward()(*arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
 
         def backward(saved: Any, cotangents: Any) -> Any:
             arguments, record, frozen, lengths = saved
             flags = thaw(frozen)
-            playback = _Playback.of(self, run, taped, dtypes)._replace(flags=flags, lengths=lengths.value)
+            playback = one_way._replace(flags=flags, lengths=lengths.value)
             end, outputs = cotangents
             given = Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
             with closures_refused(run.call):
@@ -260,9 +260,8 @@ class _Playback(NamedTuple):
     @staticmethod
     def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
         """The playback, without a way back, of a run whose leaves have these dtypes."""
-        variables = run.program.variables
-        integers = Exact(run.moves, [PARAMS, *variables], dtypes, run.x64)
-        beginning = Start(variables, dict(settings.radix), taped)
+        integers = Exact(run.moves, [PARAMS, *run.program.variables], dtypes, run.x64)
+        beginning = Start(run.program, dict(settings.radix), taped)
         return _Playback(
             run, integers, beginning, strategy_of(run.steps, settings.length(run.steps)), settings
         )
@@ -282,7 +281,7 @@ class _Playback(NamedTuple):
         failures = Failures(
             self.run.call,
             self.run.names,
-            self.beginning.variables,
+            self.beginning.program,
             self.integers.troubles(),
             self.beginning.taped,
             self.lengths,
@@ -292,10 +291,6 @@ class _Playback(NamedTuple):
         return failures.refuse(result, health)
 
     # ---- forwards
-
-    def solution(self, *arguments: Any) -> Solution:
-        """The run without a way back."""
-        return self.forward()(*arguments)[0]
 
     def forward(self) -> Callable[..., tuple[Solution, _Record]]:
         """The run forwards, whose derivative in forward mode is that of the run in floats."""
@@ -373,8 +368,9 @@ class _Playback(NamedTuple):
         )
         given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(cotangents.end)]))
         with jax.enable_x64(True):
-            before = ([jnp.zeros_like(x) for x in fixed], unbroken(given))
-            now, steps, recovered = self.strategy.backwards(player, record.recorded, before, cotangents)
+            end = record.recorded.last.now.leaves
+            now = Backwards(end, cotangents.end, [jnp.zeros_like(x) for x in fixed], unbroken(given))
+            now, steps, recovered = self.strategy.backwards(player, record.recorded, now, cotangents)
         recovered = checkpoint_name(recovered, RECOVERED)
         of_batch, of_scheduled = steps
         found = [*now.sums, *of_batch, *of_scheduled]

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.trees import Flag, Step
-from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding
+from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding, no_failure
 from hypergrad.adjoints.integers import ExactLeaf
 from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Played, Player, Span
 from hypergrad.adjoints.run import Outputs
@@ -39,18 +39,14 @@ class Strategy(Protocol):
         """The run forwards: what the way back needs, the outputs, and the length of tape needed."""
 
     def backwards(
-        self,
-        player: Player,
-        recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
-        given: Cotangents,
+        self, player: Player, recorded: Recorded, now: Backwards, given: Cotangents
     ) -> tuple[Backwards, Any, Flag]:
         """The run backwards.
 
         Args:
           player: plays the run.
           recorded: by the run forwards.
-          sums_and_broken: `Backwards.sums` and `Backwards.broken` before the way back.
+          now: where the run backwards begins: where the run forwards ended.
           given: cotangents of the results of the run.
 
         Returns:
@@ -98,14 +94,9 @@ class OneSegment(NamedTuple):
         return Recorded(played, []), outputs, _tape_needed(played.now.leaves)
 
     def backwards(
-        self,
-        player: Player,
-        recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
-        given: Cotangents,
+        self, player: Player, recorded: Recorded, now: Backwards, given: Cotangents
     ) -> tuple[Backwards, Any, Flag]:
         """See `Strategy`."""
-        now = Backwards(recorded.last.now.leaves, given.end, *sums_and_broken)
         now, of_inputs = player.replay(recorded.last, now, given, Span(jnp.int32(0), self.steps))
         return now, of_inputs, player.recovered(now.leaves)
 
@@ -153,11 +144,7 @@ class ManySegments(NamedTuple):
         return Recorded(_ended(player, Played(now, [], [], outputs)), recorded), outputs, needed
 
     def backwards(
-        self,
-        player: Player,
-        recorded: Recorded,
-        sums_and_broken: tuple[list[Array], Int[Array, "2"]],
-        given: Cotangents,
+        self, player: Player, recorded: Recorded, now: Backwards, given: Cotangents
     ) -> tuple[Backwards, Any, Flag]:
         """See `Strategy`."""
         _, guards = jax.eval_shape(player.begin)
@@ -166,16 +153,15 @@ class ManySegments(NamedTuple):
         def segment(carry: Any, at: Any, length: int = self.length) -> Any:
             now, recovered = carry
             start, first = at
-            span, unharmed = Span(first, length), jnp.array([-1, 0, 0], jnp.int32)
-            played = player.play(Forwards(start, fresh, unharmed), span, taping=True)
+            span = Span(first, length)
+            played = player.play(Forwards(start, fresh, no_failure()), span, taping=True)
             again = same_state(now.leaves, on_new_tapes(played.now.leaves))
             now = now._replace(leaves=played.now.leaves)
             now, of_inputs = player.replay(played, now, given, span)
             recovered = recovered & again & same_state(start, now.leaves)
             return (now._replace(leaves=start), recovered), of_inputs
 
-        end = on_new_tapes(recorded.last.now.leaves)
-        carry = (Backwards(end, given.end, *sums_and_broken), jnp.asarray(True))
+        carry = (now._replace(leaves=on_new_tapes(now.leaves)), jnp.asarray(True))
         ended = []
         if self.rest:
             carry, of_inputs = segment(carry, (recorded.starts[1], self.last()), self.rest)

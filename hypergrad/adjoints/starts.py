@@ -14,7 +14,7 @@ from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guard, Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
 from hypergrad.adjoints.tapes import Taped
-from hypergrad.program import PARAMS, Leaf, Variable
+from hypergrad.program import PARAMS, Leaf, Optimizer
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Start:
     """How the integers of a run begin.
 
     Attributes:
-      variables: of the optimizer, by name.
+      program: the optimizer.
       radix: as set by the user, by variable.
       taped: what is taped of every leaf.
     """
 
-    variables: Mapping[str, Variable]
+    program: Optimizer
     radix: Mapping[str, int]
     taped: Sequence[Sequence[Taped]]
 
@@ -44,7 +44,7 @@ class Start:
         before, totals = (None, None) if earlier is None else unpacked(earlier)
         numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
         guards: Guards = [{} for _ in start]
-        for name in (PARAMS, *self.variables):
+        for name in (PARAMS, *self.program.variables):
             given = [leaf[name] for leaf in start]
             fresh = self.rounded(name, given, always_true)
             for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
@@ -69,7 +69,7 @@ class Start:
     def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
         """One variable of all leaves as integers."""
         radix = self.radix.get(name, exact.UNSET)
-        words = 1 if name == PARAMS else self.variables[name].words
+        words = self.program.words_of(name)
         return bundles.shift(always_true, [exact.zero(x.shape, words, radix) for x in given], given)
 
     def recovered(
@@ -85,7 +85,7 @@ class Start:
         """
         before = None if earlier is None else unpacked(earlier)[0]
         same = []
-        for name in (PARAMS, *self.variables):
+        for name in (PARAMS, *self.program.variables):
             given = [leaf[name] for leaf in start]
             numbers = [leaf.numbers[name] for leaf in found]
 
