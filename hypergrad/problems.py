@@ -37,6 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._base.checks import is_whole
+
 
 class NoisyQuadratic(NamedTuple):
     """A quadratic with its minimum at zero, in the basis of its eigenvectors, and its gradient noise.
@@ -134,7 +136,7 @@ def noisy_quadratic(
     4.894
     """
     call = f"noisy_quadratic(dimensions={dimensions!r}, batch_size={batch_size!r})"
-    if isinstance(dimensions, bool) or not isinstance(dimensions, int | np.integer) or dimensions < 1:
+    if not is_whole(dimensions):
         raise ValueError(f"{call}: dimensions must be a whole number of at least 1")
     if not isinstance(batch_size, jax.core.Tracer) and not np.all(np.asarray(batch_size) > 0):
         raise ValueError(
@@ -586,7 +588,7 @@ def _shape(call: str, problem: NoisyQuadratic) -> tuple[int, ...]:
 
 
 def _steps(call: str, steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+    if not is_whole(steps):
         raise ValueError(f"{call}: steps must be a whole number of at least 1")
     return int(steps)
 

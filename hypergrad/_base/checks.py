@@ -126,8 +126,7 @@ def check_chunk(call: str, chunk: int | None) -> None:
 
 def check_whole(call: str, name: str, value: Any, least: int, most: int | None) -> None:
     """Refuse a value that is not a whole number in a range."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    if not is_whole(value, least) or (most is not None and value > most):
         limit = "" if most is None else f" and at most {most}, the number of parameters"
         raise ValueError(f"{call}: {name} must be a whole number of at least {least}{limit}")
 

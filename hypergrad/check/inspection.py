@@ -8,6 +8,7 @@ from typing import Any
 import jax.extend.core
 import numpy as np
 
+from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.trees import PyTree
 from hypergrad.check.chaos import look_for_chaos
@@ -125,13 +126,10 @@ def check_hypergradient(
 
 
 def _refuse(call: str, steps: Any, directions: Any, step: Any, tolerance: Any) -> None:
-    def whole(n: Any) -> bool:
-        return isinstance(n, int | np.integer) and not isinstance(n, bool) and bool(n >= 1)
-
     increasing = steps is None or (
         isinstance(steps, Sequence | np.ndarray)
         and len(steps) >= 3
-        and all(whole(n) for n in steps)
+        and all(is_whole(n) for n in steps)
         and all(a < b for a, b in itertools.pairwise(steps))
     )
     if not increasing:
@@ -139,7 +137,7 @@ def _refuse(call: str, steps: Any, directions: Any, step: Any, tolerance: Any) -
             f"{call}: steps must be three or more whole numbers that increase, such as (25, 50, 100); the "
             "objective is then called as objective(everything, steps)"
         )
-    if not whole(directions):
+    if not is_whole(directions):
         raise ValueError(f"{call}: directions must be a whole number of at least 1")
     if not (isinstance(step, float | int | np.floating) and 0 < step < math.inf):
         raise ValueError(

@@ -1,6 +1,5 @@
 """`distill`: a few learned examples on which a network learns what it would learn from all data."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -38,6 +37,7 @@ from hypergrad.distillation.recipe import (
     train_with,
     with_numbers,
 )
+from hypergrad.meta.checkpoints import locked
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize
 from hypergrad.meta.runs import Optimized
@@ -334,10 +334,7 @@ def _look_for_chaos_first(
     """Look for chaos if a run is long and is not being resumed."""
     if task.recipe.steps < LONG or (checkpoint is not None and os.path.exists(checkpoint)):
         return
-    guard: Any = contextlib.nullcontext()
-    if checkpoint is not None:  # finds one that cannot be written before this work
-        guard = files.locked(checkpoint, f"distill(checkpoint={os.fspath(checkpoint)!r})")
-    with guard:
+    with locked("distill", checkpoint):  # finds one that cannot be written before this work
         _look_for_chaos(call, task.objective, learned, key, task.recipe.steps)
 
 

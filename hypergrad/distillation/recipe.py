@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from hypergrad import constraints, data, nets
+from hypergrad._base.checks import is_whole
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.strategies import Adjoint, Stored
 from hypergrad.distillation.augment import Augmentation
@@ -68,7 +69,7 @@ class Recipe:
             value = getattr(self, name)
             if name != "steps" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            if not is_whole(value):
                 raise ValueError(f"Recipe({name}={value!r}): it must be a whole number, at least 1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer):
             raise ValueError(f"Recipe(seed={self.seed!r}): it must be a whole number")

@@ -1,7 +1,9 @@
 """Checkpoints of an outer loop: written atomically, and refused if they belong to another run."""
 
+import contextlib
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,6 +22,13 @@ from hypergrad.meta.runs import (
     unsound_because,
     unstack_rows,
 )
+
+
+def locked(function: str, checkpoint: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """Keep other processes off the checkpoint of a call of a function, if it has one."""
+    if checkpoint is None:
+        return contextlib.nullcontext()
+    return files.locked(checkpoint, f"{function}(checkpoint={os.fspath(checkpoint)!r})")
 
 
 def describe_leaves(tree: PyTree) -> str:

@@ -1,6 +1,5 @@
 """`optimize`: the outer loop over hyperparameters."""
 
-import contextlib
 import functools
 import math
 import numbers
@@ -15,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hypergrad import files
 from hypergrad._base.errors import readable_errors
 from hypergrad._base.fingerprint import digest
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
 from hypergrad.constraints import constrain, is_constraint, real, unconstrain
-from hypergrad.meta.checkpoints import describe_leaves
+from hypergrad.meta.checkpoints import describe_leaves, locked
 from hypergrad.meta.gradient_steps import by_optax
 from hypergrad.meta.lbfgsb import LBFGSB, by_lbfgsb
 from hypergrad.meta.runs import (
@@ -136,10 +134,7 @@ def optimize(
     counts = {"seeds": seeds, "checkpoint_every": checkpoint_every, "select_every": select_every}
     _refuse_bad_settings(optimizer, steps, counts, key, checkpoint, explosion, select)
     key = strong(key)
-    guard: Any = contextlib.nullcontext()
-    if checkpoint is not None:
-        guard = files.locked(checkpoint, f"optimize(checkpoint={os.fspath(checkpoint)!r})")
-    with guard:
+    with locked("optimize", checkpoint):
         hypers, raw = _start(constraints, hypers)
         averaged = not isinstance(optimizer, LBFGSB)
         resample = bool(resample) and averaged

@@ -149,7 +149,7 @@ def flat_hypers(
         )
     complete = with_defaults(call, optimizer, hypers)
     params, paths = optimizer.shape_of_hypers(params, names)
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    leaves = jax.tree.leaves(params)
     fixed: Hypers = [{} for _ in leaves]
     scheduled: Hypers = [{} for _ in leaves]
     for key, given in complete.items():
