@@ -83,7 +83,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.optimizers.kfac import layers
-from hypergrad.training import Estimate, Plan, Trained, plan, train
+from hypergrad.training import Estimate, Plan, Problem, Trained, plan, train
 
 __version__ = version("hypergrad-jax")
 
@@ -100,6 +100,7 @@ __all__ = [
     "Forward",
     "LaneWarning",
     "Plan",
+    "Problem",
     "Recipe",
     "Report",
     "ReversalError",

@@ -184,3 +184,44 @@ def test_ten_thousand_steps_return_to_the_start_bit_for_bit(precision: Any) -> N
         found = jax.block_until_ready(gradient(hypers, velocity, images, labels))
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
         assert all(x.dtype == precision for x in jax.tree.leaves(found))
+
+
+def test_a_problem_is_trained_and_judged_like_its_parts():
+    def loss(w, meta, rows):
+        return jnp.sum(meta * (w - jnp.mean(rows)) ** 2)
+
+    def batches(key, steps):
+        return jax.random.normal(key, (steps, 4))
+
+    def validation(w):
+        return jnp.sum((w - 1) ** 4)
+
+    problem = hg.Problem(lambda key: jax.random.normal(key, (3,)), loss, batches, validation, jnp.ones(3))
+    hypers, key = {"learning_rate": jnp.full(5, 0.1), "momentum": 0.5}, jax.random.key(3)
+    of_init, of_batches = jax.random.split(key)
+
+    def by_hand(rates):
+        w, v = jax.random.normal(of_init, (3,)), jnp.zeros(3)
+        for rate, rows in zip(rates, batches(of_batches, 5)):
+            v = 0.5 * v - 0.5 * 2 * (w - jnp.mean(rows))
+            w = w + rate * v
+        return validation(w)
+
+    def through_problem(rates):
+        return problem.objective(steps=5)({**hypers, "learning_rate": rates}, key)
+
+    value, gradient = jax.value_and_grad(through_problem)(hypers["learning_rate"])
+    expected, slope = jax.value_and_grad(by_hand)(hypers["learning_rate"])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4)
+    plain = hg.Problem(jnp.ones(3), lambda w, meta, step: jnp.sum(w**2))
+    trained = plain.train({"learning_rate": 0.1}, steps=30)
+    np.testing.assert_allclose(plain.score(trained), jnp.mean(trained.losses[-3:]))
+
+
+def test_a_problem_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match=r"Problem\(.*: batches is called as batches\(key, steps\)"):
+        hg.Problem(jnp.ones(3), lambda w, meta, batch: jnp.sum(w), lambda key: None)
+    problem = hg.Problem(jnp.ones(3), lambda w, meta, batch: jnp.sum(w**2))
+    with pytest.raises(TypeError, match=r"tune\(.*: a Problem has its own init"):
+        hg.tune(problem, jnp.ones(3), {"learning_rate": 0.1}, steps=3)

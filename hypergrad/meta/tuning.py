@@ -23,7 +23,7 @@ from hypergrad.optimizers.adam_family import adam
 from hypergrad.optimizers.optax_interop import as_optax
 from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.training.arguments import checked_call
-from hypergrad.training.inner_loop import train
+from hypergrad.training.problem import Problem
 
 # A learned factor stays above this, or above half of its start; the buffers have room for that.
 SMALLEST_FACTOR = 0.25
@@ -50,9 +50,9 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    loss: Callable[[PyTree, PyTree, PyTree], Array],
-    params: PyTree,
-    hypers: Mapping[str, PyTree],
+    loss: Problem | Callable[[PyTree, PyTree, PyTree], Array],
+    params: PyTree = None,
+    hypers: Mapping[str, PyTree] | None = None,
     meta: PyTree = None,
     batches: PyTree = None,
     *,
@@ -76,7 +76,8 @@ def tune(
     a sign), cannot be learned in this way; the first meta-step warns about it.
 
     Args:
-      loss: ``loss(params, meta, batch) -> scalar``, as for `hypergrad.train`.
+      loss: ``loss(params, meta, batch) -> scalar``, as for `hypergrad.train`; or a `hypergrad.Problem`,
+        which has ``params``, ``meta``, ``batches`` and ``validation`` too.
       params: start, or a function from a key to a start.
       hypers: initial values, by name; numbers, ``(T, ...)`` schedules or trees of them, each of which is
         learned in the form given.  The others begin at the optimizer's defaults.
@@ -114,7 +115,8 @@ def tune(
     optimizer = adam() if optimizer is None else optimizer
     call = checked_call("tune", steps, optimizer, adjoint)
     checked_steps(call, steps)
-    _check_functions(call, validation, params=params, batches=batches)
+    problem = _problem(call, loss, params, meta, batches, validation)
+    hypers = {} if hypers is None else hypers
     start = with_defaults(call, optimizer, hypers)
     learn = _learned(call, optimizer, start, hypers if learn is None else None, learn or ())
     constraints = {name: _constraint(optimizer, name, start[name]) for name in learn}
@@ -124,21 +126,10 @@ def tune(
     dtype = jnp.result_type(float)
     begin = {name: jax.tree.map(lambda x: jnp.asarray(x, dtype), start[name]) for name in learn}
 
+    score = problem.objective(steps=steps, optimizer=optimizer, adjoint=adjoint)
+
     def objective(learned: dict[str, PyTree], key: Array) -> Array:
-        init_key, batch_key = jax.random.split(key)
-        trained = train(
-            loss,
-            params(init_key) if is_function(params) else params,
-            {**held, **learned},
-            meta,
-            batches(batch_key) if is_function(batches) else batches,
-            steps=steps,
-            optimizer=optimizer,
-            adjoint=adjoint,
-        )
-        if validation is None:
-            return jnp.mean(trained.losses[-max(1, steps // 10) :])
-        return validation(trained.params)
+        return score({**held, **learned}, key)
 
     result = optimize(
         objective,
@@ -154,13 +145,24 @@ def tune(
     return Tuned({**held, **result.hypers}, optimizer, result.history, result.stopped)
 
 
-def _check_functions(call: str, validation: Any, **made: Any) -> None:
-    """Refuse functions that cannot be called as they will be."""
+def _problem(call: str, loss: Any, params: Any, meta: Any, batches: Any, validation: Any) -> Problem:
+    """What is trained, checked."""
+    if isinstance(loss, Problem):
+        if any(given is not None for given in (params, meta, batches, validation)):
+            raise TypeError(
+                f"{call}: a Problem has its own init, meta, batches and validation; pass them to "
+                "hypergrad.Problem, or to tune a loss instead of a Problem"
+            )
+        return loss
+    if is_function(batches):
+        check_callable(call, "batches", batches, "key")
+        of_key = batches
+        batches = lambda key, steps: of_key(key)  # noqa: E731
     if validation is not None:
         check_callable(call, "validation", validation, "params")
-    for name, each in made.items():
-        if is_function(each):
-            check_callable(call, name, each, "key")
+    if is_function(params):
+        check_callable(call, "params", params, "key")
+    return Problem(params, loss, batches, validation, meta)
 
 
 def _learned(

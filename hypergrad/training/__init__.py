@@ -2,5 +2,6 @@
 
 from hypergrad.training.inner_loop import Trained, train
 from hypergrad.training.planner import Estimate, Plan, plan
+from hypergrad.training.problem import Problem
 
-__all__ = ["Estimate", "Plan", "Trained", "plan", "train"]
+__all__ = ["Estimate", "Plan", "Problem", "Trained", "plan", "train"]
