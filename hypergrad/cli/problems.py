@@ -1,0 +1,143 @@
+"""The settings that commands about training problems share, checked and completed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad._base.checks import is_function
+from hypergrad._base.trees import PyTree
+from hypergrad.cli.digits import digits_problem
+from hypergrad.cli.loading import Loaded, load_problem
+from hypergrad.cli.optimizers import checked_inside, checked_names, optimizer_by_name
+from hypergrad.cli.progress import Progress
+from hypergrad.cli.refusals import Refused
+from hypergrad.cli.settings import assignments, check_least, option, words
+from hypergrad.cli.trials import RATES, Runs, best_rate
+from hypergrad.program import AnyOptimizer
+
+STEPS = 100
+RATE = "learning_rate"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how; see `--help`."""
+
+    problem: str = option(
+        "digits", "Python file that defines a hypergrad.Problem, as problem.py or problem.py:name", positional=True
+    )
+    optimizer: str = option("adam", "name of an optimizer, as in hypergrad")
+    steps: int | None = option(
+        None, f"of one training run (default {STEPS}, or as many as the problem has batches)"
+    )
+    start: str = option(
+        "",
+        "initial hyperparameters, such as learning_rate=0.1,weight_decay=1e-3; the others begin at the "
+        f"optimizer's defaults, and a learning rate without one at the best of {len(RATES)}",
+    )
+    seed: int = option(0, "of the initial parameters and batches")
+
+
+class Prepared(NamedTuple):
+    """A training problem with its optimizer, checked.
+
+    Attributes:
+      loaded: the problem and where it is from.
+      optimizer: the optimizer.
+      settings: with all settings filled in.
+      given: initial hyperparameters by name: those of the user, and the optimizer's defaults.
+      digests: of file and data.
+    """
+
+    loaded: Loaded
+    optimizer: AnyOptimizer
+    settings: Any
+    given: dict[str, float]
+    digests: dict[str, str]
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether the learning rate is to be found by trial."""
+        return RATE in self.optimizer.hypers and RATE not in self.given
+
+    @property
+    def key(self) -> jax.Array:
+        """PRNG key of the run."""
+        return jax.random.key(self.settings.seed)
+
+    @property
+    def params(self) -> PyTree:
+        """Shapes of the parameters."""
+        return jax.eval_shape(self.loaded.problem.start, self.key)
+
+
+def prepared(settings: Any) -> Prepared:
+    """Check the settings of a command about a training problem, and fill in what is left out.
+
+    Args:
+      settings: an instance of `Training`.
+
+    Raises:
+      Refused: they do not fit each other, or the problem.
+    """
+    optimizer = optimizer_by_name(settings.optimizer)
+    given = assignments("--start", settings.start)
+    checked_names("--start", given, optimizer)
+    check_least("--steps", settings.steps, 1)
+    loaded = load_problem(settings.problem, digits_problem)
+    settings = replace(settings, steps=_steps(loaded, settings.steps))
+    defaults = {name: x for name, x in optimizer.hypers.items() if x is not None}
+    return Prepared(
+        loaded, optimizer, settings, {**defaults, **given}, loaded.digests(settings.steps)
+    )
+
+
+def _steps(loaded: Loaded, steps: int | None) -> int:
+    """The number of steps, which batches that are arrays decide."""
+    batches = loaded.problem.batches
+    if batches is None or is_function(batches):
+        return STEPS if steps is None else steps
+    held = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
+    if len(held) != 1 or held == {()}:
+        raise Refused(
+            f"{loaded.path}: the batches of the problem must be arrays that all have the step as leading axis"
+        )
+    ((count,),) = held
+    if steps not in (None, count):
+        raise Refused(
+            f"--steps {steps}: the problem has batches for {count} steps; leave it out, or make batches a "
+            "function batches(key, steps)"
+        )
+    return int(count)
+
+
+def learned_names(flag_value: str, p: Prepared, default: list[str]) -> list[str]:
+    """The names that ``--learn`` gives.
+
+    Args:
+      flag_value: what follows the flag.
+      p: the problem.
+      default: the names without the flag.
+    """
+    names = words(flag_value) or default
+    checked_names("--learn", names, p.optimizer)
+    checked_inside("--learn", {name: p.given[name] for name in names if name in p.given}, p.optimizer)
+    return names
+
+
+def completed(p: Prepared, runs: Runs, start_at: Any, progress: Progress) -> tuple[dict[str, float], list[str]]:
+    """The initial hyperparameters with a learning rate found by trial, if there is none; and what was done.
+
+    Args:
+      p: the problem.
+      runs: its training runs.
+      start_at: from all hyperparameters to those of a run.
+      progress: where progress is shown.
+    """
+    if not p.needs_rate:
+        return dict(p.given), []
+    rate = best_rate(runs, lambda rate: start_at({**p.given, RATE: rate}), p.key, progress)
+    return {**p.given, RATE: rate}, [f"{RATE} begins at {rate:.3g}, the best of {len(RATES)} tried"]
