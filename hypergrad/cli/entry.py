@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hypergrad.cli import checking, planning, replaying
+from hypergrad.cli import checking, planning, replaying, scheduling, tuning
 from hypergrad.cli.loading import told
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import Refused
@@ -17,6 +17,14 @@ from hypergrad.cli.runs import Command, carry_out
 from hypergrad.cli.settings import Parser, add_flags, settings_of
 
 COMMANDS = {
+    scheduling.NAME: Command(
+        "learn a schedule of the learning rate, or of other hyperparameters, for a problem",
+        scheduling.LearnSchedule,
+        scheduling.prepare,
+    ),
+    tuning.NAME: Command(
+        "learn the hyperparameters of an optimizer for a problem", tuning.Tune, tuning.prepare
+    ),
     checking.NAME: Command(
         "check the hypergradient of a problem: finite differences, recovery, chaos, smoothness, precision",
         checking.Check,

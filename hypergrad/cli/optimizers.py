@@ -1,12 +1,15 @@
 """Optimizers and their hyperparameters by the names that the command line gives."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypergrad import optimizers
 from hypergrad.cli.refusals import Refused, meant
 from hypergrad.program import AnyOptimizer, is_optimizer
+
+EVERYWHERE = (-math.inf, math.inf)
 
 
 def named_optimizers() -> dict[str, Callable[[], AnyOptimizer]]:
@@ -62,8 +65,20 @@ def checked_names(flag: str, names: Mapping[str, Any] | list[str], optimizer: An
             )
 
 
-def checked_inside(flag: str, values: Mapping[str, Any], optimizer: AnyOptimizer) -> None:
-    """Refuse numbers that an optimizer does not take, or from which nothing can be learned.
+def is_inside(value: float, name: str, optimizer: AnyOptimizer) -> bool:
+    """Whether a hyperparameter begins inside its domain, from where it can be learned.
+
+    Args:
+      value: its value.
+      name: its name.
+      optimizer: to which it belongs.
+    """
+    low, high = optimizer.domains.get(name, EVERYWHERE)
+    return low < value < high
+
+
+def checked_inside(flag: str, values: Mapping[str, float], optimizer: AnyOptimizer) -> None:
+    """Refuse numbers from which nothing can be learned.
 
     Args:
       flag: for the message.
@@ -71,9 +86,9 @@ def checked_inside(flag: str, values: Mapping[str, Any], optimizer: AnyOptimizer
       optimizer: to which they belong.
     """
     for name, value in values.items():
-        low, high = optimizer.domains.get(name, (-float("inf"), float("inf")))
-        if not low < value < high:
+        if not is_inside(value, name, optimizer):
+            low, high = optimizer.domains.get(name, EVERYWHERE)
             raise Refused(
-                f"{flag} {name}={value:g}: learning begins between {low:g} and {high:g}, both excluded; give "
-                f"--start {name}=... inside, or leave it out with --learn"
+                f"{flag} {name}: it begins at {value:g}, and must begin above {low:g} and below {high:g} to be "
+                f"learned; give --start {name}=... or leave it out of --learn"
             )

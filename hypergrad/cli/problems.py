@@ -11,7 +11,7 @@ from hypergrad._base.checks import is_function
 from hypergrad._base.trees import PyTree
 from hypergrad.cli.digits import digits_problem
 from hypergrad.cli.loading import Loaded, load_problem
-from hypergrad.cli.optimizers import checked_inside, checked_names, optimizer_by_name
+from hypergrad.cli.optimizers import checked_inside, checked_names, is_inside, optimizer_by_name
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import Refused
 from hypergrad.cli.settings import assignments, check_least, option, words
@@ -126,6 +126,15 @@ def learned_names(flag_value: str, p: Prepared, default: list[str]) -> list[str]
     checked_names("--learn", names, p.optimizer)
     checked_inside("--learn", {name: p.given[name] for name in names if name in p.given}, p.optimizer)
     return names
+
+
+def learnable_names(p: Prepared) -> list[str]:
+    """The hyperparameters that begin inside their domains, and so can be learned.
+
+    Args:
+      p: the problem.
+    """
+    return [name for name in p.optimizer.hypers if name not in p.given or is_inside(p.given[name], name, p.optimizer)]
 
 
 def completed(p: Prepared, runs: Runs, start_at: Any, progress: Progress) -> tuple[dict[str, float], list[str]]:
