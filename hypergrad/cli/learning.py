@@ -12,13 +12,12 @@ from hypergrad import schedules
 from hypergrad._base.trees import PyTree
 from hypergrad.cli.figures import draw
 from hypergrad.cli.folders import HISTORY, Journal
-from hypergrad.cli.loading import draws
 from hypergrad.cli.pasting import write_pastes
 from hypergrad.cli.problems import Prepared, Training, completed
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.runs import Outcome
 from hypergrad.cli.settings import check_least, option
-from hypergrad.cli.trials import Judged, Runs, judged
+from hypergrad.cli.trials import Judged, Runs, draws, judged
 from hypergrad.cli.wording import changes, moving, scores, summary_of
 from hypergrad.meta.tuning import Tuned, tune
 

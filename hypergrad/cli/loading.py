@@ -162,12 +162,3 @@ def _data_digest(loaded: Loaded, steps: int) -> str:
     if problem.validation is not None:
         traced(problem.validation, params)
     return digest([np.asarray(x) if not isinstance(x, jax.Array) else x for x in arrays], problem.meta)
-
-
-def draws(problem: Problem) -> bool:
-    """Whether runs of a problem depend on their keys.
-
-    Args:
-      problem: the problem.
-    """
-    return is_function(problem.init) or is_function(problem.batches)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._base.checks import is_function
 from hypergrad._base.errors import readable_errors
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
@@ -19,8 +20,18 @@ from hypergrad.program import AnyOptimizer
 from hypergrad.training.problem import Problem
 
 RATES = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 10.0, 11))
+BEST, AGAIN = 3, 2  # the best rates are tried with more seeds
 # Keys of runs that nothing is learned from: meta-steps take their keys from small numbers.
 _TRIAL, _JUDGE = 2**31, 2**31 + 1
+
+
+def draws(problem: Problem) -> bool:
+    """Whether runs of a problem depend on their keys.
+
+    Args:
+      problem: the problem.
+    """
+    return is_function(problem.init) or is_function(problem.batches)
 
 
 class Failed(ArithmeticError):
@@ -100,18 +111,27 @@ def best_rate(
       Failed: all of them diverge.
     """
     progress.begin(f"compiling a training run of {runs.steps} steps, to try {len(RATES)} learning rates")
-    scores = {}
+    keys = jax.random.split(jax.random.fold_in(key, _TRIAL), AGAIN + 1 if draws(runs.problem) else 1)
+    scores = {rate: [math.inf] for rate in RATES}
     for k, rate in enumerate(RATES):
-        scores[rate], _ = runs(hypers_at(rate), jax.random.fold_in(key, _TRIAL))
-        left = (len(RATES) - k - 1) * runs.seconds
+        scores[rate] = [_finite(runs(hypers_at(rate), keys[0])[0])]
+        left = (len(RATES) - k - 1 + BEST * AGAIN) * runs.seconds
         progress.reached(f"trying learning rates: {k + 1} of {len(RATES)}", left)
-    finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
-    if not finite:
+    best = sorted(RATES, key=lambda rate: scores[rate])[:BEST]
+    for k in keys[1:]:  # one run may be lucky
+        for rate in best:
+            scores[rate].append(_finite(runs(hypers_at(rate), k)[0]))
+    means = {rate: sum(scores[rate]) / len(scores[rate]) for rate in best}
+    if not math.isfinite(min(means.values())):
         raise Failed(
             f"training gives no finite score with any of the learning rates {RATES[0]:g} to {RATES[-1]:g}: look "
             "for NaN in the data and in the loss, or name a learning rate with --start learning_rate=..."
         )
-    return min(finite, key=finite.__getitem__)
+    return min(best, key=means.__getitem__)
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else math.inf
 
 
 def judged(
