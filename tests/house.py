@@ -25,6 +25,8 @@ FLOORS = (
     ("implicit", "bilevel", "check"),
     ("meta",),
     ("distillation",),
+    ("cli",),
+    ("__main__",),
 )
 ALLOWED_ON_ONE_FLOOR = {("bilevel", "implicit")}  # beside each other, but one may ask the other
 

@@ -1,4 +1,4 @@
-"""The command line: learned schedules, tuned optimizers and distilled sets, each run in a folder of its own."""
+"""The command line: learned schedules, tuned optimizers, distilled sets, each in a folder of its own."""
 
 from hypergrad.cli.entry import main
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from hypergrad.cli import checking, planning, replaying, scheduling, tuning
+from hypergrad.cli import checking, distilling, planning, replaying, scheduling, tuning
 from hypergrad.cli.loading import told
 from hypergrad.cli.progress import Progress
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.replaying import Replay, replay
 from hypergrad.cli.runs import Command, carry_out
-from hypergrad.cli.settings import Parser, add_flags, settings_of
+from hypergrad.cli.settings import Parser, add_flags
 
 COMMANDS = {
     scheduling.NAME: Command(
@@ -24,6 +24,12 @@ COMMANDS = {
     ),
     tuning.NAME: Command(
         "learn the hyperparameters of an optimizer for a problem", tuning.Tune, tuning.prepare
+    ),
+    distilling.NAME: Command(
+        "learn a few examples that train a network as a whole data set does",
+        distilling.Distill,
+        distilling.prepare,
+        file="data",
     ),
     checking.NAME: Command(
         "check the hypergradient of a problem: finite differences, recovery, chaos, smoothness, precision",
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--traceback" in arguments:
             raise
-        more = "" if isinstance(error, Refused) else "; --traceback shows where"
+        more = "" if isinstance(error, RefusedError) else "; --traceback shows where"
         _complain(called, told(error) + more)
         return 1 if isinstance(error, FAILURES) and not isinstance(error, REFUSALS) else 2
 
@@ -82,7 +88,9 @@ def _parser() -> Parser:
     kinds = parser.add_subparsers(dest="command", metavar="command", required=True)
     again = Command("run again from a configuration, and compare the numbers", Replay, lambda _: None)
     for name, command in {**COMMANDS, replaying.NAME: again}.items():
-        sub = kinds.add_parser(name, help=command.about, description=f"{command.about[:1].upper()}{command.about[1:]}.")
+        sub = kinds.add_parser(
+            name, help=command.about, description=f"{command.about[:1].upper()}{command.about[1:]}."
+        )
         add_flags(sub, command.settings)
         sub.add_argument("--out", help="folder of the run (default a readable name in this folder)")
         sub.add_argument("--quiet", action="store_true", help="show no progress")

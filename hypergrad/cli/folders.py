@@ -13,7 +13,7 @@ import numpy as np
 import tomli_w
 
 from hypergrad import files
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.settings import as_command
 
 CONFIG, HISTORY, RESULT, SUMMARY = "config.toml", "history.jsonl", "result.npz", "summary.txt"
@@ -97,20 +97,26 @@ def read_config(path: Path) -> Config:
       path: of the file.
 
     Raises:
-      Refused: there is none, or it is not one that `Config.write` wrote.
+      RefusedError: there is none, or it is not one that `Config.write` wrote.
     """
     if path.is_dir():
         path = path / CONFIG
     try:
         content = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise Refused(f"{path}: there is no such file; give the {CONFIG} in the folder of a run") from None
+        raise RefusedError(
+            f"{path}: there is no such file; give the {CONFIG} in the folder of a run"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise Refused(f"{path}: cannot be read as TOML ({error}); give the {CONFIG} of a run") from error
+        raise RefusedError(
+            f"{path}: cannot be read as TOML ({error}); give the {CONFIG} of a run"
+        ) from error
     parts = {"name": str, "directory": str, "settings": dict, "digests": dict, "versions": dict}
     for name, kind in parts.items():
         if not isinstance(content.get(name), kind):
-            raise Refused(f"{path}: {name!r} is missing or not what a run writes; give the {CONFIG} of a run")
+            raise RefusedError(
+                f"{path}: {name!r} is missing or not what a run writes; give the {CONFIG} of a run"
+            )
     return Config(*(content[name] for name in ("name", "settings", "digests", "directory", "versions")))
 
 
@@ -123,26 +129,26 @@ def folder_for(config: Config, name: str, out: str | None) -> Path:
       out: the folder that the user wants, if any.
 
     Raises:
-      Refused: the folder that the user wants holds another run, or other things.
+      RefusedError: the folder that the user wants holds another run, or other things.
     """
     if out is not None:
         path = Path(out)
         if path.exists() and not path.is_dir():
-            raise Refused(f"--out {out}: it is a file; give a folder")
+            raise RefusedError(f"--out {out}: it is a file; give a folder")
         if path.is_dir() and any(x.name != ".run.lock" for x in path.iterdir()):
             if not (path / CONFIG).is_file():
-                raise Refused(f"--out {out}: the folder holds other things than a run; give an empty or new one")
+                raise RefusedError(
+                    f"--out {out}: the folder holds other things than a run; give an empty or new one"
+                )
             held = read_config(path)
             if not config.continues(held):
-                raise Refused(
+                raise RefusedError(
                     f"--out {out}: the folder holds another run ({config.differences(held)}); give another "
                     "folder, or delete this one"
                 )
         return path
     for path in _numbered(name):
-        if not path.exists() or (
-            (path / CONFIG).is_file() and config.continues(read_config(path))
-        ):
+        if not path.exists() or ((path / CONFIG).is_file() and config.continues(read_config(path))):
             return path
     raise AssertionError
 

@@ -29,7 +29,9 @@ class Learning(Training):
     """The settings of commands that learn hyperparameters."""
 
     meta_steps: int = option(50, "steps of the learning, each of which takes about four training runs")
-    meta_rate: float = option(0.1, "learning rate of Adam, which makes the meta-steps in logarithms and logits")
+    meta_rate: float = option(
+        0.1, "learning rate of Adam, which makes the meta-steps in logarithms and logits"
+    )
     seeds: int = option(1, "training runs that each meta-step averages over")
     judge: int = option(5, "training runs, with new seeds, that judge what was learned")
 
@@ -54,7 +56,11 @@ def check_learning(settings: Learning) -> None:
     Args:
       settings: as the command line gives them.
     """
-    for flag, value in (("--meta-steps", settings.meta_steps), ("--seeds", settings.seeds), ("--judge", settings.judge)):
+    for flag, value in (
+        ("--meta-steps", settings.meta_steps),
+        ("--seeds", settings.seeds),
+        ("--judge", settings.judge),
+    ):
         check_least(flag, value, 1)
     check_least("--meta-rate", settings.meta_rate, 0, above=True)
 
@@ -88,8 +94,12 @@ def learn(task: Task, folder: Path, progress: Progress) -> Outcome:
             *told,
             *changes(first, last),
             *scores(before, after),
-            *([f"stopped early: {tuned.stopped}"] if tuned.stopped else moving(journal.rows, settings.meta_steps)),
-            *draw(folder, last, journal.rows, before, after),
+            *(
+                [f"stopped early: {tuned.stopped}"]
+                if tuned.stopped
+                else moving(journal.rows, settings.meta_steps)
+            ),
+            *draw(folder, first, last, journal.rows, before, after),
             *write_pastes(folder, p.optimizer, tuned.hypers, settings.steps, p.params),
         ],
     )
@@ -121,11 +131,20 @@ def _tuned(
         progress=False,
     )
     for k, (loss, norm) in enumerate(zip(tuned.history.loss, tuned.history.gradient_norm)):
-        journal.add({"step": k, "loss": float(loss), "gradient_norm": float(norm), "hypers": {n: summary_of(tuned.hypers[n]) for n in task.names}})
+        journal.add(
+            {
+                "step": k,
+                "loss": float(loss),
+                "gradient_norm": float(norm),
+                "hypers": {n: summary_of(tuned.hypers[n]) for n in task.names},
+            }
+        )
     return tuned
 
 
-def _result(learned: Mapping[str, PyTree], tuned: Tuned, before: Judged, after: Judged) -> dict[str, PyTree]:
+def _result(
+    learned: Mapping[str, PyTree], tuned: Tuned, before: Judged, after: Judged
+) -> dict[str, PyTree]:
     """What is saved and compared: the learned hyperparameters as they are used, the history and the scores."""
     return {
         "learned": jax.tree.map(lambda x: x, dict(learned)),

@@ -17,9 +17,10 @@ from hypergrad._base.checks import is_function
 from hypergrad._base.fingerprint import digest
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.training.problem import Problem
 
+DIGITS = "digits"  # in place of a file, for the problem that is built in
 _PREFIX = "hypergrad_problem_"  # of the modules that the files become
 EXAMPLE = "problem = hypergrad.Problem(init, loss, batches)"
 
@@ -64,26 +65,24 @@ def load_problem(given: str, builtin: Callable[[], Problem]) -> Loaded:
       builtin: makes the problem for ``digits``.
 
     Raises:
-      Refused: there is no such file, it fails, or it does not define one problem.
+      RefusedError: there is no such file, it fails, or it does not define one problem.
     """
-    if given == "digits":
-        return Loaded(builtin(), None, "digits")
+    if given == DIGITS:
+        return Loaded(builtin(), None, DIGITS)
     file, name = split_name(given)
     path = Path(file)
     if not path.is_file():
-        raise Refused(
+        raise RefusedError(
             f"{file}: there is no such file; give a Python file that defines {EXAMPLE!r}, or digits"
         )
     module = _executed(path)
     found = {key: x for key, x in vars(module).items() if isinstance(x, Problem)}
     if name:
         if name not in found:
-            raise Refused(
-                f"{given}: {name} is no hypergrad.Problem there; {_list_of(file, found)}"
-            )
+            raise RefusedError(f"{given}: {name} is no hypergrad.Problem there; {_list_of(file, found)}")
         return Loaded(found[name], path, f"{path.stem}-{name}")
     if len({id(x) for x in found.values()}) != 1:
-        raise Refused(f"{given}: {_list_of(file, found)}")
+        raise RefusedError(f"{given}: {_list_of(file, found)}")
     return Loaded(next(iter(found.values())), path, path.stem)
 
 
@@ -113,13 +112,13 @@ def _executed(path: Path) -> ModuleType:
     name = _PREFIX + path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise Refused(f"{path}: not a Python file; its name must end in .py")
+        raise RefusedError(f"{path}: not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for the types of their fields
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise Refused(told(error)) from error
+        raise RefusedError(told(error)) from error
     return module
 
 

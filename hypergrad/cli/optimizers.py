@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypergrad import optimizers
-from hypergrad.cli.refusals import Refused, meant
+from hypergrad.cli.refusals import RefusedError, meant
 from hypergrad.program import AnyOptimizer, is_optimizer
 
 EVERYWHERE = (-math.inf, math.inf)
@@ -36,18 +36,18 @@ def optimizer_by_name(name: str) -> AnyOptimizer:
       name: as in `hypergrad`.
 
     Raises:
-      Refused: there is none of that name, or it needs arguments.
+      RefusedError: there is none of that name, or it needs arguments.
     """
     makers = named_optimizers()
     if name in makers:
         return makers[name]()
     if name in optimizers.__all__:
-        raise Refused(
+        raise RefusedError(
             f"--optimizer {name}: it needs arguments of its own, which only Python can give it "
             f"(hypergrad.tune(problem, optimizer=hypergrad.{name}(...))); here take one that needs none, "
             "such as adamw"
         )
-    raise Refused(f"--optimizer {name}: unknown; {meant(name, makers)}")
+    raise RefusedError(f"--optimizer {name}: unknown; {meant(name, makers)}")
 
 
 def checked_names(flag: str, names: Mapping[str, Any] | list[str], optimizer: AnyOptimizer) -> None:
@@ -60,8 +60,9 @@ def checked_names(flag: str, names: Mapping[str, Any] | list[str], optimizer: An
     """
     for name in names:
         if name not in optimizer.hypers:
-            raise Refused(
-                f"{flag} {name}: {optimizer.name} has no such hyperparameter; {meant(name, optimizer.hypers)}"
+            raise RefusedError(
+                f"{flag} {name}: {optimizer.name} has no hyperparameter of that name; "
+                f"{meant(name, optimizer.hypers)}"
             )
 
 
@@ -88,7 +89,7 @@ def checked_inside(flag: str, values: Mapping[str, float], optimizer: AnyOptimiz
     for name, value in values.items():
         if not is_inside(value, name, optimizer):
             low, high = optimizer.domains.get(name, EVERYWHERE)
-            raise Refused(
-                f"{flag} {name}: it begins at {value:g}, and must begin above {low:g} and below {high:g} to be "
-                f"learned; give --start {name}=... or leave it out of --learn"
+            raise RefusedError(
+                f"{flag} {name}: it begins at {value:g}, and must begin above {low:g} and below {high:g} to "
+                f"be learned; give --start {name}=... or leave it out of --learn"
             )

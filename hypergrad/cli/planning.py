@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from hypergrad._base.checks import is_function
 from hypergrad.cli.problems import RATE, Prepared, Training, prepared
 from hypergrad.cli.progress import Progress
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.runs import Job, Outcome
 from hypergrad.cli.settings import option
 from hypergrad.training.planner import plan
@@ -49,7 +48,7 @@ def bytes_of(given: str) -> float:
       given: such as ``8GiB``, ``500 MB`` or ``1e9``.
 
     Raises:
-      Refused: it is something else.
+      RefusedError: it is something else.
 
     >>> bytes_of("8GiB"), bytes_of("500 MB"), bytes_of("1e9")
     (8589934592.0, 500000000.0, 1000000000.0)
@@ -62,7 +61,7 @@ def bytes_of(given: str) -> float:
     except (KeyError, ValueError):
         size = 0.0
     if not 0 < size < float("inf"):
-        raise Refused(f"--budget {given}: it is not an amount of memory, such as 500MB or 8GiB")
+        raise RefusedError(f"--budget {given}: it is not an amount of memory, such as 500MB or 8GiB")
     return size
 
 

@@ -1,6 +1,5 @@
 """The settings that commands about training problems share, checked and completed."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from hypergrad.cli.digits import digits_problem
 from hypergrad.cli.loading import Loaded, load_problem
 from hypergrad.cli.optimizers import checked_inside, checked_names, is_inside, optimizer_by_name
 from hypergrad.cli.progress import Progress
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.settings import assignments, check_least, option, words
 from hypergrad.cli.trials import RATES, Runs, best_rate
 from hypergrad.program import AnyOptimizer
@@ -27,9 +26,11 @@ class Training:
     """What is trained, and how; see `--help`."""
 
     problem: str = option(
-        "digits", "Python file that defines a hypergrad.Problem, as problem.py or problem.py:name", positional=True
+        "digits",
+        "Python file that defines a hypergrad.Problem, as problem.py or problem.py:name",
+        positional=True,
     )
-    optimizer: str = option("adam", "name of an optimizer, as in hypergrad")
+    optimizer: str | None = option(None, "name of an optimizer, as in hypergrad (default adam)")
     steps: int | None = option(
         None, f"of one training run (default {STEPS}, or as many as the problem has batches)"
     )
@@ -81,8 +82,9 @@ def prepared(settings: Any) -> Prepared:
       settings: an instance of `Training`.
 
     Raises:
-      Refused: they do not fit each other, or the problem.
+      RefusedError: they do not fit each other, or the problem.
     """
+    settings = replace(settings, optimizer=settings.optimizer or "adam")
     optimizer = optimizer_by_name(settings.optimizer)
     given = assignments("--start", settings.start)
     checked_names("--start", given, optimizer)
@@ -90,9 +92,7 @@ def prepared(settings: Any) -> Prepared:
     loaded = load_problem(settings.problem, digits_problem)
     settings = replace(settings, steps=_steps(loaded, settings.steps))
     defaults = {name: x for name, x in optimizer.hypers.items() if x is not None}
-    return Prepared(
-        loaded, optimizer, settings, {**defaults, **given}, loaded.digests(settings.steps)
-    )
+    return Prepared(loaded, optimizer, settings, {**defaults, **given}, loaded.digests(settings.steps))
 
 
 def _steps(loaded: Loaded, steps: int | None) -> int:
@@ -102,12 +102,13 @@ def _steps(loaded: Loaded, steps: int | None) -> int:
         return STEPS if steps is None else steps
     held = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
     if len(held) != 1 or held == {()}:
-        raise Refused(
-            f"{loaded.path}: the batches of the problem must be arrays that all have the step as leading axis"
+        raise RefusedError(
+            f"{loaded.path}: the batches of the problem must be arrays with the step as leading axis, all of "
+            "one length"
         )
     ((count,),) = held
     if steps not in (None, count):
-        raise Refused(
+        raise RefusedError(
             f"--steps {steps}: the problem has batches for {count} steps; leave it out, or make batches a "
             "function batches(key, steps)"
         )
@@ -134,10 +135,16 @@ def learnable_names(p: Prepared) -> list[str]:
     Args:
       p: the problem.
     """
-    return [name for name in p.optimizer.hypers if name not in p.given or is_inside(p.given[name], name, p.optimizer)]
+    return [
+        name
+        for name in p.optimizer.hypers
+        if name not in p.given or is_inside(p.given[name], name, p.optimizer)
+    ]
 
 
-def completed(p: Prepared, runs: Runs, start_at: Any, progress: Progress) -> tuple[dict[str, float], list[str]]:
+def completed(
+    p: Prepared, runs: Runs, start_at: Any, progress: Progress
+) -> tuple[dict[str, float], list[str]]:
     """The initial hyperparameters with a learning rate found by trial, if there is none; and what was done.
 
     Args:

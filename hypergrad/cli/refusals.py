@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The command cannot be carried out as it was given; the message says what to do."""
 
 

@@ -9,7 +9,7 @@ from hypergrad import files
 from hypergrad.cli.folders import CONFIG, RESULT, Config, read_config, same_arrays
 from hypergrad.cli.loading import file_digest, split_name
 from hypergrad.cli.progress import Progress
-from hypergrad.cli.refusals import Refused, meant
+from hypergrad.cli.refusals import RefusedError, meant
 from hypergrad.cli.runs import Command, Outcome, carry_out
 from hypergrad.cli.settings import option, settings_of
 
@@ -37,23 +37,25 @@ def replay(
       progress: where progress is shown.
 
     Raises:
-      Refused: the run is not finished, or its problem or data have changed.
+      RefusedError: the run is not finished, or its problem or data have changed.
     """
     given = Path(settings.config)
     folder = (given if given.is_dir() else given.parent).resolve()
     config = read_config(given)
     if not (folder / RESULT).exists():
-        raise Refused(
-            f"{given}: the run is not finished, so there are no numbers to compare with; the command in this "
-            f"file, with --out {folder}, goes on with it"
+        raise RefusedError(
+            f"{given}: the run is not finished, so there are no numbers to compare with; the command in "
+            f"this file, with --out {folder}, goes on with it"
         )
     if config.command not in commands:
-        raise Refused(f"{given}: there is no command {config.command!r}; {meant(config.command, commands)}")
+        raise RefusedError(
+            f"{given}: there is no command {config.command!r}; {meant(config.command, commands)}"
+        )
     command = commands[config.command]
     values = config.settings | {command.file: source(folder, config, command.file, settings.anyway)}
     job = command.prepare(settings_of(command.settings, values))
     if not settings.anyway and job.digests != config.digests:
-        raise Refused(
+        raise RefusedError(
             f"{given}: the data of {values[command.file]} are not those of this run (digest "
             f"{config.digests.get('data')} then, {job.digests['data']} now); put them back, {WAY_OUT}"
         )
@@ -71,7 +73,7 @@ def source(folder: Path, config: Config, field: str, anyway: bool) -> str:
       anyway: whether it may have changed.
 
     Raises:
-      Refused: it has changed, or there is none.
+      RefusedError: it has changed, or there is none.
     """
     given = str(config.settings.get(field, ""))
     if "file" not in config.digests:
@@ -80,10 +82,12 @@ def source(folder: Path, config: Config, field: str, anyway: bool) -> str:
     there, copy = Path(config.directory) / file, folder / Path(file).name
     path = there if there.exists() else copy
     if not path.exists():
-        raise Refused(f"{there}: it is not there any more, nor is its copy {copy}; put one of them back")
+        raise RefusedError(
+            f"{there}: it is not there any more, nor is its copy {copy}; put one of them back"
+        )
     if not anyway and file_digest(path) != config.digests["file"]:
         kept = "" if path == copy else f" (the folder of the run has a copy of then, {copy})"
-        raise Refused(f"{path} has changed since this run; put it back as it was{kept}, {WAY_OUT}")
+        raise RefusedError(f"{path} has changed since this run; put it back as it was{kept}, {WAY_OUT}")
     return f"{path}:{name}" if name else str(path)
 
 

@@ -1,18 +1,22 @@
 """``hypergrad learn-schedule``: a schedule for a problem, learned by hypergradients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypergrad._base.trees import PyTree
 from hypergrad.cli.learning import Learning, Task, check_learning, learn
+from hypergrad.cli.loading import DIGITS
 from hypergrad.cli.problems import RATE, Prepared, learned_names, prepared
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.runs import Job
 from hypergrad.cli.settings import option
 from hypergrad.cli.shapes import BY, Shape, shape_of, spread
 
 NAME = "learn-schedule"
+# On the digits as in Maclaurin, Duvenaud and Adams, 2015.
+ON_DIGITS = {"optimizer": "momentum", "by": "layer"}
+ELSEWHERE = {"optimizer": "adam", "by": "all"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class LearnSchedule(Learning):
     """The settings of the command."""
 
     shape: str = option("per-step", "per-step, knots:K for lines between K knots, or warmup-cosine")
-    by: str = option("all", "one schedule for all parameters, or one for each layer or leaf", choices=BY)
+    by: str | None = option(
+        None, "one schedule for all parameters, or for each layer or leaf (default all)", choices=BY
+    )
     learn: str = option(RATE, "hyperparameters that get a schedule, separated by commas")
 
 
@@ -31,11 +37,16 @@ def prepare(settings: LearnSchedule) -> Job:
       settings: as the command line gives them.
     """
     check_learning(settings)
+    defaults = ON_DIGITS if settings.problem == DIGITS else ELSEWHERE
+    given = {name: getattr(settings, name) or value for name, value in defaults.items()}
+    settings = replace(settings, **given)
     p = prepared(settings)
     shape = shape_of(settings.shape, p.settings.steps)
     names = learned_names(settings.learn, p, [RATE])
     if settings.shape == "warmup-cosine" and names != [RATE]:
-        raise Refused(f"--shape warmup-cosine --learn {settings.learn}: it is a shape for the learning rate only")
+        raise RefusedError(
+            f"--shape warmup-cosine --learn {settings.learn}: it is a shape for the learning rate only"
+        )
     spread(settings.by, 0.0, p.params)  # refused before any work, if the parameters have no layers
     name = f"{NAME}-{p.loaded.name}-{settings.optimizer}-{p.settings.steps}-steps-{settings.shape}"
     name = name.replace(":", "-") + ("" if settings.by == "all" else f"-by-{settings.by}")

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from hypergrad.cli.refusals import Refused, meant
+from hypergrad.cli.refusals import RefusedError, meant
 
 
 def option(default: Any, about: str, **how: Any) -> Any:
@@ -22,11 +22,11 @@ def option(default: Any, about: str, **how: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `Refused`, one line each."""
+    """An argument parser whose errors are `RefusedError`, one line each."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""
-        raise Refused(f"{message[:1].lower()}{message[1:]}; see {self.prog} --help")
+        raise RefusedError(f"{message[:1].lower()}{message[1:]}; see {self.prog} --help")
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -60,21 +60,21 @@ def settings_of(settings: type, values: dict[str, Any]) -> Any:
       values: by the names of its fields.
 
     Raises:
-      Refused: a name or a type is not that of a field.
+      RefusedError: a name or a type is not that of a field.
     """
     hints = typing.get_type_hints(settings)
     for name, value in values.items():
         if name not in hints:
-            raise Refused(f"settings.{name} is unknown; {meant(name, hints)}")
+            raise RefusedError(f"settings.{name} is unknown; {meant(name, hints)}")
         kind = _kind(hints[name])
         if not isinstance(value, (int, float) if kind is float else kind) or (
             isinstance(value, bool) and kind is not bool
         ):
-            raise Refused(f"settings.{name} = {value!r} is not of type {kind.__name__}")
+            raise RefusedError(f"settings.{name} = {value!r} is not of type {kind.__name__}")
     try:
         return settings(**values)
     except TypeError as error:
-        raise Refused(f"settings: {error}") from error
+        raise RefusedError(f"settings: {error}") from error
 
 
 def _flag(name: str) -> str:
@@ -105,7 +105,7 @@ def assignments(flag: str, given: str) -> dict[str, float]:
       given: what follows it.
 
     Raises:
-      Refused: it is something else.
+      RefusedError: it is something else.
 
     >>> assignments("--start", "learning_rate=0.1, momentum=0.9")
     {'learning_rate': 0.1, 'momentum': 0.9}
@@ -118,7 +118,7 @@ def assignments(flag: str, given: str) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not (name and equals):
-            raise Refused(f"{flag} {given!r}: {word!r} is not name=number, such as learning_rate=0.1")
+            raise RefusedError(f"{flag} {given!r}: {word!r} is not name=number, such as learning_rate=0.1")
     return found
 
 
@@ -132,7 +132,7 @@ def check_least(flag: str, value: int | float | None, least: float, above: bool 
       above: whether the limit itself is refused.
     """
     if value is not None and not (value > least if above else value >= least):
-        raise Refused(f"{flag} {value}: it must be {'above' if above else 'at least'} {least:g}")
+        raise RefusedError(f"{flag} {value}: it must be {'above' if above else 'at least'} {least:g}")
 
 
 def as_command(name: str, settings: Any) -> str:
@@ -161,4 +161,4 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
       choices: the words.
     """
     if value not in choices:
-        raise Refused(f"{flag} {value}: {meant(value, choices)}")
+        raise RefusedError(f"{flag} {value}: {meant(value, choices)}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from hypergrad import schedules
 from hypergrad._base.trees import PyTree
-from hypergrad.cli.refusals import Refused
+from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.settings import check_choice
 
 BY = ("all", "layer", "leaf")
@@ -36,7 +36,7 @@ def shape_of(given: str, steps: int) -> Shape:
       steps: T.
 
     Raises:
-      Refused: it is none of these, or has more numbers than the run has steps.
+      RefusedError: it is none of these, or has more numbers than the run has steps.
 
     >>> shape_of("knots:3", 5).begin(0.5).positions.tolist()
     [0.0, 2.0, 4.0]
@@ -45,13 +45,15 @@ def shape_of(given: str, steps: int) -> Shape:
         return Shape("one value for each step", lambda value: jnp.full(steps, value))
     if given == "warmup-cosine":
         if steps < 4:
-            raise Refused(f"--shape warmup-cosine: a run of {steps} steps is too short; take 4 steps or more")
+            raise RefusedError(
+                f"--shape warmup-cosine: a run of {steps} steps is too short; take 4 steps or more"
+            )
         return Shape("linear warm-up, then half a cosine", lambda value: _warmup_cosine(value, steps))
     kind, _, count = given.partition(":")
     if kind != "knots":
         check_choice("--shape", given, KINDS)
     if not (count.isdecimal() and 2 <= int(count) <= steps):
-        raise Refused(
+        raise RefusedError(
             f"--shape {given}: give a number of knots between 2 and {steps}, the number of steps, such as "
             f"knots:{min(10, steps)}"
         )
@@ -77,13 +79,13 @@ def spread(by: str, schedule: Any, params: PyTree) -> PyTree:
       params: parameters, or their shapes.
 
     Raises:
-      Refused: there are no layers.
+      RefusedError: there are no layers.
     """
     check_choice("--by", by, BY)
     if by == "all":
         return schedule
     if jax.tree_util.all_leaves([params]):
-        raise Refused(f"--by {by}: the parameters are one array; use --by all")
+        raise RefusedError(f"--by {by}: the parameters are one array; use --by all")
     if by == "layer":
         return schedules.per_layer(schedule, params)
     return jax.tree.map(lambda _: schedule, params)

@@ -34,7 +34,7 @@ def draws(problem: Problem) -> bool:
     return is_function(problem.init) or is_function(problem.batches)
 
 
-class Failed(ArithmeticError):
+class RunError(ArithmeticError):
     """A run cannot go on; the message says why and what to do."""
 
 
@@ -108,7 +108,7 @@ def best_rate(
       progress: where progress is shown.
 
     Raises:
-      Failed: all of them diverge.
+      RunError: all of them diverge.
     """
     progress.begin(f"compiling a training run of {runs.steps} steps, to try {len(RATES)} learning rates")
     keys = jax.random.split(jax.random.fold_in(key, _TRIAL), AGAIN + 1 if draws(runs.problem) else 1)
@@ -123,9 +123,9 @@ def best_rate(
             scores[rate].append(_finite(runs(hypers_at(rate), k)[0]))
     means = {rate: sum(scores[rate]) / len(scores[rate]) for rate in best}
     if not math.isfinite(min(means.values())):
-        raise Failed(
-            f"training gives no finite score with any of the learning rates {RATES[0]:g} to {RATES[-1]:g}: look "
-            "for NaN in the data and in the loss, or name a learning rate with --start learning_rate=..."
+        raise RunError(
+            f"training gives no finite score with any of the learning rates {RATES[0]:g} to {RATES[-1]:g}: "
+            "look for NaN in the data and in the loss, or give one with --start learning_rate=..."
         )
     return min(best, key=means.__getitem__)
 

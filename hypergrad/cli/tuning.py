@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hypergrad.cli.learning import Learning, Task, check_learning, learn
-from hypergrad.cli.problems import RATE, learnable_names, learned_names, prepared
+from hypergrad.cli.problems import learnable_names, learned_names, prepared
 from hypergrad.cli.runs import Job
 from hypergrad.cli.settings import option
 

@@ -87,7 +87,9 @@ def scores(before: Judged, after: Judged) -> list[str]:
     what = f"mean of {count} new seeds" if count > 1 else "one run"
     lines = [f"score, smaller is better, {what}: {_mean(before)} before, {_mean(after)} after"]
     if not np.mean(after.scores) < np.mean(before.scores):
-        lines.append("nothing was gained: try more --meta-steps, another --meta-rate, or other --start values")
+        lines.append(
+            "nothing was gained: try more --meta-steps, another --meta-rate, or other --start values"
+        )
     tenth = max(1, len(after.losses) // 10)
     first, last = np.mean(after.losses[:tenth]), np.mean(after.losses[-tenth:])
     lines.append(f"training loss with what was learned: {first:.4g} at first, {last:.4g} at the end")
