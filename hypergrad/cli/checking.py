@@ -42,7 +42,7 @@ def prepare(settings: Check) -> Job:
     check_least("--directions", settings.directions, 1)
     p = prepared(settings)
     names = learned_names(settings.learn, p, [RATE])
-    name = f"{NAME}-{p.loaded.name}-{settings.optimizer}-{p.settings.steps}-steps"
+    name = f"{NAME}-{p.loaded.name}-{p.settings.optimizer}-{p.settings.steps}-steps"
     return Job(p.settings, p.digests, name, partial(_run, p, names), p.loaded.path)
 
 

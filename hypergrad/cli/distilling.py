@@ -12,7 +12,7 @@ import numpy as np
 from hypergrad import data, nets
 from hypergrad._base.fingerprint import digest
 from hypergrad.cli.figures import draw_distilled
-from hypergrad.cli.folders import HISTORY, Journal
+from hypergrad.cli.folders import CHECKPOINT, HISTORY, Journal
 from hypergrad.cli.loading import file_digest
 from hypergrad.cli.pasting import write_use_of_distilled
 from hypergrad.cli.progress import Progress
@@ -24,7 +24,7 @@ from hypergrad.distillation.outer_loop import distill
 from hypergrad.distillation.recipe import Network, Recipe
 
 NAME = "distill"
-CHECKPOINT, DISTILLED = "checkpoint.npz", "distilled.npz"
+DISTILLED = "distilled.npz"
 NETWORKS = ("convnet", "mlp", "logistic")
 HIDDEN = 128
 SETS = {
@@ -127,8 +127,7 @@ def _run(
         checkpoint=folder / CHECKPOINT,
         progress=False,
     )
-    for k, (loss, norm) in enumerate(zip(made.history["loss"], made.history["gradient_norm"])):
-        journal.add({"step": k, "loss": float(loss), "gradient_norm": float(norm)})
+    journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
     made.save(folder / DISTILLED)
     progress.begin(f"training {settings.judge} networks on what was learned, and on real examples")
     table = evaluate(

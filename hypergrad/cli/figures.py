@@ -1,8 +1,8 @@
 """The figure of a run; the only module that draws, and only if matplotlib is there."""
 
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def draw(
     Returns:
       What the user is told, if there is no figure.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         return [NO_FIGURE]
     steps = len(after.losses)
     figure, (*own, meta, inner) = _figure(len(hypers) + 2)
@@ -67,7 +67,7 @@ def draw_distilled(folder: Path, made: Distilled) -> list[str]:
     Returns:
       What the user is told, if there is no figure.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         return [NO_FIGURE]
     images = np.asarray(made.images)
     pictured = images.ndim > 2
@@ -115,14 +115,16 @@ def _learned(
     over_steps = {part: x for part, x in values.items() if np.shape(x) == (steps,)}
     if over_steps:
         shown = dict(list(over_steps.items())[:MOST])
-        _curves(axes, {part.removeprefix(f"{name} of "): x for part, x in shown.items()})
+        _curves(axes, {part.removeprefix(f"{name}."): x for part, x in shown.items()})
         axes.plot(np.arange(steps), np.asarray(begun[next(iter(shown))]), color="gray", linewidth=1.0)
         axes.set(title=f"Learned {name}, from the gray start", xlabel="training step", ylabel=name)
         if min(np.min(x) for x in shown.values()) > 0:
             axes.set_yscale("log")
     else:
-        told = [row["hypers"][name] for row in rows]
-        _curves(axes, {name: [x["mean"] if isinstance(x, Mapping) else x for x in told]})
+        told = {row["step"]: row["hypers"][name] for row in rows if "hypers" in row}
+        means = [x["mean"] if isinstance(x, Mapping) else x for x in told.values()]
+        axes.plot(list(told), means, color=COLORS[0], linewidth=1.4)
+        axes.grid(alpha=0.25)
         axes.set(title=f"Learned {name}", xlabel="meta-step", ylabel=name)
 
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from hypergrad import files
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.settings import as_command
 
-CONFIG, HISTORY, RESULT, SUMMARY = "config.toml", "history.jsonl", "result.npz", "summary.txt"
+CONFIG, SUMMARY, RESULT = "config.toml", "summary.txt", "result.npz"
+HISTORY, CHECKPOINT = "history.jsonl", "checkpoint.npz"
 # A run may be continued with more of these, and is the same run with a longer name.
 EXTENDS = "meta_steps"
 
@@ -171,7 +173,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.rows = whole_rows(path)
-        lines = "".join(_line(row) for row in self.rows)
+        lines = _lines(self.rows)
         if path.exists() and path.read_text(errors="replace") != lines:
             files.replace_file(path, lines.encode())
 
@@ -179,17 +181,39 @@ class Journal:
         """Append a row, unless the file has it already.
 
         Args:
-          row: with its number under "step".
+          row: with its number under "step", larger than those before it.
         """
-        if row["step"] < len(self.rows):
+        if self.rows and row["step"] <= self.rows[-1]["step"]:
             return
         self.rows.append(dict(row))
         with open(self.path, "a") as file:
-            file.write(_line(row))
+            file.write(_lines([row]))
+
+    def complete(self, history: Iterable[tuple[Any, Any]]) -> None:
+        """Write the rows again that a kill between a checkpoint and its line has cost.
+
+        Args:
+          history: loss and norm of the hypergradient at every step.
+        """
+        known = {row["step"]: row for row in self.rows}
+        rows = [
+            known.get(step) or {"step": step, "loss": float(loss), "gradient_norm": float(norm)}
+            for step, (loss, norm) in enumerate(history)
+        ]
+        if rows != self.rows:
+            self.rows = rows
+            files.replace_file(self.path, _lines(rows).encode())
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+
+
+def _finite(x: Any) -> Any:
+    """Without NaN and infinity, which JSON does not have: null in their place."""
+    if isinstance(x, Mapping):
+        return {name: _finite(part) for name, part in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
@@ -206,7 +230,8 @@ def whole_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break
-        if not (line.endswith("\n") and isinstance(row, dict) and row.get("step") == len(rows)):
+        after = rows[-1]["step"] if rows else -1
+        if not (line.endswith("\n") and isinstance(row, dict) and row.get("step", -1) > after):
             break
         rows.append(row)
     return rows

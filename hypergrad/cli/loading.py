@@ -7,16 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from hypergrad._base.checks import is_function
-from hypergrad._base.fingerprint import digest
-from hypergrad._base.tracing import closure_convert
-from hypergrad._base.trees import PyTree
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.training.problem import Problem
 
@@ -37,15 +29,6 @@ class Loaded(NamedTuple):
     problem: Problem
     path: Path | None
     name: str
-
-    def digests(self, steps: int) -> dict[str, str]:
-        """What tells the file and the data of the problem from others.
-
-        Args:
-          steps: of a run.
-        """
-        found = {} if self.path is None else {"file": file_digest(self.path)}
-        return found | {"data": _data_digest(self, steps)}
 
 
 def file_digest(path: Path) -> str:
@@ -135,29 +118,3 @@ def told(error: BaseException) -> str:
     if not places:
         return str(error)
     return f"{places[-1].filename}, line {places[-1].lineno}: {type(error).__name__}: {error}"
-
-
-def _data_digest(loaded: Loaded, steps: int) -> str:
-    """A digest of the arrays of a problem, those that its functions close over or read included."""
-    problem, key = loaded.problem, jax.random.key(0)
-    arrays: list[Any] = []
-
-    def traced(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-        _, consts, shapes = closure_convert(function, *arguments)
-        arrays.extend(consts)
-        return shapes
-
-    def shapes_of(part: Any, *more: Any) -> PyTree:
-        if is_function(part):
-            return traced(lambda key: part(key, *more), key)
-        arrays.extend(jax.tree.leaves(part))
-        return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, part))
-
-    params = shapes_of(problem.init)
-    batches = shapes_of(problem.batches, steps)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
-    step = jax.ShapeDtypeStruct((), jnp.int32) if problem.batches is None else batch
-    traced(lambda params, batch: problem.loss(params, problem.meta, batch), params, step)
-    if problem.validation is not None:
-        traced(problem.validation, params)
-    return digest([np.asarray(x) if not isinstance(x, jax.Array) else x for x in arrays], problem.meta)

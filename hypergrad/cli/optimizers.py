@@ -90,6 +90,6 @@ def checked_inside(flag: str, values: Mapping[str, float], optimizer: AnyOptimiz
         if not is_inside(value, name, optimizer):
             low, high = optimizer.domains.get(name, EVERYWHERE)
             raise RefusedError(
-                f"{flag} {name}: it begins at {value:g}, and must begin above {low:g} and below {high:g} to "
-                f"be learned; give --start {name}=... or leave it out of --learn"
+                f"{flag} {name}: it begins at {value:g}, and must begin above {low:g} and below {high:g} "
+                f"to be learned; give --start {name}=... or leave it out of --learn"
             )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hypergrad._base.checks import is_function
 from hypergrad.cli.problems import RATE, Prepared, Training, prepared
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import RefusedError
@@ -37,7 +36,7 @@ def prepare(settings: PlanSettings) -> Job:
     """
     budget = bytes_of(settings.budget)
     p = prepared(settings)
-    name = f"{NAME}-{p.loaded.name}-{settings.optimizer}-{p.settings.steps}-steps"
+    name = f"{NAME}-{p.loaded.name}-{p.settings.optimizer}-{p.settings.steps}-steps"
     return Job(p.settings, p.digests, name, partial(_run, p, budget), p.loaded.path)
 
 
@@ -66,22 +65,10 @@ def bytes_of(given: str) -> float:
 
 
 def _run(p: Prepared, budget: float, folder: Path, progress: Progress) -> Outcome:
-    problem, steps = p.loaded.problem, p.settings.steps
-    batches = problem.batches
-    if is_function(batches):
-        batches = batches(p.key, steps)
+    steps = p.settings.steps
     hypers = {RATE: 1e-3, **p.given} if p.needs_rate else p.given  # its value changes no size
     progress.begin(f"compiling hypergradients of a few steps, to measure what {steps} take")
-    found = plan(
-        problem.loss,
-        problem.start(p.key),
-        hypers,
-        problem.meta,
-        batches,
-        steps=steps,
-        optimizer=p.optimizer,
-        budget=budget,
-    )
+    found = plan(p.loaded.problem, hypers=hypers, steps=steps, optimizer=p.optimizer, budget=budget)
     lines = [
         *str(found).splitlines(),
         "memory comes on top of data and results; time is in plain training runs",

@@ -7,15 +7,21 @@ import jax
 import numpy as np
 
 from hypergrad._base.checks import is_function
+from hypergrad._base.errors import readable_errors
+from hypergrad._base.fingerprint import digest
+from hypergrad._base.modules import opened
+from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.strategies import Stored
 from hypergrad.cli.digits import digits_problem
-from hypergrad.cli.loading import Loaded, load_problem
+from hypergrad.cli.loading import Loaded, file_digest, load_problem
 from hypergrad.cli.optimizers import checked_inside, checked_names, is_inside, optimizer_by_name
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.settings import assignments, check_least, option, words
 from hypergrad.cli.trials import RATES, Runs, best_rate
 from hypergrad.program import AnyOptimizer
+from hypergrad.training.problem import Problem
 
 STEPS = 100
 RATE = "learning_rate"
@@ -50,6 +56,7 @@ class Prepared(NamedTuple):
       optimizer: the optimizer.
       settings: with all settings filled in.
       given: initial hyperparameters by name: those of the user, and the optimizer's defaults.
+      params: those of the first run that are trained; None in the places of what is static in a module.
       digests: of file and data.
     """
 
@@ -57,6 +64,7 @@ class Prepared(NamedTuple):
     optimizer: AnyOptimizer
     settings: Any
     given: dict[str, float]
+    params: PyTree
     digests: dict[str, str]
 
     @property
@@ -68,11 +76,6 @@ class Prepared(NamedTuple):
     def key(self) -> jax.Array:
         """PRNG key of the run."""
         return jax.random.key(self.settings.seed)
-
-    @property
-    def params(self) -> PyTree:
-        """Shapes of the parameters."""
-        return jax.eval_shape(self.loaded.problem.start, self.key)
 
 
 def prepared(settings: Any) -> Prepared:
@@ -92,7 +95,24 @@ def prepared(settings: Any) -> Prepared:
     loaded = load_problem(settings.problem, digits_problem)
     settings = replace(settings, steps=_steps(loaded, settings.steps))
     defaults = {name: x for name, x in optimizer.hypers.items() if x is not None}
-    return Prepared(loaded, optimizer, settings, {**defaults, **given}, loaded.digests(settings.steps))
+    start, _ = loaded.problem.start(jax.random.key(settings.seed))
+    params = opened(f"hypergrad {settings.problem}", start).params
+    file = {} if loaded.path is None else {"file": file_digest(loaded.path)}
+    digests = file | {"data": _data_digest(loaded.problem, optimizer, settings.steps)}
+    return Prepared(loaded, optimizer, settings, {**defaults, **given}, params, digests)
+
+
+def _data_digest(problem: Problem, optimizer: AnyOptimizer, steps: int) -> str:
+    """A digest of the arrays that a run depends on, also of those that the user's functions close over."""
+
+    def run(key: jax.Array) -> jax.Array:
+        missing = {name: 1.0 for name, value in optimizer.hypers.items() if value is None}
+        trained = problem.train(missing, key, steps=steps, optimizer=optimizer, adjoint=Stored())
+        return problem.score(trained)
+
+    with readable_errors():
+        _, arrays, _ = closure_convert(run, jax.random.key(0))
+    return digest(arrays)
 
 
 def _steps(loaded: Loaded, steps: int | None) -> int:
@@ -103,8 +123,8 @@ def _steps(loaded: Loaded, steps: int | None) -> int:
     held = {np.shape(x)[:1] for x in jax.tree.leaves(batches)}
     if len(held) != 1 or held == {()}:
         raise RefusedError(
-            f"{loaded.path}: the batches of the problem must be arrays with the step as leading axis, all of "
-            "one length"
+            f"{loaded.path}: the batches of the problem must be arrays with the step as leading axis, all "
+            "of one length"
         )
     ((count,),) = held
     if steps not in (None, count):

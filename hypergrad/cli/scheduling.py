@@ -48,7 +48,7 @@ def prepare(settings: LearnSchedule) -> Job:
             f"--shape warmup-cosine --learn {settings.learn}: it is a shape for the learning rate only"
         )
     spread(settings.by, 0.0, p.params)  # refused before any work, if the parameters have no layers
-    name = f"{NAME}-{p.loaded.name}-{settings.optimizer}-{p.settings.steps}-steps-{settings.shape}"
+    name = f"{NAME}-{p.loaded.name}-{p.settings.optimizer}-{p.settings.steps}-steps-{settings.shape}"
     name = name.replace(":", "-") + ("" if settings.by == "all" else f"-by-{settings.by}")
     task = Task(p, names, partial(_begin, p, shape, names))
     return Job(p.settings, p.digests, name, partial(learn, task), p.loaded.path)

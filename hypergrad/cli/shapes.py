@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hypergrad import schedules
 from hypergrad._base.trees import PyTree
@@ -57,10 +56,12 @@ def shape_of(given: str, steps: int) -> Shape:
             f"--shape {given}: give a number of knots between 2 and {steps}, the number of steps, such as "
             f"knots:{min(10, steps)}"
         )
-    positions = np.linspace(0.0, steps - 1.0, int(count))
+    positions = jnp.linspace(0.0, steps - 1.0, int(count))
+    # Not flat, where the positions of the knots would have no derivative.
+    falling = jnp.linspace(1.0, 0.99, int(count))
     return Shape(
         f"straight lines between {count} knots",
-        lambda value: schedules.PiecewiseLinear(jnp.asarray(positions), jnp.full(len(positions), value)),
+        lambda value: schedules.PiecewiseLinear(positions, value * falling),
     )
 
 
@@ -86,6 +87,9 @@ def spread(by: str, schedule: Any, params: PyTree) -> PyTree:
         return schedule
     if jax.tree_util.all_leaves([params]):
         raise RefusedError(f"--by {by}: the parameters are one array; use --by all")
-    if by == "layer":
-        return schedules.per_layer(schedule, params)
-    return jax.tree.map(lambda _: schedule, params)
+    end = (lambda node: node is not params) if by == "layer" else None
+
+    def part(node: PyTree) -> Any:
+        return schedule if jax.tree.leaves(node) else None  # of a module, what is static has none
+
+    return jax.tree.map(part, params, is_leaf=end)

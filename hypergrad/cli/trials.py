@@ -31,7 +31,7 @@ def draws(problem: Problem) -> bool:
     Args:
       problem: the problem.
     """
-    return is_function(problem.init) or is_function(problem.batches)
+    return any(map(is_function, (problem.init, problem.batches, problem.model_state)))
 
 
 class RunError(ArithmeticError):

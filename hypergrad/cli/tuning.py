@@ -15,6 +15,7 @@ NAME = "tune"
 class Tune(Learning):
     """The settings of the command."""
 
+    trials: int = option(16, "training runs that look for a better start of all that is learned")
     learn: str = option(
         "", "hyperparameters to learn, separated by commas (default all that begin inside their domains)"
     )
@@ -29,5 +30,5 @@ def prepare(settings: Tune) -> Job:
     check_learning(settings)
     p = prepared(settings)
     names = learned_names(settings.learn, p, learnable_names(p))
-    name = f"{NAME}-{p.loaded.name}-{settings.optimizer}-{p.settings.steps}-steps"
+    name = f"{NAME}-{p.loaded.name}-{p.settings.optimizer}-{p.settings.steps}-steps"
     return Job(p.settings, p.digests, name, partial(learn, Task(p, names, dict)), p.loaded.path)
