@@ -30,7 +30,7 @@ from hypergrad.distillation import (
     load_distilled,
 )
 from hypergrad.implicit import linear
-from hypergrad.meta import Tuned, tune
+from hypergrad.meta import Tuned, load_tuned, tune
 from hypergrad.optimizers import (
     Asynchrony,
     adabelief,
@@ -152,6 +152,7 @@ __all__ = [
     "linear",
     "lion",
     "load_distilled",
+    "load_tuned",
     "madgrad",
     "meta",
     "momentum",

@@ -298,7 +298,7 @@ def transformer(
     Source: A. Vaswani et al., "Attention is all you need", 2017; A. Radford et al., "Language models are
     unsupervised multitask learners", 2019, for the order of the layers and the initial weights.
 
-    >>> init, apply = transformer(65, 32, width=16, depth=2, heads=2)
+    >>> init, apply = transformer(65, 32, width=16, depth=1, heads=2)
     >>> apply(init(jax.random.key(0)), jnp.zeros((3, 20), int)).shape
     (3, 20, 65)
     """

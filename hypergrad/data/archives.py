@@ -1,6 +1,7 @@
 """Images or tables with labels in ``.npz`` files."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,24 +52,19 @@ def read_npz(path: str | os.PathLike[str], *, test_share: float | None = None) -
     call, path = f"read_npz({str(path)!r}, test_share={test_share!r})", Path(path)
     if test_share is not None:
         check_share(call, test_share)
-    names: list[str] = []
-
-    def choose(there: list[str]) -> list[str]:
-        names.extend(_chosen(call, there))
-        return names
-
-    arrays = arrays_of(call, path.name, content_of(call, path, "Check the path."), choose)
+    content = content_of(call, path, "Check the path.")
+    arrays = arrays_of(call, path.name, content, partial(_chosen, call))
+    names = tuple(arrays)
     if len(names) == 4 and test_share is not None:
         raise ValueError(
             f"{call}: the file is split already, into {', '.join(names)}. Leave test_share out"
         )
     parts = [
-        (_inputs(call, names[k], arrays[k]), _labels(call, names[k + 1], arrays[k + 1]))
-        for k in range(0, len(names), 2)
+        (_inputs(call, x, arrays[x]), _labels(call, y, arrays[y])) for x, y in zip(names[::2], names[1::2])
     ]
     for inputs, labels in parts:
         if len(inputs) != len(labels) or inputs.shape[1:] != parts[0][0].shape[1:]:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(names, arrays))
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
             raise DataError(
                 f"{call}: the file holds {shapes}, but there must be one label for each example, and "
                 "examples of one shape. Write it again."
@@ -77,8 +73,8 @@ def read_npz(path: str | os.PathLike[str], *, test_share: float | None = None) -
     parts = [(inputs, labels.astype(np.int32)) for inputs, labels in parts]
     if len(parts) == 1:
         inputs, labels = parts[0]
-        names = [*map(str, range(classes))]
-        rows = split(call, labels, names, SHARE if test_share is None else test_share)
+        share = SHARE if test_share is None else test_share
+        rows = split(call, labels, [*map(str, range(classes))], share)
         parts = [(inputs[part], labels[part]) for part in rows]
     kind = Table if parts[0][0].ndim == 2 else Dataset
     return kind(*parts[0], *parts[1], path.stem, classes)

@@ -140,7 +140,7 @@ def omniglot(
     file = "omniglot_28.npz"
     content = _read(call, directory, "omniglot", file, None, file)
     wanted = ("images", "alphabet", "alphabet_id", "is_evaluation")
-    pixels, known, owner, evaluation = arrays_of(call, file, content, lambda _: wanted)
+    pixels, known, owner, evaluation = arrays_of(call, file, content, lambda _: wanted).values()
     right = pixels.dtype == np.uint8 and pixels.shape[1:] == (20, 28, 28)
     if not right or not owner.shape == evaluation.shape == pixels.shape[:1]:
         raise DataError(

@@ -93,7 +93,8 @@ def _parts(call: str, root: Path, test_share: float | None) -> list[dict[str, li
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"{call}: {root} {what}. Pass a folder that holds one sub-folder per class.")
     inside = {folder.name: _visible(folder) for folder in _visible(root) if folder.is_dir()}
-    if sorted(inside) != ["test", "train"] or not all(x.is_dir() for xs in inside.values() for x in xs):
+    deeper = all(any(path.is_dir() for path in paths) for paths in inside.values())
+    if sorted(inside) != ["test", "train"] or not deeper:
         return [_classes(call, root)]
     if test_share is not None:
         raise ValueError(
@@ -111,7 +112,8 @@ def _parts(call: str, root: Path, test_share: float | None) -> list[dict[str, li
 
 def _visible(folder: Path) -> list[Path]:
     """What is in a folder and not hidden, by name."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted(visible, key=lambda path: path.name)
 
 
 def _classes(call: str, root: Path) -> dict[str, list[Path]]:

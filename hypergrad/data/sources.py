@@ -54,8 +54,8 @@ def text_of(call: str, path: str | os.PathLike[str]) -> str:
 
 def arrays_of(
     call: str, file: str, content: bytes, choose: Callable[[list[str]], Sequence[str]]
-) -> list[np.ndarray]:
-    """Some of the arrays in a ``.npz`` file.
+) -> dict[str, np.ndarray]:
+    """Some of the arrays in a ``.npz`` file, by their names.
 
     Args:
       call: the user's call, for messages.
@@ -68,7 +68,7 @@ def arrays_of(
     """
     try:
         with np.load(io.BytesIO(content)) as archive:
-            return [archive[name] for name in choose(archive.files)]
+            return {name: archive[name] for name in choose(archive.files)}
     except DataError:  # of `choose`
         raise
     except (TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
