@@ -20,7 +20,7 @@ FLOORS = (
     ("bundles", "curvature"),
     ("program",),
     ("optimizers",),
-    ("adjoints",),
+    ("adjoints", "exports"),
     ("training",),
     ("implicit", "bilevel", "check"),
     ("meta",),
