@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from tqdm import TqdmWarning
 
 from hypergrad._base.dtypes import promoted
 from hypergrad._base.errors import out_of_memory, readable_errors
@@ -317,7 +317,10 @@ def kept_on_exit(run: MetaRun, save: Callable[[], int]) -> Iterator[None]:
 
 
 def progress_bar(run: MetaRun, **settings: Any) -> Any:
-    """A progress bar."""
+    """A progress bar: a widget in notebooks that have ipywidgets, and text everywhere else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmWarning)  # it would ask for ipywidgets
+        from tqdm.auto import tqdm
     return tqdm(desc="optimize", unit=run.unit, disable=not run.progress, **settings)
 
 
