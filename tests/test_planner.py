@@ -91,3 +91,13 @@ def test_leaves_out_reversal_where_it_is_impossible() -> None:
 def test_refuses_to_differentiate_in_what_there_is_not() -> None:
     with pytest.raises(ValueError, match=r"wrt=\('rates',\) must be some of"):
         hg.plan(**problem(), budget=1e12, wrt=("rates",))
+
+
+@pytest.mark.slow
+def test_plans_for_a_problem_with_a_state() -> None:
+    def loss(w: Any, meta: Any, step: Any, mean: Any) -> Any:
+        return jnp.sum(w**2), 0.5 * mean + w
+
+    given = {"hypers": {"learning_rate": 0.1}, "steps": 3, "budget": 1e9}
+    problem = hg.Problem(jnp.ones(3), loss, model_state=jnp.zeros(3))
+    assert hg.plan(problem, **given) == hg.plan(loss, jnp.ones(3), model_state=jnp.zeros(3), **given)

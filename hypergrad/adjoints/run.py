@@ -75,7 +75,9 @@ class Snapshot(NamedTuple):
       params: the parameters before the step, a tree.
       state: the optimizer's variables before the step, by name, each a tree like the parameters.
       loss: scalar, the inner loss at ``params``.
-      gradient: of the inner loss at ``params``, a tree like the parameters.
+      gradient: of the inner loss at ``params``, a tree like the parameters, or like what is trained of a
+        module.
+      model_state: the state of the model before the step; None if none was given.
     """
 
     step: Step
@@ -83,6 +85,7 @@ class Snapshot(NamedTuple):
     state: dict[str, PyTree]
     loss: Scalar
     gradient: PyTree
+    model_state: PyTree = None
 
 
 class Outputs(NamedTuple):

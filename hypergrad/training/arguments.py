@@ -106,13 +106,13 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
     names = ["params" + jax.tree_util.keystr(path) for path, _ in paths]
     for name, (_, x) in zip(names, paths):
         if why := why_no_array(x):
-            raise TypeError(f"{call}: {name} is {why}. {_PARTITION.format('pass arrays')}")
+            raise TypeError(f"{call}: {name} is {why}. {_OTHERS.format('pass the arrays')}")
     leaves = [jnp.asarray(x) for _, x in paths]
     for name, (_, x), leaf in zip(names, paths, leaves):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{call}: {name} is {leaf.dtype}, which has no gradient; pass float32 or float64 "
-                f"parameters. {_PARTITION.format('pass only those')}"
+                f"parameters. {_OTHERS.format('pass only those')}"
             )
         if leaf.dtype not in (jnp.float32, jnp.float64):
             raise TypeError(
@@ -123,9 +123,9 @@ def flat_params(call: str, params: PyTree) -> tuple[list[Array], Any, list[str]]
     return leaves, structure, names
 
 
-_PARTITION = (
-    "Of a module that holds other things too, {}: arrays, rest = equinox.partition(module, "
-    "equinox.is_inexact_array), and let the loss call equinox.combine(params, rest)"
+_OTHERS = (
+    "Of a tree {}; what else the loss needs belongs in meta, in model_state, or in what it closes over. Of "
+    "a module (a class that is a pytree, such as Equinox's) everything else is left alone"
 )
 
 
@@ -166,6 +166,9 @@ def flat_hypers(
                 scheduled[i][key] = x
             else:
                 fixed[i][key] = x[0]
+    if optimizer.by_moves:  # what is trained beside the parameters has none
+        more = len(names) - len(leaves)
+        fixed, scheduled = fixed + [{} for _ in range(more)], scheduled + [{} for _ in range(more)]
     return checked_hypers(call, optimizer, fixed, scheduled)
 
 
@@ -315,7 +318,7 @@ def _first_outside(arrays: Sequence[Array], low: float, high: float) -> Array:
 
 def continued(call: str, state: Mapping[str, PyTree] | None) -> tuple[Any, PyTree]:
     """The step at which a state ended, and the integers behind its floats."""
-    state = {} if state is None else state
+    state = state if isinstance(state, Mapping) else {}  # the optimizer refuses what is neither
     first = state.get(STEP, 0)
     if np.shape(first) != () or not jnp.issubdtype(jnp.result_type(first), jnp.integer):
         raise ValueError(f"{call}: state[{STEP!r}] must be the number of steps made before, one integer")

@@ -12,6 +12,7 @@ from jax import Array
 from hypergrad import schedules
 from hypergrad._base.checks import check_arrays, check_callable, checked_steps, shape_of
 from hypergrad._base.dtypes import widened
+from hypergrad._base.modules import Opened, opened
 from hypergrad._base.rules import has_custom_rule
 from hypergrad._base.tracing import Converted, closure_convert
 from hypergrad._base.trees import PyTree
@@ -19,7 +20,7 @@ from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Snapshot
 from hypergrad.adjoints.strategies import Adjoint
 from hypergrad.optimizers.momentum_family import momentum
-from hypergrad.program import EXACT, STEP, AnyOptimizer
+from hypergrad.program import EXACT, STEP, AnyOptimizer, Layout
 from hypergrad.training.arguments import (
     check_examples,
     check_scalar,
@@ -29,6 +30,7 @@ from hypergrad.training.arguments import (
     flat_hypers,
     flat_params,
 )
+from hypergrad.training.model_state import RUNNING, ModelState, with_state
 
 
 class Trained(NamedTuple):
@@ -42,16 +44,18 @@ class Trained(NamedTuple):
         where the floats are unchanged.  An optax optimizer has one entry, ``state``.
       losses: ``(T,)``, the inner loss at every step, before its update; differentiable.
       watched: what ``watch`` returned, every array with the steps as its leading axis.
+      model_state: the state of the model after the run; None if none was given.
     """
 
     params: PyTree
     state: dict[str, PyTree]
     losses: Array
     watched: PyTree
+    model_state: PyTree = None
 
 
 def train(
-    loss: Callable[[PyTree, PyTree, PyTree], Array],
+    loss: Callable[..., Array | tuple[Array, PyTree]],
     params: PyTree,
     hypers: Mapping[str, PyTree],
     meta: PyTree = None,
@@ -61,6 +65,7 @@ def train(
     optimizer: AnyOptimizer | None = None,
     adjoint: Adjoint | None = None,
     state: Mapping[str, PyTree] | None = None,
+    model_state: PyTree = None,
     watch: Callable[[Snapshot], PyTree] | None = None,
 ) -> Trained:
     """Train for a number of steps; differentiable in all its inputs.
@@ -70,9 +75,12 @@ def train(
     those the loss closes over; only those that are differentiated cost anything.
 
     Args:
-      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  An optimizer that looks
-        at single examples passes it batches of one, and minimizes the mean.
-      params: initial parameters, a pytree of float32 or float64 arrays.
+      loss: ``loss(params, meta, batch) -> scalar``, a JAX function; traced once.  With ``model_state``,
+        ``loss(params, meta, batch, state) -> (scalar, state)``.  An optimizer that looks at single examples
+        passes it batches of one, and minimizes the mean.
+      params: initial parameters, a pytree of float32 or float64 arrays, or with modules in it, such as
+        Equinox's, of which the arrays of floats are trained and all else is static.  Of a Flax NNX module,
+        variables of type ``nnx.Param`` are trained, and the others are its state.
       hypers: hyperparameters of the optimizer by name.  Each is a tree that is a prefix of ``params`` (a
         number for all, or one per layer, or one per leaf) of numbers, of schedules (optax's or those of
         `hypergrad.schedules`), or of ``(T, ...)`` arrays, the leading axis being the step and the others
@@ -87,6 +95,9 @@ def train(
       adjoint: how to differentiate, by default `hypergrad.Reversible`.
       state: start of the optimizer's variables by name, such as ``{"velocity": tree}``, zeros if absent; or
         ``state`` of another `Trained`.
+      model_state: start of what the loss changes by itself: running statistics of batch normalization,
+        counters, random streams; any pytree of arrays.  Everything is reversible but a state that depends
+        on parameters or batches and is not a running average with a constant decay, unread by the loss.
       watch: ``watch(snapshot) -> pytree``, called before every step (see `Snapshot`); differentiable.
 
     Returns:
@@ -115,50 +126,38 @@ def train(
     adjoint = Reversible() if adjoint is None else adjoint
     call = checked_call("train", steps, optimizer, adjoint)
     steps = checked_steps(call, steps)
-    check_callable(call, "loss", loss, "params", "meta", "batch")
+    arguments = ["params", "meta", "batch", *([] if model_state is None else ["state"])]
+    check_callable(call, "loss", loss, *arguments)
     check_arrays(call, "meta", meta)
-    params, split = _in_blocks(call, optimizer, params)
-    leaves, structure, names = flat_params(call, params)
-    params = structure.unflatten(leaves)
-    if isinstance(hypers, Mapping):
-        hypers = schedules.values(dict(hypers), steps)
-    fixed, scheduled = flat_hypers(call, optimizer, hypers, params, names, steps)
-    at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
-    start, layout = optimizer.start(call, state, at_start, params)
     first, exact = continued(call, state)
     numbers = first + np.arange(steps, dtype=np.int32)
-    batches, batch = _batches(call, optimizer, batches, numbers)
+    batches = checked_batches(call, numbers if batches is None else batches, steps)
+    task = _task(call, _Parts(loss, params, meta, batches, optimizer), model_state, numbers)
+    params, split = _in_blocks(task)
+    names = task.names if task.optimizer.blocks is None else flat_params(call, params)[2]
+    if isinstance(hypers, Mapping):
+        hypers = {name: task.opened.like(tree) for name, tree in hypers.items()}
+        hypers = schedules.values(hypers, steps)
+    fixed, scheduled = flat_hypers(call, task.optimizer, hypers, params, names, steps)
+    at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
+    start, layout = task.optimizer.start(call, state, at_start, params)
+    batches, batch = _batches(call, task.optimizer, task.parts.batches, numbers)
 
-    # The user's functions are traced only once, here, on shapes alone; only their jaxprs are used below.
-    shapes = jax.tree.map(shape_of, (params, meta, batch))
-    converted, captured, value = _trace_loss(call, optimizer, loss, split, shapes)
-    observe, more = _trace_observe(optimizer, split, shapes)
-    run = Run(
-        call=call,
-        optimizer=optimizer,
-        loss=converted,
-        watch=None,
-        layout=layout,
-        steps=steps,
-        captured=len(captured) + len(more),
-        x64=jnp.result_type(float) == jnp.float64,
-        arguments=jax.tree.structure(shapes[1:]),
-        observe=observe,
-        names=tuple(names),
-        custom=has_custom_rule(converted.jaxpr),
-    )
+    shapes = jax.tree.map(shape_of, (params, task.parts.meta, batch))
+    run, captured, value = _traced(call, task, split, shapes, (layout, steps, names))
     of_watch: list[Array] = []
     if watch is not None:
         variables = run.state_of(jax.tree.map(shape_of, start))
-        run, of_watch = _trace_watch(run, watch, split, (shapes[0], variables, value))
-    meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(meta)]
-    constants = Constants([*captured, *more, *meta_leaves], fixed, of_watch, exact)
+        run, of_watch = _trace_watch(run, watch, _shown(task, split), (shapes[0], variables, value))
+    meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(task.parts.meta)]
+    constants = Constants([*captured, *meta_leaves], fixed, of_watch, exact)
     batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
     inputs = Inputs(batch_leaves, scheduled, jnp.asarray(numbers))
     end, outputs = adjoint(run, start, constants, inputs)
-    trained = split(structure.unflatten(run.params_of(end)))
-    ended = run.state_of(end) | (_told(first + np.int32(steps), outputs) if optimizer.by_moves else {})
-    return Trained(trained, ended, outputs.loss, outputs.watched)
+    last = first + np.int32(steps)
+    trained = task.users(split(layout.params.unflatten(run.params_of(end))), run.state_of(end), last)
+    told = _told(last, outputs) if optimizer.by_moves else {}
+    return Trained(trained.params, trained.state | told, outputs.loss, outputs.watched, trained.model_state)
 
 
 def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
@@ -166,15 +165,90 @@ def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
     return {STEP: jnp.asarray(step)} | ({} if outputs.exact is None else {EXACT: outputs.exact})
 
 
-Split = Callable[[PyTree], PyTree]  # from what the optimizer moves to the user's parameters
+class _Parts(NamedTuple):
+    """What is trained: by the user's words, or by those of the run."""
+
+    loss: Callable[..., Any]
+    params: PyTree
+    meta: PyTree
+    batches: PyTree
+    optimizer: AnyOptimizer
 
 
-def _in_blocks(call: str, optimizer: AnyOptimizer, params: PyTree) -> tuple[PyTree, Split]:
-    """What the optimizer moves, and the map back to the user's parameters, for the user's functions."""
-    blocks = optimizer.blocks
+class _Users(NamedTuple):
+    """Where a run is, in the user's words."""
+
+    params: PyTree
+    state: dict[str, PyTree]
+    model_state: PyTree
+
+
+class _Task(NamedTuple):
+    """What is trained, after modules have been opened and a model's state has been put beside them.
+
+    Attributes:
+      parts: those of the run.
+      names: of the leaves of its parameters, for messages.
+      opened: the user's parameters.
+      state: of the model; None if it has none.
+    """
+
+    parts: _Parts
+    names: list[str]
+    opened: Opened
+    state: ModelState | None
+
+    @property
+    def optimizer(self) -> AnyOptimizer:
+        """The optimizer of the run."""
+        return self.parts.optimizer
+
+    def users(self, params: PyTree, variables: Mapping[str, PyTree], step: Any) -> _Users:
+        """The parameters, the optimizer's variables and the state of the model as the user knows them."""
+        if self.state is None:
+            return _Users(self.opened.close(params), dict(variables), None)
+        own = {name: x for name, x in variables.items() if name != RUNNING}
+        after = self.state.at(params, variables.get(RUNNING, []), step)
+        if self.opened.state is None:
+            return _Users(self.opened.close(params[0]), own, after)
+        return _Users(self.opened.close(params[0], after), own, None)
+
+
+def _task(call: str, parts: _Parts, model_state: PyTree, numbers: Any) -> _Task:
+    """Open modules, and put the state of the model beside the parameters."""
+    loss, params = parts.loss, parts.params
+    opening = opened(call, params)
+    leaves, structure, names = flat_params(call, opening.params)
+    params = structure.unflatten(leaves)
+    if opening.state is not None:
+        if model_state is not None:
+            raise TypeError(
+                f"{call}: the module in params has a state of its own, so model_state must be left out"
+            )
+        model_state = opening.state
+
+    def of_arrays(params: PyTree, meta: PyTree, batch: PyTree, *state: PyTree) -> Any:
+        module = opening.close(params, *(() if opening.state is None else state))
+        if opening.state is None:
+            return loss(module, meta, batch, *state)
+        return loss(module, meta, batch), opening.state_of(module)
+
+    if model_state is None:
+        return _Task(parts._replace(loss=of_arrays, params=params), names, opening, None)
+    found, state = with_state(
+        call, of_arrays, (params, parts.meta, parts.batches), model_state, numbers, parts.optimizer
+    )
+    return _Task(_Parts(state.value, *found), [*names, *state.names], opening, state)
+
+
+Split = Callable[[PyTree], PyTree]  # from what the optimizer moves to the parameters of the task
+
+
+def _in_blocks(task: _Task) -> tuple[PyTree, Split]:
+    """What the optimizer moves, and the map back to the parameters, for the user's functions."""
+    blocks, params = task.optimizer.blocks, task.parts.params
     if blocks is None:
         return params, lambda merged: merged
-    flat_params(call, params)  # refuses
     like = jax.tree.map(shape_of, params)
     return blocks.merge(params), lambda merged: blocks.split(merged, like)
 
@@ -193,18 +267,36 @@ def _batches(
     return batches, batch
 
 
-def _trace_loss(
-    call: str, optimizer: AnyOptimizer, loss: Callable[..., Any], split: Split, shapes: Any
-) -> tuple[Converted, list[Array], Any]:
-    """The loss as a function of what the optimizer moves; what it closes over; the shape of its value."""
-    observes = optimizer.observe is not None
+def _traced(
+    call: str, task: _Task, split: Split, shapes: Any, settings: tuple[Layout, int, list[str]]
+) -> tuple[Run, list[Array], Any]:
+    """The run without a watch function; what it closes over; and the shape of the loss.
 
-    def loss_of(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
-        return loss(split(merged), meta, batch[0] if observes else batch)
+    The user's functions are traced only once, here, on shapes alone; only their jaxprs are used later.
+    """
+    optimizer, (layout, steps, names) = task.optimizer, settings
 
-    converted, captured, value = closure_convert(loss_of, *shapes)
+    def loss(merged: PyTree, meta: PyTree, batch: PyTree) -> Any:
+        return task.parts.loss(split(merged), meta, batch if optimizer.observe is None else batch[0])
+
+    converted, captured, value = closure_convert(loss, *shapes)
     check_scalar(call, value)
-    return converted, captured, value
+    observe, more = _trace_observe(optimizer, split, shapes)
+    run = Run(
+        call=call,
+        optimizer=optimizer,
+        loss=converted,
+        watch=None,
+        layout=layout,
+        steps=steps,
+        captured=len(captured) + len(more),
+        x64=jnp.result_type(float) == jnp.float64,
+        arguments=jax.tree.structure(shapes[1:]),
+        observe=observe,
+        names=tuple(names),
+        custom=has_custom_rule(converted.jaxpr),
+    )
+    return run, [*captured, *more], value
 
 
 def _trace_observe(
@@ -222,16 +314,25 @@ def _trace_observe(
     return converted, captured
 
 
-def _trace_watch(run: Run, watch: Callable[..., Any], split: Split, shapes: Any) -> tuple[Run, list[Array]]:
+def _shown(task: _Task, split: Split) -> Callable[[Snapshot], Snapshot]:
+    """A function from what the run sees of a step to what the user sees."""
+
+    def show(snapshot: Snapshot) -> Snapshot:
+        users = task.users(split(snapshot.params), snapshot.state, snapshot.step)
+        gradient = split(snapshot.gradient)
+        gradient = gradient if task.state is None else gradient[0]
+        return snapshot._replace(**users._asdict(), gradient=gradient)
+
+    return show
+
+
+def _trace_watch(
+    run: Run, watch: Callable[..., Any], shown: Callable[[Snapshot], Snapshot], shapes: Any
+) -> tuple[Run, list[Array]]:
     """The run with the watch function, and what that closes over."""
     check_callable(run.call, "watch", watch, "snapshot")
     params, variables, value = shapes
     number: Any = jax.ShapeDtypeStruct((), np.dtype("int32"))
     snapshot = Snapshot(number, params, variables, value, params)
-
-    def show(snapshot: Snapshot) -> PyTree:
-        shown = {"params": split(snapshot.params), "gradient": split(snapshot.gradient)}
-        return watch(snapshot._replace(**shown))
-
-    converted, captured, _ = closure_convert(show, snapshot)
+    converted, captured, _ = closure_convert(lambda snapshot: watch(shown(snapshot)), snapshot)
     return replace(run, watch=converted), captured

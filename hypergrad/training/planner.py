@@ -47,6 +47,7 @@ from hypergrad.adjoints.tapes import destroyed_bits
 from hypergrad.program import AnyOptimizer, Leaf
 from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
+from hypergrad.training.problem import Problem
 
 TIMES = {"Stored": 2.9, "Reversible": 3.7, "Checkpointed": 3.9, "Reversible in segments": 4.8}
 SHORT = 4  # steps of the runs that are measured
@@ -89,14 +90,15 @@ class Plan(NamedTuple):
 
 
 def plan(
-    loss: Callable[[PyTree, PyTree, PyTree], Array],
-    params: PyTree,
-    hypers: Mapping[str, PyTree],
+    loss: Problem | Callable[..., Any],
+    params: PyTree = None,
+    hypers: Mapping[str, PyTree] | None = None,
     meta: PyTree = None,
     batches: PyTree = None,
     *,
     steps: int,
     optimizer: AnyOptimizer | None = None,
+    model_state: PyTree = None,
     budget: float,
     wrt: tuple[str, ...] = ("hypers",),
 ) -> Plan:
@@ -105,13 +107,15 @@ def plan(
     It compiles hypergradients of a few steps, and runs nothing.
 
     Args:
-      loss: as for `hypergrad.train`, like the following arguments.
+      loss: as for `hypergrad.train`, like the following arguments; or a `hypergrad.Problem`, which has all
+        of them but ``hypers``.
       params: initial parameters.
       hypers: hyperparameters; their current values determine how many bits a step destroys.
       meta: passed to the loss.
       batches: batches by step.
       steps: ``T >= 1``.
       optimizer: the optimizer, by default `hypergrad.momentum`.
+      model_state: start of what the loss changes by itself.
       budget: bytes of memory in addition to arguments and results.
       wrt: what will be differentiated: any of ``"params", "hypers", "meta", "batches"``.
 
@@ -145,7 +149,12 @@ def plan(
         captured.append((run, (start, constants, inputs)))
         return start, Outputs(jnp.zeros(run.steps), None)
 
-    train(loss, params, hypers, meta, batches, steps=steps, optimizer=optimizer, adjoint=spy)
+    settings: Any = {"steps": steps, "optimizer": optimizer, "adjoint": spy}
+    hypers = {} if hypers is None else hypers
+    if isinstance(loss, Problem):
+        loss.train(hypers, **settings)
+    else:
+        train(loss, params, hypers, meta, batches, model_state=model_state, **settings)
     run, arrays = captured[0]
     sizes = _Sizes(run, arrays, wrt)
     estimates = [sizes.estimate(name, make) for name, make in _candidates(run, arrays)]

@@ -27,6 +27,9 @@ class Problem:
       validation: ``validation(params) -> scalar``, minimized by what is learned; by default the mean of the
         training losses of the last tenth of the run.
       meta: passed to the loss.
+      model_state: start of what the loss changes by itself, or a function from a key to it, as for
+        `hypergrad.train`; then it is ``loss(params, meta, batch, state) -> (scalar, state)`` and
+        ``validation(params, state)``.
 
     Raises:
       TypeError: a function cannot be called with these arguments.
@@ -40,28 +43,33 @@ class Problem:
     """
 
     init: PyTree | Callable[[Array], PyTree]
-    loss: Callable[[PyTree, PyTree, PyTree], Array]
+    loss: Callable[..., Any]
     batches: PyTree | Callable[[Array, int], PyTree] = None
-    validation: Callable[[PyTree], Array] | None = None
+    validation: Callable[..., Array] | None = None
     meta: PyTree = None
+    model_state: PyTree | Callable[[Array], PyTree] = None
 
     def __post_init__(self) -> None:
         call = "Problem(init, loss, batches, validation)"
-        check_callable(call, "loss", self.loss, "params", "meta", "batch")
-        if is_function(self.init):
-            check_callable(call, "init", self.init, "key")
+        state = () if self.model_state is None else ("state",)
+        check_callable(call, "loss", self.loss, "params", "meta", "batch", *state)
+        for name in ("init", "model_state"):
+            if is_function(getattr(self, name)):
+                check_callable(call, name, getattr(self, name), "key")
         if is_function(self.batches):
             check_callable(call, "batches", self.batches, "key", "steps")
         if self.validation is not None:
-            check_callable(call, "validation", self.validation, "params")
+            check_callable(call, "validation", self.validation, "params", *state)
 
-    def start(self, key: Array) -> PyTree:
-        """The parameters at the start of a run.
+    def start(self, key: Array) -> tuple[PyTree, PyTree]:
+        """The parameters and the state of the model at the start of a run.
 
         Args:
           key: PRNG key of the run.
         """
-        return self.init(jax.random.split(key)[0]) if is_function(self.init) else self.init
+        key = jax.random.split(key)[0]
+        params, state = (x(key) if is_function(x) else x for x in (self.init, self.model_state))
+        return params, state
 
     def train(
         self,
@@ -85,15 +93,17 @@ class Problem:
         batches = self.batches
         if is_function(batches):
             batches = batches(jax.random.split(key)[1], steps)
+        params, state = self.start(key)
         return train(
             self.loss,
-            self.start(key),
+            params,
             hypers,
             self.meta,
             batches,
             steps=steps,
             optimizer=optimizer,
             adjoint=adjoint,
+            model_state=state,
         )
 
     def score(self, trained: Trained) -> Array:
@@ -104,7 +114,8 @@ class Problem:
         """
         if self.validation is None:
             return jnp.mean(trained.losses[-max(1, len(trained.losses) // 10) :])
-        return self.validation(trained.params)
+        state = () if self.model_state is None else (trained.model_state,)
+        return self.validation(trained.params, *state)
 
     def objective(self, **settings: Any) -> Callable[[Mapping[str, PyTree], Array], Array]:
         """The score as a function of hyperparameters and a key, as `hypergrad.meta.optimize` takes it.
