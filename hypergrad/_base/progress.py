@@ -2,8 +2,11 @@
 
 import sys
 import time
+import warnings
 from types import TracebackType
 from typing import Any
+
+from tqdm import TqdmWarning
 
 EVERY = 10.0  # seconds between lines
 
@@ -56,8 +59,9 @@ class Progress:
         self._first = self._done = self._told = initial
         self._started = self._last = time.monotonic()
         if self.shown and _has_bars():
-            from tqdm.auto import tqdm  # looks for a notebook, so only where there may be one
-
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TqdmWarning)  # without ipywidgets a bar of text will do
+                from tqdm.auto import tqdm  # looks for a notebook, so only where there may be one
             self._bar = tqdm(desc=self.name, unit=unit, total=total, initial=initial)
 
     def advance(self, note: str = "") -> None:
