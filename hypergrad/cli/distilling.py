@@ -90,11 +90,11 @@ def _examples(given: str) -> Examples:
     if isinstance(loaded, data.Text):
         raise RefusedError(f"{given}: a text has no classes; give images or a table with labels")
     inputs = "images" if isinstance(loaded, data.Dataset) else "inputs"
-    parts = (
+    train, test = (
         (getattr(loaded, f"{part}_{inputs}"), getattr(loaded, f"{part}_labels"))
         for part in ("train", "test")
     )
-    return Examples(*parts, loaded.classes)
+    return Examples(train, test, loaded.classes)
 
 
 def _network(kind: str, shape: tuple[int, ...], classes: int, width: int) -> Network:

@@ -86,12 +86,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"hypergrad {version('hypergrad-jax')}")
     kinds = parser.add_subparsers(dest="command", metavar="command", required=True)
-    again = Command("run again from a configuration, and compare the numbers", Replay, lambda _: None)
-    for name, command in {**COMMANDS, replaying.NAME: again}.items():
-        sub = kinds.add_parser(
-            name, help=command.about, description=f"{command.about[:1].upper()}{command.about[1:]}."
-        )
-        add_flags(sub, command.settings)
+    about = {name: (command.about, command.settings) for name, command in COMMANDS.items()}
+    about[replaying.NAME] = ("run again from a configuration, and compare the numbers", Replay)
+    for name, (words, settings) in about.items():
+        sub = kinds.add_parser(name, help=words, description=f"{words[:1].upper()}{words[1:]}.")
+        add_flags(sub, settings)
         sub.add_argument("--out", help="folder of the run (default a readable name in this folder)")
         sub.add_argument("--quiet", action="store_true", help="show no progress")
         sub.add_argument("--traceback", action="store_true", help="show where an error was raised")
@@ -123,4 +122,4 @@ def _warn_by(progress: Progress) -> None:
     def show(message: Any, *place: Any) -> None:
         progress.say(f"warning: {' '.join(str(message).split())}")
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]

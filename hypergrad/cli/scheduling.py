@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from hypergrad._base.trees import PyTree
 from hypergrad.cli.learning import Learning, Task, check_learning, learn
@@ -38,7 +39,7 @@ def prepare(settings: LearnSchedule) -> Job:
     """
     check_learning(settings)
     defaults = ON_DIGITS if settings.problem == DIGITS else ELSEWHERE
-    given = {name: getattr(settings, name) or value for name, value in defaults.items()}
+    given: dict[str, Any] = {name: getattr(settings, name) or value for name, value in defaults.items()}
     settings = replace(settings, **given)
     p = prepared(settings)
     shape = shape_of(settings.shape, p.settings.steps)
@@ -47,7 +48,7 @@ def prepare(settings: LearnSchedule) -> Job:
         raise RefusedError(
             f"--shape warmup-cosine --learn {settings.learn}: it is a shape for the learning rate only"
         )
-    spread(settings.by, 0.0, p.params)  # refused before any work, if the parameters have no layers
+    spread(str(settings.by), 0.0, p.params)  # refused before any work, if the parameters have no layers
     name = f"{NAME}-{p.loaded.name}-{p.settings.optimizer}-{p.settings.steps}-steps-{settings.shape}"
     name = name.replace(":", "-") + ("" if settings.by == "all" else f"-by-{settings.by}")
     task = Task(p, names, partial(_begin, p, shape, names))
