@@ -84,7 +84,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.optimizers.kfac import layers
-from hypergrad.training import Estimate, Plan, Trained, plan, train
+from hypergrad.training import Estimate, Plan, Trained, accumulated, plan, train
 
 __version__ = version("hypergrad-jax")
 
@@ -110,6 +110,7 @@ __all__ = [
     "Trained",
     "Truncated",
     "Tuned",
+    "accumulated",
     "adabelief",
     "adadelta",
     "adafactor",
