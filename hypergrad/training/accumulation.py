@@ -41,8 +41,8 @@ def accumulated(loss: Loss) -> Loss:
         shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
             raise ValueError(
-                "accumulated(loss): the arrays of a batch need a leading axis of microbatches in common, and "
-                f"have the shapes {[list(shape) for shape in shapes]}; reshape batches (T, n, ...) to "
+                "accumulated(loss): the arrays of a batch need a leading axis of microbatches in common, "
+                f"and have the shapes {[list(shape) for shape in shapes]}; reshape batches (T, n, ...) to "
                 "(T, k, n // k, ...)"
             )
         each = jax.checkpoint(lambda one: loss(params, meta, one))
