@@ -84,7 +84,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.optimizers.kfac import layers
-from hypergrad.training import Estimate, Plan, Problem, Trained, plan, train
+from hypergrad.training import Estimate, Plan, Problem, Trained, accumulated, plan, train
 
 __version__ = version("hypergrad-jax")
 
@@ -111,6 +111,7 @@ __all__ = [
     "Trained",
     "Truncated",
     "Tuned",
+    "accumulated",
     "adabelief",
     "adadelta",
     "adafactor",

@@ -1,5 +1,6 @@
 """What is exported trains as `hypergrad.train` does, in optax and in PyTorch."""
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -568,3 +569,36 @@ def test_what_is_no_optimizer_is_refused() -> None:
         TypeError, match=r"as_json\(adam, hypers, steps\): the first argument is the optimizer"
     ):
         exports.as_json(hg.adam, RATE, 2)  # type: ignore[arg-type]
+
+
+# What `docs/optimizers.md` lists, in names or defaults.
+OTHERWISE = {
+    "sm3": {"eps"},
+    "signum": {"weight_decay"},
+    "adafactor": {"momentum", "weight_decay_rate"},
+    "adadelta": {"learning_rate"},
+    "prodigy": {"b1", "b2"},
+    "dadapt_adamw": {"b1", "b2"},
+}
+
+
+OF_OTHERS = {
+    "sophia",
+    "partition",
+    "clip",
+    "clip_by_global_norm",
+}  # which take other optimizers or functions
+
+
+@pytest.mark.parametrize("where", [optax, optax.contrib], ids=["optax", "contrib"])
+def test_names_and_defaults_are_those_of_optax(where: Any) -> None:
+    seen = 0
+    for name in sorted(set(hg.optimizers.__all__) & set(dir(where)) - OF_OTHERS):
+        ours = getattr(hg, name)()
+        theirs = inspect.signature(getattr(where, name)).parameters
+        for key, default in ours.hypers.items():
+            if key not in OTHERWISE.get(name, ()):
+                expected = theirs[key].default
+                assert default == (None if expected is inspect.Parameter.empty else expected), (name, key)
+                seen += 1
+    assert seen > 10
