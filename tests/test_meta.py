@@ -1,6 +1,9 @@
+import io
 import math
 import os
+import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +18,8 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import constraints, files, meta
+from hypergrad._base import progress
+from hypergrad.constraints import real
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.runs import HypergradientExplosion, SeedFailure
 
@@ -779,16 +784,6 @@ def test_an_objective_without_its_aux_is_refused():
         run(lambda x, key: x, 1.0, has_aux=True)
 
 
-if __name__ == "__main__":  # the run that is killed
-    from tests import conftest as conftest  # it compiles as the run that goes on
-
-    jax.config.update("jax_disable_most_optimizations", sys.argv[3] == "True")
-    # Slow writes, so that the kill often falls into one.
-    os.fsync = lambda descriptor: time.sleep(0.04)
-    long_run(sys.argv[1], steps=KILLED[sys.argv[1]], checkpoint=sys.argv[2])
-    sys.exit("not killed in time")
-
-
 def test_select_returns_the_best_values_and_not_the_last(tmp_path):
     def run(steps, checkpoint=None):
         return meta.optimize(
@@ -864,3 +859,250 @@ def test_a_score_that_is_no_number_never_wins():
 def test_bad_selections_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         meta.optimize(lambda h, key: h**2, jnp.float32(0.5), progress=False, **settings)
+
+
+# ---- callbacks
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), LBFGSB()], ids=["adam", "lbfgsb"])
+def test_a_callback_is_told_of_every_new_iteration_in_plain_numbers(tmp_path, optimizer):
+    told = []
+    settings = {"optimizer": optimizer, "constraints": CONSTRAINTS, "checkpoint": tmp_path / "run.npz"}
+    first = run(quadratic, START, steps=2, callback=told.append, **settings)
+    count = len(first.history.loss)
+    assert [step.iteration for step in told] == list(range(count))
+    assert [step.loss for step in told] == first.history.loss.tolist()
+    assert [step.gradient_norm for step in told] == first.history.gradient_norm.tolist()
+    assert told[0].hypers["momentum"] == pytest.approx(0.5) and type(told[0].hypers["momentum"]) is float
+    assert isinstance(told[0].hypers["rate"], np.ndarray) and told[0].seconds > 0
+    later = []
+    whole = run(quadratic, START, steps=4, callback=later.append, **settings)
+    assert [step.iteration for step in later] == list(range(count, len(whole.history.loss)))
+    for step in told + later:
+        assert float(quadratic(step.hypers, None)) == pytest.approx(step.loss, rel=1e-4)
+
+
+def test_what_a_callback_raises_ends_the_run_with_everything_saved(tmp_path):
+    path = tmp_path / "run.npz"
+
+    def callback(step):
+        if step.iteration == 3:
+            assert files.load(path)[1]["rows"] == 3  # the last one is not due yet
+            raise RuntimeError("the tracker is down")
+
+    settings = {"steps": 9, "checkpoint": path, "checkpoint_every": 3}
+    with pytest.raises(RuntimeError, match="the tracker is down"):
+        run(quadratic, START, callback=callback, **settings)
+    assert files.load(path)[1]["rows"] == 4
+    assert_same(run(quadratic, START, **settings), run(quadratic, START, steps=9))
+
+
+def test_a_callback_writes_for_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("tensorboardX")
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+
+        def callback(step):
+            writer.add_scalar("loss", step.loss, step.iteration)
+            writer.add_scalars("hypers", {"momentum": step.hypers["momentum"]}, step.iteration)
+            writer.add_histogram("rate", step.hypers["rate"], step.iteration)
+
+        run(quadratic, START, steps=3, callback=callback)
+    assert all(file.stat().st_size > 200 for file in tmp_path.glob("events*")) and list(tmp_path.iterdir())
+
+
+def test_a_callback_that_takes_something_else_is_refused():
+    with pytest.raises(
+        TypeError, match=r"optimize: callback is called as callback\(step\), and takes \(\)"
+    ):
+        run(untouchable, START, callback=lambda: None)
+
+
+# ---- retries, the loss as the score, and signs
+
+
+def test_a_meta_step_over_a_cliff_is_halved():
+    def objective(x, key):
+        return jnp.where(x > 2.0, jnp.nan, (x - 1.9) ** 2)
+
+    settings = {"optimizer": optax.sgd(2.0), "steps": 3}
+    with pytest.warns(HypergradientExplosion, match="iteration 1: .* the loss nan"):
+        run(objective, 1.0, **settings)
+    best = run(objective, 1.0, retries=2, **settings)  # to 4.6, 2.8, 1.9
+    np.testing.assert_allclose(best.history.loss[:2], [0.81, 0.0], atol=1e-6)
+    assert best.stopped == ""
+    with pytest.warns(HypergradientExplosion, match="iteration 1"):
+        assert float(run(objective, 1.0, retries=1, **settings).hypers) == 1.0
+
+
+def test_halved_meta_steps_are_the_same_after_resuming(tmp_path):
+    settings = {"optimizer": optax.sgd(0.2), "retries": 3}
+    saved = {"checkpoint": tmp_path / "run.npz"}
+    objective = failing(ArithmeticError("lost"))
+    with pytest.warns(HypergradientExplosion):
+        whole = run(objective, 1.0, steps=20, **settings)
+    run(objective, 1.0, steps=2, **settings, **saved)
+    with pytest.warns(HypergradientExplosion):
+        assert_same(run(objective, 1.0, steps=20, **settings, **saved)[:3], whole[:3])
+    assert 0.7 <= float(whole.hypers) < 0.72
+    with pytest.raises(ValueError, match="retries there: 3; here: None"):
+        run(objective, 1.0, steps=20, **(settings | {"retries": 0}), **saved)
+
+
+def test_the_loss_itself_can_choose_the_result(tmp_path):
+    settings = {"optimizer": optax.sgd(1.05), "select": "loss"}  # it swings further every time
+    best = run(lambda x, key: (x - 1.0) ** 2, 0.0, steps=5, **settings)
+    passed = 1.0 - (-1.1) ** np.arange(6.0)
+    np.testing.assert_allclose(list(best.scores.values()), (passed - 1.0) ** 2, rtol=1e-4)
+    assert list(best.scores) == list(range(6)) and len(best.history.loss) == 5
+    assert float(best.hypers) == 0.0
+    run(lambda x, key: (x - 1.0) ** 2, 0.0, steps=2, checkpoint=tmp_path / "run", **settings)
+    again = run(lambda x, key: (x - 1.0) ** 2, 0.0, steps=5, checkpoint=tmp_path / "run", **settings)
+    assert again.scores == best.scores and again.hypers == best.hypers
+    assert run(quadratic, START, steps=0, select="loss").scores == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"retries": -1},
+            ValueError,
+            r"retries=-1\): retries must be a whole number, at least 0",
+        ),
+        ({"retries": 1, "optimizer": LBFGSB()}, ValueError, r"optimize\(retries=1, .*the line searches"),
+        (
+            {"select": "los"},
+            TypeError,
+            r"optimize\(select='los'\): neither a .*nor the word 'loss'",
+        ),
+    ],
+)
+def test_bad_retries_and_scores_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        run(untouchable, START, **settings)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(1.0), LBFGSB()], ids=["sgd", "lbfgsb"])
+def test_a_rate_that_becomes_negative_is_named_once(optimizer):
+    hypers = {"adamw.learning_rate": (0.1, np.float32([0.1, 0.2])), "shift": 0.5}
+
+    def objective(hypers, key):
+        return sum(jnp.sum((x + 1.0) ** 2) for x in jax.tree.leaves(hypers))
+
+    with pytest.warns(meta.NegativeWarning) as announced:
+        run(objective, hypers, optimizer=optimizer, steps=4)
+    assert len(announced) == 1 and announced[0].filename == __file__
+    assert re.match(
+        r"optimize: 'adamw.learning_rate' has become negative \(-\d.*constraints=\{'adamw.learning_rate': ",
+        str(announced[0].message),
+    )
+    run(objective, {"shift": 0.5}, steps=40)
+    run(
+        objective,
+        hypers,
+        steps=40,
+        constraints={"adamw.learning_rate": constraints.positive, "shift": real},
+    )
+    run(objective, {"lr": -0.5}, steps=2)  # began there
+
+
+def test_warnings_point_at_the_line_that_calls():
+    with pytest.warns(hg.implicit.ZeroHypergradientWarning) as announced:
+        run(lambda x, key: 0.0 * x, 1.0, steps=1)
+    assert announced[0].filename == __file__
+
+
+# ---- rates that adapt
+
+
+def test_every_coordinate_finds_its_rate():
+    """Of sensitivities ten thousandfold apart, the minima are reached in fewer steps than by Adam."""
+    scales = jnp.array([1.0, 1e-2, 1e-4])
+
+    def objective(x, key):
+        return jnp.sum(scales * (x - jnp.array([1.0, 3.0, 9.0])) ** 2)
+
+    def distance(optimizer):
+        found = run(objective, jnp.zeros(3), optimizer=optimizer, steps=40).hypers
+        return np.max(abs(np.asarray(found) - [1, 3, 9]))
+
+    assert distance(meta.delta_bar_delta()) < 0.2
+    assert distance(optax.adam(0.1)) > 2.0
+
+
+def test_a_jump_of_the_loss_leads_back_to_the_best_values():
+    optimizer = meta.delta_bar_delta(0.5)
+    raw, state = jnp.zeros(2), optimizer.init(jnp.zeros(2))
+    for loss in (3.0, 2.9, 2.8):
+        step, state = optimizer.update(jnp.array([1.0, -1.0]), state, raw, value=jnp.float32(loss))
+        best, raw = raw, raw + step
+    before = state.rate
+    step, state = optimizer.update(jnp.array([1e9, 0.0]), state, raw, value=jnp.float32(1e6))
+    np.testing.assert_allclose(raw + step, best, rtol=1e-6)
+    np.testing.assert_allclose(state.rate, before / 2)
+    assert float(state.last) == pytest.approx(2.8) and float(jnp.max(state.square)) < 2
+
+
+# ---- what is printed
+
+
+def test_results_print_in_a_few_words():
+    best = run(quadratic, START, steps=2, select="loss")
+    assert str(best).splitlines() == [
+        "Optimized: 2 hypergradients, loss 1.312 to 1.177, best score 1.052",
+        f"  momentum: {best.hypers['momentum']:.4g}",
+        f"  rate: {min(best.hypers['rate']):.4g} to {max(best.hypers['rate']):.4g}",
+    ]
+    assert repr(best) == str(best)
+    assert str(run(quadratic, START, steps=0)).startswith("Optimized: 0 hypergradients\n")
+
+
+def test_results_can_be_pickled():
+    best = run(quadratic, START, steps=2, select="loss")
+    again = pickle.loads(pickle.dumps(best))
+    assert_same(again[:3], best[:3])
+    assert again.scores == best.scores
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_bar_and_a_file_has_lines(monkeypatch):
+    shown = []
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        run(quadratic, START, steps=3, progress=True)
+        shown.append(stream.getvalue())
+    said = "optimize: compiling the objective and its hypergradient ...\n"
+    assert all(text.startswith(said) for text in shown)
+    assert "\r" in shown[0] and "3/3" in shown[0] and "loss" in shown[0]
+    assert "\r" not in shown[1]
+    assert re.fullmatch(
+        r"optimize: 3/3 iterations, 0:\d\d, loss [\d.]+, gradient [\d.]+", shown[1].splitlines()[1]
+    )
+    assert len(shown[1].splitlines()) == 2
+
+
+def test_a_long_run_writes_a_line_every_so_often(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Progress("work") as bar:
+        bar.begin(100, "step", initial=20)
+        for _ in range(30):
+            now[0] += 1.0
+            bar.advance("going")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: 30/100 steps, 0:10, 1:10 left, going"
+    assert lines == [line for line in lines if line.startswith("work: ")] and len(lines) == 3
+
+
+if __name__ == "__main__":  # the run that is killed
+    from tests import conftest as conftest  # it compiles as the run that goes on
+
+    jax.config.update("jax_disable_most_optimizations", sys.argv[3] == "True")
+    # Slow writes, so that the kill often falls into one.
+    os.fsync = lambda descriptor: time.sleep(0.04)
+    long_run(sys.argv[1], steps=KILLED[sys.argv[1]], checkpoint=sys.argv[2])
+    sys.exit("not killed in time")

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -179,10 +180,13 @@ def raised_inside(error: BaseException) -> BaseException | None:
 
 def outside() -> int:
     """The ``stacklevel`` with which a warning of the calling function points at the user's own line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hypergrad":
+    found, level = 1, 1
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # to the outermost, because SciPy may stand between ours
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "hypergrad":
+            found = level + 1
         frame, level = frame.f_back, level + 1
-    return level
+    return found
 
 
 def out_of_memory(error: BaseException) -> bool:
