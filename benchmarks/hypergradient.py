@@ -595,9 +595,10 @@ def draw(rows: Sequence[Row], machine: str) -> Any:
         for k, name in enumerate(names):
             own = [r for r in rows if (r["optimizer"], r["contestant"]) == (optimizer, name)]
             ours = name in (REVERSIBLE, SEGMENTS)
-            style = {"marker": "oPDsv^<>Xdph"[k], "label": name, "linewidth": 2 if ours else 0.8}
-            style |= {"color": "black" if ours else "0.45", "linestyle": figures.LINES[k % 4]}
-            style |= {"markerfacecolor": "black" if ours else "white"}
+            colour = figures.COLOURS[0 if ours else (k + 1) // 3]
+            style = {"marker": "oPDsv^<>Xdph"[k], "label": name, "linewidth": 2 if ours else 1}
+            style |= {"color": colour, "linestyle": figures.LINES[k % 4]}
+            style |= {"markerfacecolor": colour if ours else "white"}
             for place, value, unit in zip(row, ("temp_bytes", "time_ratio"), (MIB, 1)):
                 points = [(r["steps"], r[value] / unit) for r in own if r[value] is not None]
                 place.loglog(*zip(*points) if points else ((), ()), **style)

@@ -281,8 +281,9 @@ def draw(path: Path, loaded: data.Dataset, distilled: hg.Distilled, record: Mapp
     axes[1, 1].plot(where, 100 * errors, "k.-")
     axes[1, 1].set(title="Choosing among them", xlabel="meta-step", ylabel="error on held-out images, %")
     axes[1, 1].grid(alpha=0.25)
-    figures.lines(axes[1, 2], {"learned with the images": distilled.recipe.rates()})
-    axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learning rate")
+    axes[1, 2].plot(distilled.recipe.rates(), "k.-")
+    axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learned learning rate")
+    axes[1, 2].grid(alpha=0.25)
     figures.save(made, path, record)
 
 

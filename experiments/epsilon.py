@@ -627,7 +627,7 @@ def draw(path: Path, cells: Cells, record: dict[str, Any]) -> None:
         place.set_xticks(range(len(row)), row, rotation=30, ha="right")
         place.set(title=name, ylabel="test error, %", xlabel="optimizer; shaded: ε tuned too")
         place.grid(axis="y", alpha=0.25)
-        place.legend(fontsize="small")
+        place.legend(fontsize="small", loc="upper right")
     for place in axes.flat[len(cells) :]:
         place.set_axis_off()
     figures.save(figure, path, record)

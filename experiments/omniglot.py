@@ -389,7 +389,7 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
     names = [f"{name}{turn}" for turn in ("", ", rotated") for name in SHORT]
     names = names if len(names) == count else [str(k + 1) for k in range(count)]
     for k, (place, values) in enumerate(zip(top, correlations(found[0].sharing))):
-        shown = place.imshow(values, cmap="Greys", vmin=0, vmax=1)
+        shown = place.imshow(values, cmap="cividis", vmin=0, vmax=1)
         place.set_xticks(range(count), names, rotation=90, fontsize="small")
         place.set_yticks(range(count), names if k == 0 else [""] * count, fontsize="small")
         a, b = config.sizes[k : k + 2]

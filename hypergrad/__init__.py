@@ -7,6 +7,7 @@ from hypergrad import (
     constraints,
     curvature,
     data,
+    exports,
     files,
     implicit,
     meta,
@@ -30,7 +31,7 @@ from hypergrad.distillation import (
     load_distilled,
 )
 from hypergrad.implicit import linear
-from hypergrad.meta import Tuned, tune
+from hypergrad.meta import Tuned, load_tuned, tune
 from hypergrad.optimizers import (
     Asynchrony,
     adabelief,
@@ -83,7 +84,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.optimizers.kfac import layers
-from hypergrad.training import Estimate, Plan, Problem, Trained, plan, train
+from hypergrad.training import Estimate, Plan, Problem, Trained, accumulated, plan, train
 
 __version__ = version("hypergrad-jax")
 
@@ -110,6 +111,7 @@ __all__ = [
     "Trained",
     "Truncated",
     "Tuned",
+    "accumulated",
     "adabelief",
     "adadelta",
     "adafactor",
@@ -136,6 +138,7 @@ __all__ = [
     "distill",
     "errors",
     "evaluate",
+    "exports",
     "files",
     "filtered",
     "from_optax",
@@ -152,6 +155,7 @@ __all__ = [
     "linear",
     "lion",
     "load_distilled",
+    "load_tuned",
     "madgrad",
     "meta",
     "momentum",

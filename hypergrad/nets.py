@@ -1,7 +1,8 @@
-"""Fully connected and convolutional nets as pure functions, and the two losses that go with them.
+"""Fully connected nets, convolutional ones and transformers as pure functions, and two losses for them.
 
-With a third argument, ``apply(params, inputs, probes)`` is a network as `hypergrad.layers` expects it: it
-adds the probes to what its layers compute, and returns the inputs of the layers next to its outputs.
+With a third argument, ``apply(params, inputs, probes)`` of `mlp` and `convnet` is a network as
+`hypergrad.layers` expects it: it adds the probes to what its layers compute, and returns the inputs of the
+layers next to its outputs.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hypergrad._base.checks import is_whole
 
 
 class Dense(NamedTuple):
@@ -37,6 +40,62 @@ class Conv(NamedTuple):
     weights: jax.Array
     scale: jax.Array
     offset: jax.Array
+
+
+class Embedding(NamedTuple):
+    """What a `transformer` adds up for every place of a sequence.
+
+    Attributes:
+      tokens: ``(vocabulary, width)``, a row for each token.
+      positions: ``(length, width)``, a row for each place.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+
+
+class Norm(NamedTuple):
+    """Layer normalization, over the last axis.
+
+    Attributes:
+      scale: ``(width,)``, by which each normalized number is multiplied.
+      offset: ``(width,)``, added after the scale.
+    """
+
+    scale: jax.Array
+    offset: jax.Array
+
+
+class Block(NamedTuple):
+    """One block of a `transformer`.
+
+    Attributes:
+      attention_norm: the normalization before attention.
+      attention: ``(width, 3 width)``, to queries, keys and values, each with its heads side by side.
+      projection: ``width`` to ``width``, from the heads back.
+      mlp_norm: the normalization before the perceptron.
+      expansion: ``width`` to ``4 width``, before the GELU.
+      contraction: ``4 width`` to ``width``, behind it.
+    """
+
+    attention_norm: Norm
+    attention: jax.Array
+    projection: Dense
+    mlp_norm: Norm
+    expansion: Dense
+    contraction: Dense
+
+
+class Head(NamedTuple):
+    """The last layer of a `transformer`.
+
+    Attributes:
+      norm: the normalization before it.
+      dense: ``width`` to ``vocabulary``.
+    """
+
+    norm: Norm
+    dense: Dense
 
 
 def mlp(
@@ -201,6 +260,141 @@ def convnet(
     return init, apply
 
 
+def transformer(
+    vocabulary: int, length: int, *, width: int = 128, depth: int = 4, heads: int = 4
+) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., jax.Array]]:
+    """A decoder-only transformer, as a pair of pure functions ``(init, apply)``.
+
+    ``h <- E[token] + P[place]``;  ``h <- h + attend(norm(h))``, ``h <- h + mlp(norm(h))``, ``D`` times;
+    ``logits = norm(h) W + b``
+
+    ``attend(x) = concat_heads(softmax(mask(Q Kᵀ / √d)) V) W + b`` with ``Q, K, V = x W`` and
+    ``d = width / heads``, where the mask lets no token see later ones.  These three have no biases, because
+    those of the keys would change nothing.  ``mlp(x) = gelu(x W + b) W + b`` is four times as wide inside,
+    and ``gelu(x) = x Φ(x)``.  ``norm`` scales each token's numbers to mean zero and, up to ``ε = 1e-5``,
+    variance one, and then multiplies and shifts them.  The logits have weights of their own, not those of
+    ``E``.  There is no dropout.
+
+    Args:
+      vocabulary: the number of different tokens.
+      length: the greatest length of a sequence.
+      width: the number of values that stand for a token between the layers; a multiple of `heads`.
+      depth: ``D``, the number of blocks.
+      heads: the number of heads of attention.
+
+    Returns:
+      ``init(key)``, which returns a tuple of an `Embedding`, ``D`` `Block` and a `Head` in JAX's default
+      float type.  Weights are ``normal / sqrt(n_in)``, and those that lead back to ``h`` (`projection` and
+      `contraction`) are divided by ``sqrt(2 D)`` too; ``E`` and ``P`` are ``0.02 normal``, scales one,
+      offsets and biases zero.
+
+      ``apply(params, tokens)``, which returns logits ``(n, l, vocabulary)`` for integers ``(n, l)`` with
+      ``l <= length``, and raises ValueError for others.  Logits ``[:, t]`` depend on tokens up to ``t``,
+      and foretell token ``t + 1``.  A token outside [0, vocabulary) makes all logits of its sequence NaN.
+
+    Raises:
+      ValueError: a size is not a positive integer, or the width is no multiple of the heads.
+
+    Source: A. Vaswani et al., "Attention is all you need", 2017; A. Radford et al., "Language models are
+    unsupervised multitask learners", 2019, for the order of the layers and the initial weights.
+
+    >>> init, apply = transformer(65, 32, width=16, depth=1, heads=2)
+    >>> apply(init(jax.random.key(0)), jnp.zeros((3, 20), int)).shape
+    (3, 20, 65)
+    """
+    call = (
+        f"transformer(vocabulary={vocabulary!r}, length={length!r}, width={width!r}, depth={depth!r}, "
+        f"heads={heads!r})"
+    )
+    if not all(map(is_whole, (vocabulary, length, width, depth, heads))):
+        raise ValueError(f"{call}: all sizes are positive integers. Pass whole numbers of at least 1")
+    if width % heads:
+        raise ValueError(
+            f"{call}: every head takes an equal share of the width. Pass a width that is a multiple of "
+            f"{heads}"
+        )
+
+    def dense(key: jax.Array, n_in: int, n_out: int, divisor: float = 1.0) -> Dense:
+        return Dense(jax.random.normal(key, (n_in, n_out)) / math.sqrt(n_in * divisor), jnp.zeros(n_out))
+
+    def block(key: jax.Array) -> Block:
+        attention, projection, expansion, contraction = jax.random.split(key, 4)
+        return Block(
+            _no_norm(width),
+            dense(attention, width, 3 * width).weights,
+            dense(projection, width, width, 2 * depth),
+            _no_norm(width),
+            dense(expansion, width, 4 * width),
+            dense(contraction, 4 * width, width, 2 * depth),
+        )
+
+    def init(key: jax.Array) -> tuple[Any, ...]:
+        tokens, positions, head, *blocks = jax.random.split(key, 3 + depth)
+        embedding = Embedding(
+            0.02 * jax.random.normal(tokens, (vocabulary, width)),
+            0.02 * jax.random.normal(positions, (length, width)),
+        )
+        return embedding, *map(block, blocks), Head(_no_norm(width), dense(head, width, vocabulary))
+
+    def apply(params: tuple[Any, ...], tokens: jax.Array | np.ndarray) -> jax.Array:
+        whole = jnp.issubdtype(tokens.dtype, jnp.integer)
+        if tokens.ndim != 2 or not whole or not 1 <= tokens.shape[1] <= length:
+            raise ValueError(
+                f"apply(params, tokens) with tokens of shape {tokens.shape} and {tokens.dtype}: {call} "
+                f"takes (n, l) integers with l from 1 to {length}. tokens[None] makes a batch of one "
+                "sequence."
+            )
+        embedding, *blocks, head = params
+        hidden = _one_hot(tokens, vocabulary, embedding.tokens.dtype) @ embedding.tokens
+        hidden = hidden + embedding.positions[None, : tokens.shape[1]]
+        for each in blocks:
+            seen = _layer_norm(each.attention_norm, hidden) @ each.attention
+            hidden = hidden + _affine(each.projection, _attend(seen, heads))
+            inner = jax.nn.gelu(
+                _affine(each.expansion, _layer_norm(each.mlp_norm, hidden)), approximate=False
+            )
+            hidden = hidden + _affine(each.contraction, inner)
+        return _affine(head.dense, _layer_norm(head.norm, hidden))
+
+    return init, apply
+
+
+def _no_norm(width: int) -> Norm:
+    """The scale and offset with which training begins."""
+    return Norm(jnp.ones(width), jnp.zeros(width))
+
+
+def _affine(layer: Dense, inputs: jax.Array) -> jax.Array:
+    """The layer on the last of three axes."""
+    return inputs @ layer.weights + layer.biases[None, None]
+
+
+def _layer_norm(norm: Norm, inputs: jax.Array) -> jax.Array:
+    """The normalization of the last of three axes."""
+    centred = inputs - jnp.mean(inputs, axis=2, keepdims=True)
+    normal = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=2, keepdims=True) + 1e-5)
+    return normal * norm.scale[None, None] + norm.offset[None, None]
+
+
+def _attend(seen: jax.Array, heads: int) -> jax.Array:
+    """Causal attention, (n, length, 3 width) -> (n, length, width)."""
+    n, length, _ = seen.shape
+    queries, keys, values = jnp.moveaxis(seen.reshape(n, length, 3, heads, -1), 2, 0)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", queries, keys) / math.sqrt(queries.shape[3])
+    earlier = jnp.tri(length, dtype=bool)
+    shares = jax.nn.softmax(jnp.where(earlier[None, None], scores, -jnp.inf), axis=3)
+    return jnp.einsum("nhqk,nkhd->nqhd", shares, values).reshape(n, length, -1)
+
+
+def _one_hot(integers: jax.Array | np.ndarray, classes: int, dtype: Any) -> jax.Array:
+    """Rows of zeros and a one, on a new last axis; NaN for an integer out of range."""
+    # A product with one-hot rows is used in place of a gather, because the derivative of a gather is a
+    # scatter, which is slow inside scan. An integer out of range would become a row of zeros.
+    integers = jnp.asarray(integers)
+    valid = (integers >= 0) & (integers < classes)
+    return jnp.where(valid[..., None], jax.nn.one_hot(integers, classes, dtype=dtype), jnp.nan)
+
+
 def _probed(computed: jax.Array, probe: jax.Array | None) -> jax.Array:
     """The value with the probe added, if there is one."""
     return computed if probe is None else computed + probe
@@ -241,9 +435,10 @@ def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray
     ``-1/n sum_i sum_c p_ic log softmax(logits_i)_c``, with ``p_i`` one-hot for integer labels
 
     Args:
-      logits: ``(n, classes)`` floats of any finite size.
-      labels: ``(n,)`` integers in [0, classes), or ``(n, classes)`` probabilities.  An integer out of range
-        makes the result NaN.
+      logits: ``(n, classes)`` floats of any finite size, or ``(n, length, classes)``, of which every place
+        counts as an example.
+      labels: ``(n,)`` or ``(n, length)`` integers in [0, classes), or probabilities shaped like the logits.
+        An integer out of range makes the result NaN.
 
     Returns:
       A scalar.
@@ -256,24 +451,19 @@ def cross_entropy(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray
     """
     _check_labels("cross_entropy", logits, labels)
     log_p = jax.nn.log_softmax(jnp.asarray(logits))
-    targets = jnp.asarray(labels)
-    if targets.ndim == 1:
-        # A product with one-hot rows, not a gather, because the derivative of a gather is a scatter, which
-        # is slow inside scan. An out-of-range label would become a row of zeros, so it is turned into NaN.
-        classes = log_p.shape[1]
-        one_hot = jax.nn.one_hot(targets, classes, dtype=log_p.dtype)
-        valid = (targets >= 0) & (targets < classes)
-        targets = jnp.where(valid[:, None], one_hot, jnp.nan)
-    return -jnp.mean(jnp.sum(targets * log_p, axis=1))
+    whole = labels.ndim < logits.ndim
+    targets = _one_hot(labels, log_p.shape[-1], log_p.dtype) if whole else jnp.asarray(labels)
+    return -jnp.mean(jnp.sum(targets * log_p, axis=-1))
 
 
 def error_rate(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> jax.Array:
     """The share of examples whose largest logit is not at the label; the first wins a tie.
 
     Args:
-      logits: ``(n, classes)`` floats.
-      labels: ``(n,)`` integers in [0, classes), or ``(n, classes)`` probabilities, of which the largest
-        counts.
+      logits: ``(n, classes)`` floats, or ``(n, length, classes)``, of which every place counts as an
+        example.
+      labels: ``(n,)`` or ``(n, length)`` integers in [0, classes), or probabilities shaped like the logits,
+        of which the largest counts.
 
     Returns:
       A scalar in [0, 1].
@@ -285,15 +475,15 @@ def error_rate(logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -
     0.5
     """
     _check_labels("error_rate", logits, labels)
-    wanted = labels if labels.ndim == 1 else jnp.argmax(labels, axis=1)
-    return jnp.mean(jnp.argmax(logits, axis=1) != wanted, dtype=jnp.result_type(float))
+    wanted = labels if labels.ndim < logits.ndim else jnp.argmax(labels, axis=-1)
+    return jnp.mean(jnp.argmax(logits, axis=-1) != wanted, dtype=jnp.result_type(float))
 
 
 def _check_labels(name: str, logits: jax.Array | np.ndarray, labels: jax.Array | np.ndarray) -> None:
-    integers = jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:1]
-    if logits.ndim != 2 or not (integers or labels.shape == logits.shape):
+    integers = jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:-1]
+    if logits.ndim not in (2, 3) or not (integers or labels.shape == logits.shape):
         raise ValueError(
             f"{name}(logits, labels) with logits {logits.shape} and labels {labels.shape} of "
-            f"{labels.dtype}: they do not fit. Pass logits (n, classes), and labels either (n,) "
-            "integers or (n, classes) probabilities."
+            f"{labels.dtype}: they do not fit. Pass logits (n, classes) or (n, length, classes), and "
+            "labels either integers without the last axis, or probabilities of the logits' shape."
         )

@@ -292,6 +292,7 @@ class Optimizer:
         evaluated again on the way back, and differentiated.  The trees are like the blocks; the arguments
         are those of the loss.
       labels: which leaf has which program, if not all have the same.
+      parts: the optimizers of which this one is made: by label, or ``""`` for one inside a wrapper.
       per_example: False; see `GenericOptimizer`.
       by_moves: True: it is a program of moves.
 
@@ -318,6 +319,7 @@ class Optimizer:
     blocks: Blocks | None = None
     observe: Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, PyTree]] | None = None
     labels: Labels | None = None
+    parts: Mapping[str, "Optimizer"] = field(default_factory=dict)
     per_example: bool = field(default=False, init=False)
     by_moves: bool = field(default=True, init=False)
 
@@ -430,6 +432,7 @@ class GenericOptimizer:
       observe: None.
       transform: None.
       labels: None.
+      parts: empty.
       by_moves: False.
     """
 
@@ -446,6 +449,7 @@ class GenericOptimizer:
     observe: None = field(default=None, init=False)
     transform: None = field(default=None, init=False)
     labels: None = field(default=None, init=False)
+    parts: Mapping[str, Optimizer] = field(default_factory=dict, init=False)
     by_moves: bool = field(default=False, init=False)
 
     def program(self, call: str) -> Optimizer:

@@ -1,15 +1,29 @@
 """A strict session: implicit rank promotion is an error, as warnings are (see pyproject.toml)."""
 
-import os
+import gc
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Nearly all of a test's time goes to compiling: little effort is put into it, by child processes too.
+# Nearly all of a test's time goes to tracing and compiling: little effort is put into it, and what has been
+# traced is not looked through again and again for what could be freed.
 jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+LITTLE_EFFORT = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+gc.set_threshold(200_000, 20, 100)
+
+as_configured = compiler.get_compile_options  # JAX has no public setting that reaches every program
+
+
+def with_little_effort(*arguments: Any, env_options_overrides: Any = None, **others: Any) -> Any:
+    effort = LITTLE_EFFORT if jax.config.read("jax_disable_most_optimizations") else {}
+    return as_configured(*arguments, env_options_overrides=effort | (env_options_overrides or {}), **others)
+
+
+compiler.get_compile_options = with_little_effort
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -19,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         quick = item.get_closest_marker("quick")
         if quick is not None and item.name[len(item.originalname) + 1 : -1] not in quick.args:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is there to stay."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -20,11 +20,13 @@ FLOORS = (
     ("bundles", "curvature"),
     ("program",),
     ("optimizers",),
-    ("adjoints",),
+    ("adjoints", "exports"),
     ("training",),
     ("implicit", "bilevel", "check"),
     ("meta",),
     ("distillation",),
+    ("cli",),
+    ("__main__",),
 )
 ALLOWED_ON_ONE_FLOOR = {("bilevel", "implicit")}  # beside each other, but one may ask the other
 

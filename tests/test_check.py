@@ -188,6 +188,7 @@ def without_derivative_of_noise(objective: Callable[..., Any]) -> Callable[..., 
     return wrapped
 
 
+@pytest.mark.quick("0.999")
 @pytest.mark.parametrize("momentum", [0.97, 0.999])
 def test_points_where_the_run_fails_are_left_out(momentum: float, caplog: pytest.LogCaptureFixture) -> None:
     """A momentum near 1 may not be moved by a sixteenth; the differences use smaller steps then."""
@@ -422,6 +423,7 @@ def test_low_precision_inputs_are_a_warning() -> None:
     assert not report.trusted
 
 
+@pytest.mark.quick("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_inside_the_run_is_a_warning(dtype: Any) -> None:
     def loss(w: Any, meta: Any, step: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hypergrad import data
+from hypergrad.data import built_in
 
 FILES = (
     ("train-images-idx3-ubyte.gz", np.arange(24, dtype=np.uint8).reshape(6, 2, 2)),
@@ -35,7 +36,7 @@ def tiny_mnist(tmp_path, monkeypatch):
         content = gzip.compress(idx_bytes(array), mtime=0)
         (folder / name).write_bytes(content)
         sums.append(hashlib.md5(content).hexdigest())
-    monkeypatch.setitem(data._MD5, "mnist", tuple(sums))
+    monkeypatch.setitem(built_in._MD5, "mnist", tuple(sums))
     return tmp_path
 
 
@@ -274,7 +275,7 @@ def tiny_a9a(tmp_path, monkeypatch):
     contents = {"a9a": b"-1 1:1 123:1 \n+1 2:1 \n", "a9a.t": b"+1 3:1 \n"}
     for name, content in contents.items():
         (tmp_path / "libsvm" / name).write_bytes(content)
-        monkeypatch.setitem(data._A9A, name, hashlib.md5(content).hexdigest())
+        monkeypatch.setitem(built_in._A9A, name, hashlib.md5(content).hexdigest())
     return tmp_path
 
 

@@ -113,6 +113,7 @@ def by_hand(rule: str) -> Any:
 NAMES = ["reversed", "straight through", "clipped", "scaled", "calls itself", "nested"]
 
 
+@pytest.mark.quick("scaled", "calls itself", "nested")
 @pytest.mark.parametrize("rule", NAMES)
 def test_rules_by_hand_are_those_of_plain_jax(x64: None, rule: str) -> None:
     loss, m, start = by_hand(rule), jnp.asarray(0.7, jnp.float64), W.astype(jnp.float64)
@@ -207,6 +208,7 @@ def test_losses_nobody_uses_have_no_say(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, jax.grad(expected)(jnp.asarray(0.7)), rtol=1e-8)
 
 
+@pytest.mark.quick("1.0")
 @pytest.mark.optimized
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_stored_keeps_of_the_weights_of_examples_no_more_than_plain_jax(weight: float) -> None:
@@ -241,6 +243,7 @@ def test_stored_keeps_of_the_weights_of_examples_no_more_than_plain_jax(weight: 
 # ---- narrow numbers
 
 
+@pytest.mark.quick(*(f"bfloat16-{adjoint}" for adjoint in [*REVERSE, hg.Forward()]), "float16-Stored()")
 @every
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_numbers_of_16_bits_are_added_up_in_32(adjoint: Any, dtype: str) -> None:
@@ -299,7 +302,15 @@ def test_complex_numbers_in_the_loss(x64: None, adjoint: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "adjoint", [*REVERSE, hg.Reversible(segments=3), hg.Forward(), hg.Truncated(STEPS)], ids=repr
+    "adjoint",
+    [
+        pytest.param(hg.Reversible(), marks=pytest.mark.slow),
+        *REVERSE[1:],
+        hg.Reversible(segments=3),
+        hg.Forward(),
+        hg.Truncated(STEPS),
+    ],
+    ids=repr,
 )
 def test_what_is_watched_is_differentiated(x64: None, adjoint: Any) -> None:
     """Floats among integers and bools, and what the watch closes over."""
@@ -331,7 +342,7 @@ def test_what_is_watched_is_differentiated(x64: None, adjoint: Any) -> None:
 # ---- NaN, and lanes
 
 
-@pytest.mark.quick("True-1", "False-2")
+@pytest.mark.quick("True-2")
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_second_derivatives_that_are_no_numbers_are_named(compiled: bool, segments: int) -> None:
@@ -369,6 +380,7 @@ def test_a_hypergradient_that_overflows_by_itself_is_an_error() -> None:
         jax.grad(outer)(1e-30)
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("segments", [1, 2])
 def test_one_run_of_three_that_diverges_is_named_and_left_out(segments: int) -> None:
     loss = lambda w, meta, t: jnp.sum(w**4) / 4  # noqa: E731

@@ -123,6 +123,7 @@ def test_factors_by_element_are_undone_bit_for_bit(size: int, words: int, steps:
     assert same((x, buffer), (start, first))
 
 
+@pytest.mark.quick("False-factors2", "True-factors2")
 @pytest.mark.parametrize("factors", [(0.9,), (2.0**-7,), (0.99, 0.3), (1 - 2.0**-32,)])
 @pytest.mark.parametrize("by_element", [False, True])
 def test_hundreds_of_scales_are_undone_bit_for_bit(factors: Any, by_element: bool) -> None:

@@ -470,7 +470,8 @@ TUNED = {"learning_rate": np.linspace(0.1, 0.02, STEPS, dtype=np.float32), "b1":
 def test_a_tuned_optimizer_in_a_chain_of_optaxs() -> None:
     rate = hg.schedules.PerStep(TUNED["learning_rate"])
     expected = in_optax(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b1=0.8)))
-    tuned = hg.Tuned(TUNED, hg.adam(), None, "")  # type: ignore[arg-type]
+    untold = {"history": None, "start": TUNED, "trials": None}
+    tuned = hg.Tuned(TUNED, hg.adam(), stopped="", steps=STEPS, scores={}, moving={}, advice="", **untold)
     assert_alike(in_optax(optax.chain(optax.clip_by_global_norm(1.0), tuned.optax())), expected)
     wrapped = hg.from_optax(optax.adam, {"learning_rate": None, "b1": 0.9})
     chain = optax.chain(optax.clip_by_global_norm(1.0), hg.as_optax(wrapped, TUNED))

@@ -61,6 +61,7 @@ def ridge(d: int = 12, n: int = 30) -> Ridge:
     return Ridge(*(jnp.asarray(rng.normal(size=shape)) for shape in ((n, d), n, (n, d), n)))
 
 
+@pytest.mark.quick("conjugate gradients", "gmres")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_ridge_regression_agrees_with_its_closed_form(x64: None, name: str) -> None:
     problem, penalty = ridge(), jnp.asarray(0.3)

@@ -134,6 +134,7 @@ def test_a_solver_of_the_users_own_needs_no_accept() -> None:
     assert found.tolist() == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.quick("1e-30-1e-30", "1e+30-1e+30")
 @pytest.mark.parametrize("of_matrix, of_b", [(1e-30, 1e-30), (1e-20, 1e10), (1e19, 1e-10), (1e30, 1e30)])
 def test_systems_of_any_size_in_float32(of_matrix: float, of_b: float) -> None:
     expected = np.linalg.solve(POSITIVE, B) * (of_b / of_matrix)

@@ -35,7 +35,7 @@ def plan(**changes: Any) -> hg.Plan:
 
 def tune(**changes: Any) -> hg.Tuned:
     given = {"loss": square, "params": START, "hypers": {"learning_rate": 0.1}, "steps": 4}
-    return hg.tune(**(given | {"meta_steps": 1, "progress": False} | changes))
+    return hg.tune(**(given | {"meta_steps": 1, "trials": 0, "progress": False} | changes))
 
 
 class Scalar(NamedTuple):

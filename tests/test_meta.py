@@ -71,6 +71,7 @@ def test_the_default_is_adam_with_004():
     assert best.stopped == ""
 
 
+@pytest.mark.quick("adam-float64", "lbfgsb-float32")
 @pytest.mark.parametrize("precision", [np.float32, np.float64])
 @pytest.mark.parametrize("optimizer", [None, LBFGSB()], ids=["adam", "lbfgsb"])
 def test_needs_no_promotion_of_types(optimizer, precision):
@@ -388,6 +389,7 @@ def long_run(name, **settings):
     return run(rosenbrock, start, **(common | settings))
 
 
+@pytest.mark.quick("noise-4", "injected-1", "lbfgsb-4")
 @pytest.mark.parametrize(
     ("name", "every"),
     [("stateless", 4), ("noise", 4), ("injected", 1), ("lbfgsb", 4)],
@@ -502,8 +504,9 @@ KILLED = {"noise": 100, "lbfgsb": 60}
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path, name):
     path = tmp_path / "run.npz"
     root = Path(hg.__file__).resolve().parent.parent
+    little = str(jax.config.read("jax_disable_most_optimizations"))
     victim = subprocess.Popen(
-        [sys.executable, __file__, name, os.fspath(path)],
+        [sys.executable, __file__, name, os.fspath(path), little],
         env=os.environ | {"PYTHONPATH": os.fspath(root)},
     )
     try:
@@ -777,6 +780,9 @@ def test_an_objective_without_its_aux_is_refused():
 
 
 if __name__ == "__main__":  # the run that is killed
+    from tests import conftest as conftest  # it compiles as the run that goes on
+
+    jax.config.update("jax_disable_most_optimizations", sys.argv[3] == "True")
     # Slow writes, so that the kill often falls into one.
     os.fsync = lambda descriptor: time.sleep(0.04)
     long_run(sys.argv[1], steps=KILLED[sys.argv[1]], checkpoint=sys.argv[2])

@@ -92,7 +92,7 @@ def test_derivatives_in_everything(optimizer: str) -> None:
     assert found == pytest.approx((along(1e-6) - along(-1e-6)) / 2e-6, rel=1e-3)
 
 
-@pytest.mark.quick("lamb", "adam")
+@pytest.mark.quick("adam")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_types_in_float32(optimizer: str) -> None:
     objective, everything = classification(optimizer, jnp.float32, sizes=(6, 3))
@@ -273,6 +273,7 @@ LIMITS: dict[str, tuple[Optimizer, Callable[..., Any], str]] = {
 }
 
 
+@pytest.mark.quick("adam", "rmsprop_momentum(centered=True)", "shampoo", "sm3")
 @pytest.mark.parametrize("optimizer", LIMITS)
 @pytest.mark.usefixtures("x64")
 def test_contains_what_it_adapts(optimizer: str) -> None:

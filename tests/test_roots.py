@@ -55,6 +55,7 @@ def test_root_and_norm_at_zero() -> None:
     np.testing.assert_allclose(jax.grad(trees.norm)(jnp.array([[3.0, 4.0]])), [[0.6, 0.8]], rtol=1e-6)
 
 
+@pytest.mark.quick("0", "1", "7")
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 13])
 @pytest.mark.usefixtures("x64")
 def test_inverse_of_any_size(n: int) -> None:

@@ -68,6 +68,7 @@ def test_loss_and_gradient_of_flat_parameters() -> None:
     assert jax.tree.structure(run.state_of(start)["velocity"]) == jax.tree.structure(PARAMS)
 
 
+@pytest.mark.quick("1", "3", "50")
 @pytest.mark.parametrize("segments", [1, 2, 3, 7, 50])
 def test_segments_change_nothing(segments: int) -> None:
     """Of lengths that divide the steps and do not; values and derivatives, against a loop by hand."""

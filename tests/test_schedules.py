@@ -268,6 +268,7 @@ def test_hypergradient_of_a_schedule_for_each_layer_agrees_with_finite_differenc
     assert not np.allclose(gradient["in"].values, gradient["out"].values)
 
 
+@pytest.mark.quick("warm-up, cosine")
 @pytest.mark.parametrize(
     ("start", "within"),
     [

@@ -124,7 +124,7 @@ def test_refuses_known_values_even_under_jit() -> None:
         jax.jit(lambda rate: train(hypers={"learning_rate": rate, "momentum": 1.5}).losses)(0.1)
 
 
-@pytest.mark.quick("by layer", "by weight")
+@pytest.mark.quick("by weight")
 @pytest.mark.parametrize(
     "rate",
     [

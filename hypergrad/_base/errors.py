@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -174,6 +175,14 @@ def raised_inside(error: BaseException) -> BaseException | None:
         return kind(message)
     except TypeError:  # it needs more than a message
         return None
+
+
+def outside() -> int:
+    """The ``stacklevel`` with which a warning of the calling function points at the user's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hypergrad":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,11 +18,9 @@ from hypergrad.meta.runs import (
     History,
     MetaRun,
     Reached,
-    advance,
     checkpoint_name,
     kept_on_exit,
     measure,
-    progress_bar,
     strong,
     with_entries,
 )
@@ -57,27 +55,45 @@ def by_optax(
 
     row: list[History] = []
     stopped, end = "", at
-    with progress_bar(run, total=run.steps, initial=saved) as bar, kept_on_exit(run, save):
+    with kept_on_exit(run, save):
+        if saved < run.steps:
+            run.compile()
+        run.teller.begin(run.steps, run.unit, saved)
         for iteration in range(saved, run.steps):
-            if iteration % run.select_every == 0:
+            if run.judge is not None and iteration % run.judge.every == 0:
                 at = _scored(run, at)
-            row, gradient, stopped = measure(run, at.raw, iteration, rows)
+            at, row, gradient, stopped = _measured(run, at, iteration, rows)
             if stopped:
                 break
+            at = _scored_by_loss(run, at, row[0].loss)
             new = update(gradient, at.state, at.raw, row[0].loss)
             rows += row
             # In one assignment, so that an interrupt finds either the whole old state or the whole new one.
             at = at._replace(made=iteration + 1, raw=new[0], good=at.raw, state=new[1])
-            advance(bar, row[0])
             if at.made % run.checkpoint_every == 0:
                 save()
+            run.teller.tell(iteration, row[0], at.good)
         save()
         # A score computed only because the run ends is not saved, because a longer run would not have
         # computed it.
-        end, row = (at, row) if stopped else (_scored(run, at), [])
+        end, row = (at, row) if stopped else (_judged_at_the_end(run, at, rows), [])
     chosen = {int(iteration): float(score) for iteration, score in end.scores}
     last = end.good if stopped else end.raw
-    return last if run.score is None else end.best, rows + row, stopped, bool(stopped), chosen
+    run.signs.look(last)
+    return last if run.judge is None else end.best, rows + row, stopped, bool(stopped), chosen
+
+
+def _measured(
+    run: MetaRun, at: Reached, iteration: int, rows: list[History]
+) -> tuple[Reached, list[History], PyTree, str]:
+    """`measure` at the values reached, or closer to the last good ones if there it fails."""
+    row, gradient, stopped = measure(run, at.raw, iteration, rows)
+    for _ in range(run.retries if iteration > 0 else 0):
+        if not stopped:
+            break
+        at = at._replace(raw=jax.tree.map(lambda x, y: strong((x + y) / 2), at.good, at.raw))
+        row, gradient, stopped = measure(run, at.raw, iteration, rows)
+    return at, row, gradient, stopped
 
 
 def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree, PyTree]) -> MetaRun:
@@ -89,8 +105,9 @@ def _fingerprinted(run: MetaRun, update: Callable[..., Any], start: tuple[PyTree
     traced, consts, _ = closure_convert(update, raw, state, raw, loss)
     optimizer = digest(traced.jaxpr, consts, jax.tree.leaves(state))
     run = with_entries(run, **{"optimizer (digest)": optimizer})
-    judge = {"select (digest)": run.select_digest, "select_every": str(run.select_every)}
-    run = with_entries(run, **({} if run.score is None else judge))
+    if run.judge is not None:
+        by = {"select (digest)": run.judge.digest, "select_every": str(run.judge.every)}
+        run = with_entries(run, **by)
     return with_entries(run, **{"optimizer state": describe_leaves(state)})
 
 
@@ -110,15 +127,34 @@ def _restored(run: MetaRun, at: Reached) -> tuple[Reached, list[History]]:
 
 
 def _scored(run: MetaRun, at: Reached) -> Reached:
-    """The state of a run with its score, if results are chosen by a score."""
-    if run.score is None or (len(at.scores) and at.scores[-1, 0] == at.made):
+    """The state of a run with its score, if results are chosen by a function of the values."""
+    known = len(at.scores) > 0 and at.scores[-1, 0] == at.made
+    if run.judge is None or run.judge.score is None or known:
         return at
     try:
-        score = run.score(at.raw)
+        score = run.judge.score(at.raw)
     except ArithmeticError:
         if at.made == 0:
             raise
         score = math.nan  # training fails there; the next hypergradient will say why
+    return _with_score(at, score)
+
+
+def _scored_by_loss(run: MetaRun, at: Reached, loss: Any) -> Reached:
+    """The state of a run with its loss as the score, if results are chosen by the loss."""
+    by_loss = run.judge is not None and run.judge.score is None
+    return _with_score(at, float(loss)) if by_loss else at
+
+
+def _with_score(at: Reached, score: float) -> Reached:
     better = math.isfinite(score) and not np.any(at.scores[:, 1] < score)
     scores = np.concatenate([at.scores, [[at.made, score]]])
     return at._replace(best=at.raw if better else at.best, scores=scores)
+
+
+def _judged_at_the_end(run: MetaRun, at: Reached, rows: list[History]) -> Reached:
+    """The state of a run that made all its steps, with the score of its last values."""
+    if run.judge is None or run.judge.score is not None or run.steps == 0:
+        return _scored(run, at)
+    row, _, stopped = measure(run, at.raw, run.steps, rows)
+    return _scored_by_loss(run, at, math.nan if stopped else row[0].loss)

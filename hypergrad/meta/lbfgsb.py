@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,11 +15,9 @@ from hypergrad.meta.runs import (
     Evaluation,
     History,
     MetaRun,
-    advance,
     checkpoint_name,
     kept_on_exit,
     measure,
-    progress_bar,
     with_entries,
 )
 
@@ -82,10 +79,13 @@ def by_lbfgsb(
         "ftol": optimizer.loss_tolerance,
         "gtol": optimizer.gradient_tolerance,
     }
-    with progress_bar(run) as bar, kept_on_exit(run, journal.save):
+    with kept_on_exit(run, journal.save):
+        if not journal.entries:
+            run.compile()
+        run.teller.begin(None, run.unit)
         try:
             result = scipy.optimize.minimize(
-                partial(journal.evaluate, bar),
+                journal.evaluate,
                 start,
                 jac=True,
                 method="L-BFGS-B",
@@ -129,18 +129,11 @@ class _Journal:
             self.saved = save_run(self.run, (), self.like, self.entries)
         return len(self.entries)
 
-    def evaluate(self, bar: Any, point: Any) -> Any:
+    def evaluate(self, point: Any) -> Any:
         """Loss and gradient at a point, from the journal or by a new evaluation."""
         run, entries = self.run, self.entries
         if len(self.done) == len(entries):
-            rows = [entry.row for entry in self.done]
-            row, gradient, reason = measure(run, _unflat(point, self.raw), len(self.done), rows)
-            if reason:
-                self.unused.extend(row)
-                raise _Explosion(reason)
-            entries.append(Evaluation(point.copy(), _flat(gradient), row[0]))
-            if len(entries) % run.checkpoint_every == 0:
-                self.save()
+            return self._measured(point)
         entry = entries[len(self.done)]
         if entry.point.tobytes() != point.tobytes():
             raise ValueError(
@@ -149,7 +142,22 @@ class _Journal:
                 "and the kind of machine that wrote it, or start again with another file"
             )
         self.done.append(entry)
-        advance(bar, entry.row)
+        run.teller.count(entry.row)
+        return float(entry.row.loss), entry.gradient
+
+    def _measured(self, point: Any) -> Any:
+        """Loss and gradient at a point, by a new evaluation."""
+        run, raw = self.run, _unflat(point, self.raw)
+        row, gradient, reason = measure(run, raw, len(self.done), [entry.row for entry in self.done])
+        if reason:
+            self.unused.extend(row)
+            raise _Explosion(reason)
+        entry = Evaluation(point.copy(), _flat(gradient), row[0])
+        self.entries.append(entry)
+        self.done.append(entry)
+        if len(self.entries) % run.checkpoint_every == 0:
+            self.save()
+        run.teller.tell(len(self.done) - 1, row[0], raw)
         return float(entry.row.loss), entry.gradient
 
 

@@ -7,15 +7,17 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hypergrad._base.errors import readable_errors
+from hypergrad._base.checks import check_callable
+from hypergrad._base.errors import outside, readable_errors
 from hypergrad._base.fingerprint import digest
+from hypergrad._base.progress import Progress
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
 from hypergrad.constraints import constrain, is_constraint, real, unconstrain
@@ -23,10 +25,14 @@ from hypergrad.meta.checkpoints import describe_leaves, locked
 from hypergrad.meta.gradient_steps import by_optax
 from hypergrad.meta.lbfgsb import LBFGSB, by_lbfgsb
 from hypergrad.meta.runs import (
+    Callback,
     HypergradientExplosion,
+    Judge,
     MetaRun,
     Objective,
     Optimized,
+    Settings,
+    Teller,
     evaluation_of,
     is_key,
     plain,
@@ -35,6 +41,7 @@ from hypergrad.meta.runs import (
     strong,
     with_entries,
 )
+from hypergrad.meta.signs import SignWatch
 
 
 def optimize(
@@ -52,9 +59,11 @@ def optimize(
     checkpoint_every: int = 1,
     progress: bool = True,
     explosion: float = 1e4,
-    select: Callable[[PyTree], Any] | None = None,
+    retries: int = 0,
+    select: Callable[[PyTree], Any] | Literal["loss"] | None = None,
     select_every: int = 10,
     about: Mapping[str, str] | None = None,
+    callback: Callback | None = None,
 ) -> Optimized:
     """Minimize ``mean_seed objective(constrain(raw), key_seed)`` over ``raw`` by gradient steps.
 
@@ -86,22 +95,31 @@ def optimize(
         result, and is refused by a call in which any of them differs.  Only one process at a time can use
         it.
       checkpoint_every: write the checkpoint every this many iterations (evaluations for LBFGSB), >= 1.
-      progress: show a progress bar on stderr.
+      progress: show on stderr what is compiled, and then a progress bar with the time left; without a
+        terminal or notebook, a line every ten seconds.
       explosion: stop when the gradient norm exceeds this many times the median of the earlier ones (at
         least three), > 1; ``math.inf`` stops only at losses or gradients that are not finite.
+      retries: how many times a meta-step, after which the hypergradient explodes or cannot be computed, is
+        halved before the run stops; each time costs one evaluation.  For optax optimizers.
       select: ``select(hypers) -> score``, a JAX function, such as the error on examples that the objective
         never uses.  The hypers returned are then not the last but those with the smallest score, the last
-        of equals.  For optax optimizers.
+        of equals.  ``"loss"`` takes the loss itself, at every iteration and at no cost but one evaluation
+        at the end; with keys that are resampled it compares losses of different keys.  For optax
+        optimizers.
       select_every: compute the score every this many iterations, and after the last one; >= 1.
       about: a description of the run, by name, in words; a checkpoint that says otherwise is refused, and
         the error names the entry.
+      callback: ``callback(step)``, called after every new iteration with a `MetaStep`, once the iteration
+        is in the checkpoint if it is to be; a resumed run does not repeat those of before.  What it raises
+        ends the run, with everything saved.
 
     Returns:
       An `Optimized`.  If the hypergradient explodes, or computing it raises an ArithmeticError (such as
       `hypergrad.ReversalError`) after the first iteration, the run warns with `HypergradientExplosion` and
       returns the last values with a sound loss and gradient.  A
       `hypergrad.implicit.ZeroHypergradientWarning` names the hyperparameters in which the first
-      hypergradient is exactly 0.
+      hypergradient is exactly 0, and a `NegativeWarning` a learning rate, or another number that by its
+      name cannot be negative, that becomes negative because it has no constraint.
 
     Raises:
       TypeError: ``hypers`` are not floating-point, the objective does not return a floating-point scalar,
@@ -131,46 +149,92 @@ def optimize(
     """
     optimizer = optax.adam(0.04) if optimizer is None else optimizer
     key = jax.random.key(0) if key is None else key
-    counts = {"seeds": seeds, "checkpoint_every": checkpoint_every, "select_every": select_every}
-    _refuse_bad_settings(optimizer, steps, counts, key, checkpoint, explosion, select)
-    key = strong(key)
-    with locked("optimize", checkpoint):
+    settings = Settings(
+        optimizer=optimizer,
+        steps=steps,
+        constraints=constraints,
+        key=key,
+        seeds=seeds,
+        resample=bool(resample),
+        has_aux=has_aux,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        explosion=explosion,
+        retries=retries,
+        about=about,
+        callback=callback,
+    )
+    check_settings(settings)
+    _check_select(select, select_every, optimizer)
+
+    def judge(raw: PyTree) -> Judge | None:
+        if select is None:
+            return None
+        if not callable(select):
+            return Judge(None, select, 1)
+        return Judge(*scorer(select, constraints, raw), int(select_every))
+
+    with Progress("optimize", progress) as shown:
+        return minimize(objective, hypers, settings, judge, shown, "the objective and its hypergradient")
+
+
+def minimize(
+    objective: Objective,
+    hypers: PyTree,
+    settings: Settings,
+    judge: Callable[[PyTree], Judge | None],
+    shown: Progress,
+    what: str,
+) -> Optimized:
+    """`optimize` with settings that have been checked.
+
+    Args:
+      objective: as for `optimize`.
+      hypers: as for `optimize`.
+      settings: all others.
+      judge: from the raw values at the start to what chooses the result; None for the last values.
+      shown: where progress is shown.
+      what: is compiled, in words.
+    """
+    key, constraints, seeds = strong(settings.key), settings.constraints, settings.seeds
+    with locked("optimize", settings.checkpoint):
         hypers, raw = _start(constraints, hypers)
-        averaged = not isinstance(optimizer, LBFGSB)
-        resample = bool(resample) and averaged
+        shown.say(f"compiling {what} ...")
+        averaged = not isinstance(settings.optimizer, LBFGSB)
+        resample = settings.resample and averaged
         traced = _Traced.of(
-            evaluation_of(objective, constraints, seeds, resample, averaged, has_aux), raw, key
+            evaluation_of(objective, constraints, seeds, resample, averaged, settings.has_aux), raw, key
         )
-        score, judge = (None, "") if select is None else scorer(select, constraints, raw)
+        spread = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
         run = MetaRun(
             compile=traced.compile,
             row=traced.row,
             key=key,
             unit="iteration",
-            steps=int(steps),
-            checkpoint=checkpoint,
-            checkpoint_every=int(checkpoint_every),
-            fingerprint=_fingerprint(hypers, constraints, key, traced.row)
+            steps=int(settings.steps),
+            checkpoint=settings.checkpoint,
+            checkpoint_every=int(settings.checkpoint_every),
+            fingerprint=_fingerprint(hypers, spread, key, traced.row)
             | {"seeds": str(seeds), "resample": str(resample)},
-            explosion=explosion,
-            progress=progress,
-            score=score,
-            select_every=int(select_every),
-            select_digest=judge,
+            explosion=settings.explosion,
+            retries=settings.retries,
+            judge=judge(raw),
+            teller=Teller(shown, constraints, settings.callback),
+            signs=SignWatch("optimize", spread, hypers),
         )
-        excluding = {"explosion": str(explosion)} if seeds > 1 and averaged else {}
-        run = traced.told(_about(run, about), excluding)
+        excluding = {"explosion": str(settings.explosion)} if seeds > 1 and averaged else {}
+        excluding |= {"retries": str(settings.retries)} if settings.retries else {}
+        run = traced.told(_about(run, settings.about), excluding)
         solve: Any = by_optax if averaged else by_lbfgsb
-        raw, rows, stopped, exploded, scores = solve(run, optimizer, raw)
+        raw, rows, stopped, exploded, scores = solve(run, settings.optimizer, raw)
     if exploded:
-        warnings.warn(stopped, HypergradientExplosion, stacklevel=2)
+        warnings.warn(stopped, HypergradientExplosion, stacklevel=outside())
     return Optimized(constrain(constraints, raw), raw, stack_rows(traced.row, rows), stopped, scores)
 
 
 def _fingerprint(hypers: PyTree, constraints: PyTree, key: jax.Array, row: PyTree) -> dict[str, str]:
     """Everything besides the objective that decides the result of a run, in words that can be compared."""
-    broadcast = jax.tree.broadcast(constraints, hypers, is_leaf=is_constraint)
-    leaves = jax.tree.leaves(broadcast, is_leaf=is_constraint)
+    leaves = jax.tree.leaves(constraints, is_leaf=is_constraint)
     return {
         "hypers": describe_leaves(hypers),
         "starting values (digest)": digest(hypers),
@@ -230,29 +294,28 @@ def _about(run: MetaRun, about: Mapping[str, Any] | None) -> MetaRun:
     return run._replace(fingerprint=words | run.fingerprint)
 
 
-def _refuse_bad_settings(
-    optimizer: Any,
-    steps: int,
-    counts: Mapping[str, int],
-    key: Any,
-    checkpoint: str | os.PathLike[str] | None,
-    explosion: float,
-    select: Any,
-) -> None:
+def check_settings(settings: Settings) -> None:
+    """Refuse settings that are out of range, before any work starts."""
+    optimizer, key, checkpoint = settings.optimizer, settings.key, settings.checkpoint
     if not isinstance(optimizer, optax.GradientTransformation | LBFGSB):
         raise TypeError(
             f"optimize(optimizer={optimizer!r}): not an optax optimizer or LBFGSB(...); give one "
             "with its settings, such as optax.adam(0.04)"
         )
-    for name, value in {"steps": steps, **counts}.items():
-        least = 0 if name == "steps" else 1
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"optimize({name}={value!r}): {name} must be a whole number, at least {least}")
-    if not explosion > 1:
+    for name, least in {"steps": 0, "seeds": 1, "checkpoint_every": 1, "retries": 0}.items():
+        _check_count(name, getattr(settings, name), least)
+    if settings.retries and isinstance(optimizer, LBFGSB):
         raise ValueError(
-            f"optimize(explosion={explosion!r}): a multiple of the median gradient norm must be "
+            f"optimize(retries={settings.retries}, optimizer=LBFGSB(...)): the line searches of L-BFGS-B "
+            "choose the steps; use an optax optimizer, or leave retries out"
+        )
+    if not settings.explosion > 1:
+        raise ValueError(
+            f"optimize(explosion={settings.explosion!r}): a multiple of the median gradient norm must be "
             "above 1; use math.inf to allow any growth"
         )
+    if settings.callback is not None:
+        check_callable("optimize", "callback", settings.callback, "step")
     legacy = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
     if not (legacy or (is_key(key) and key.shape == ())):
         raise TypeError(
@@ -264,6 +327,20 @@ def _refuse_bad_settings(
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise ValueError(
             f"optimize(checkpoint={os.fspath(checkpoint)!r}): its folder does not exist; make it first"
+        )
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"optimize({name}={value!r}): {name} must be a whole number, at least {least}")
+
+
+def _check_select(select: Any, select_every: Any, optimizer: Any) -> None:
+    _check_count("select_every", select_every, 1)
+    if not (select is None or callable(select) or select == "loss"):
+        raise TypeError(
+            f"optimize(select={select!r}): neither a function of the hypers nor the word 'loss'; give a "
+            "function, select(hypers) -> score"
         )
     if select is not None and isinstance(optimizer, LBFGSB):
         raise ValueError(

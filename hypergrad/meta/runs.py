@@ -3,21 +3,23 @@
 import contextlib
 import math
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import TqdmWarning
 
 from hypergrad._base.dtypes import promoted
-from hypergrad._base.errors import out_of_memory, readable_errors
+from hypergrad._base.errors import out_of_memory, outside, readable_errors
 from hypergrad._base.fingerprint import digest
+from hypergrad._base.progress import Progress
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
-from hypergrad.constraints import constrain
+from hypergrad.constraints import constrain, real
+from hypergrad.meta.signs import SignWatch
 from hypergrad.meta.zeros import announce_zeros
 
 Objective = Callable[[PyTree, jax.Array], Any]
@@ -46,10 +48,10 @@ class History(NamedTuple):
         failed.
     """
 
-    loss: Any
-    gradient_norm: Any
-    aux: Any
-    failed: Any
+    loss: np.ndarray
+    gradient_norm: np.ndarray
+    aux: PyTree
+    failed: np.ndarray
 
 
 class Optimized(NamedTuple):
@@ -68,6 +70,68 @@ class Optimized(NamedTuple):
     history: History
     stopped: str
     scores: dict[int, float]
+
+    def __repr__(self) -> str:
+        losses = self.history.loss
+        ends = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if len(losses) else ""
+        lines = [f"Optimized: {len(losses)} hypergradients{ends}"]
+        if self.scores:
+            lines[0] += f", best score {min(self.scores.values()):.4g}"
+        lines += [f"  {name}: {words}" for name, words in in_words(self.hypers).items()]
+        return "\n".join(lines + ([f"  stopped: {self.stopped}"] if self.stopped else []))
+
+
+class MetaStep(NamedTuple):
+    """What a callback is given after every meta-iteration.
+
+    Attributes:
+      iteration: its number, from 0 (with `LBFGSB`, that of the evaluation).
+      loss: the objective, averaged over the seeds.
+      gradient_norm: Euclidean norm of the gradient in the raw values.
+      hypers: the constrained values that the loss is of: floats where they are numbers, and NumPy arrays.
+      seconds: the time that the iteration took, without compiling.
+    """
+
+    iteration: int
+    loss: float
+    gradient_norm: float
+    hypers: PyTree
+    seconds: float
+
+
+Callback = Callable[[MetaStep], object]
+
+
+class Judge(NamedTuple):
+    """By what the values that a run returns are chosen.
+
+    Attributes:
+      score: of raw values; None takes the loss that is measured anyway.
+      digest: identifies the score in a checkpoint.
+      every: how many iterations lie between two scores.
+    """
+
+    score: Callable[[PyTree], float] | None
+    digest: str
+    every: int
+
+
+class Settings(NamedTuple):
+    """What a user decides about a run; see `optimize`."""
+
+    optimizer: Any
+    steps: int
+    key: jax.Array
+    constraints: PyTree = real
+    seeds: int = 1
+    resample: bool = True
+    has_aux: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int = 1
+    explosion: float = 1e4
+    retries: int = 0
+    about: Mapping[str, str] | None = None
+    callback: Callback | None = None
 
 
 class _EachSeed(NamedTuple):
@@ -89,10 +153,63 @@ class MetaRun(NamedTuple):
     checkpoint_every: int
     fingerprint: dict[str, str]
     explosion: float
-    progress: bool
-    score: Callable[[PyTree], Any] | None
-    select_every: int
-    select_digest: str
+    retries: int
+    judge: Judge | None
+    teller: "Teller"
+    signs: SignWatch
+
+
+class Teller:
+    """Tells progress bar and callback of every iteration.
+
+    Args:
+      progress: where progress is shown.
+      constraints: of the hyperparameters.
+      callback: the user's, or None.
+    """
+
+    def __init__(self, progress: Progress, constraints: PyTree, callback: Callback | None):
+        self.progress, self._callback = progress, callback
+        self._constrained = jax.jit(lambda raw: constrain(constraints, raw))
+        self._last = 0.0
+
+    def begin(self, total: int | None, unit: str, initial: int = 0) -> None:
+        """Start to count iterations."""
+        self.progress.begin(total, unit, initial)
+        self._last = time.monotonic()
+
+    def count(self, row: History) -> None:
+        """Count an iteration that the callback is not told of: it is from a checkpoint."""
+        self.progress.advance(f"loss {float(row.loss):.4g}, gradient {float(row.gradient_norm):.2g}")
+
+    def tell(self, iteration: int, row: History, raw: PyTree) -> None:
+        """Tell of an iteration, after it is saved, because the callback may raise anything."""
+        self.count(row)
+        seconds = time.monotonic() - self._last
+        if self._callback is not None:
+            arrays = jax.device_get(self._constrained(raw))
+            hypers = jax.tree.map(lambda x: float(x) if np.ndim(x) == 0 else np.asarray(x), arrays)
+            self._callback(MetaStep(iteration, float(row.loss), float(row.gradient_norm), hypers, seconds))
+        self._last = time.monotonic()
+
+
+def in_words(tree: PyTree) -> dict[str, str]:
+    """Every number or array of a tree in a few words, by path.
+
+    >>> in_words({"rate": 0.5, "b1": np.array([0.5, 0.75])})
+    {'b1': '0.5 to 0.75', 'rate': '0.5'}
+    """
+
+    def number(x: float) -> str:
+        return f"1 - {1 - x:.4g}" if 0.999 < x < 1 else f"{x:.4g}"
+
+    def words(x: Any) -> str:
+        low, high = (float(f(x)) for f in (np.min, np.max))
+        return number(low) if low == high else f"{number(low)} to {number(high)}"
+
+    pairs = jax.tree.leaves_with_path(tree)
+    names = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in pairs}
+    return {name or "value": words(x) for name, x in names.items() if np.size(x)}
 
 
 def with_entries(run: MetaRun, **entries: str) -> MetaRun:
@@ -149,7 +266,7 @@ def evaluation_of(
         if seeds == 1:  # vmap would make the objective's lax.cond compute both branches
             (loss, aux), gradient = both(raw, keys[0])
             norm = _norm(gradient)
-            row = History(
+            row = _row(
                 loss, norm, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], aux), jnp.zeros(1, bool)
             )
             return row, gradient, _EachSeed(loss[None], norm[None])
@@ -164,9 +281,13 @@ def evaluation_of(
             return jnp.mean(leaf, 0, where=taken.reshape(-1, *[1] * (leaf.ndim - 1)))
 
         gradient = jax.tree.map(mean, gradients)
-        return History(mean(losses), _norm(gradient), aux, ~taken), gradient, _EachSeed(losses, norms)
+        return _row(mean(losses), _norm(gradient), aux, ~taken), gradient, _EachSeed(losses, norms)
 
     return evaluate
+
+
+def _row(*traced: Any) -> History:
+    return History(*traced)
 
 
 def _brief(value: Any) -> str:
@@ -187,6 +308,7 @@ def measure(
     run: MetaRun, raw: PyTree, iteration: int, rows: Sequence[History]
 ) -> tuple[list[History], PyTree, str]:
     """The row (none if there are no numbers), the gradient, and why not to follow it, or ''."""
+    run.signs.look(raw)
     norms = [row.gradient_norm for row in rows]
     limit = run.explosion * _median(norms)
     try:
@@ -281,7 +403,7 @@ def _warn_of_seeds(
         f"optimize at {run.unit} {iteration}: {_seeds(each, limit, which)}; the average is over "
         f"the other {row.failed.size - len(which)} of {row.failed.size} seeds{more}",
         SeedFailure,
-        stacklevel=5,  # at the call of optimize
+        stacklevel=outside(),
     )
 
 
@@ -314,22 +436,6 @@ def kept_on_exit(run: MetaRun, save: Callable[[], int]) -> Iterator[None]:
                 f"seeds, smaller batches or an adjoint that stores less; {then}"
             ) from error
         raise
-
-
-def progress_bar(run: MetaRun, **settings: Any) -> Any:
-    """A progress bar: a widget in notebooks that have ipywidgets, and text everywhere else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TqdmWarning)  # it would ask for ipywidgets
-        from tqdm.auto import tqdm
-    return tqdm(desc="optimize", unit=run.unit, disable=not run.progress, **settings)
-
-
-def advance(bar: Any, row: History) -> None:
-    """Advance a progress bar by one row."""
-    bar.set_postfix_str(
-        f"loss {float(row.loss):.4g}, gradient {float(row.gradient_norm):.2g}", refresh=False
-    )
-    bar.update()
 
 
 class Reached(NamedTuple):

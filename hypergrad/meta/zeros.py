@@ -5,7 +5,7 @@ import warnings
 import jax
 import numpy as np
 
-from hypergrad._base.errors import ZeroHypergradientWarning
+from hypergrad._base.errors import ZeroHypergradientWarning, outside
 from hypergrad._base.trees import PyTree
 
 
@@ -47,5 +47,5 @@ def announce_zeros(call: str, hypergradient: PyTree) -> None:
             "function whose slope is 0, such as the sign in optax.lion and optax.sign_sgd; leave it out of "
             "what is learned (of tune, with learn=[...]), search for it, or use an optimizer without one",
             ZeroHypergradientWarning,
-            stacklevel=2,
+            stacklevel=outside(),
         )

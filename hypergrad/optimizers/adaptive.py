@@ -1,8 +1,8 @@
 """Steps divided by the size of past gradients: AdaGrad, AdaDelta, RMSProp and SM3.
 
-======  ===================  =================================================================
+======  ===================  ==================================================================
 symbol  name                 meaning
-======  ===================  =================================================================
+======  ===================  ==================================================================
 ``w``   params               parameters
 ``g``   gradient             gradient at ``w`` before the step
 ``s``   sum_of_squares       sum of ``g²``
@@ -14,8 +14,8 @@ symbol  name                 meaning
 ``α``   learning_rate        ``>= 0``
 ``γ``   momentum             ``0 <= γ < 1``; ``γ >= 2**-7`` to be reversed
 ``ρ``   decay, rho           ``0 <= ρ < 1``; ``ρ >= 2**-7`` to be reversed
-``ε``   eps                  ``>= 0``, in units of ``g²``: it stands inside the root
-======  ===================  =================================================================
+``ε``   eps                  ``>= 0``, in units of ``g²``: it stands inside the root by default
+======  ===================  ==================================================================
 
 All products are element by element.  In exact arithmetic the size of the first numbers in an array sets its
 range (see `hypergrad.program.Variable`): ``s``, ``v`` and ``d`` may outgrow the first ``g²`` of their leaf
@@ -142,7 +142,7 @@ def adadelta() -> Optimizer:
     return Optimizer("adadelta()", moves, variables, hypers, DOMAINS)
 
 
-def rmsprop(centered: bool = False) -> Optimizer:
+def rmsprop(centered: bool = False, eps_in_sqrt: bool = True) -> Optimizer:
     """RMSProp, ``v <- ρ v + (1-ρ) g²;  w <- w - α g / √(v + ε)``.
 
     Hyperparameters: ``learning_rate`` (α), ``decay`` (ρ, default 0.9) and ``eps`` (ε, default 1e-8).
@@ -151,6 +151,7 @@ def rmsprop(centered: bool = False) -> Optimizer:
 
     Args:
       centered: divide by a standard deviation: ``b <- ρ b + (1-ρ) g``, and ``v - b²`` in place of ``v``.
+      eps_in_sqrt: whether to divide by ``√(v + ε)``, as optax does, and not by ``√v + ε``, as PyTorch does.
 
     Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centered:
     Graves, "Generating sequences with recurrent neural networks", 2013.
@@ -165,15 +166,17 @@ def rmsprop(centered: bool = False) -> Optimizer:
     """
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
-        step = Assign("params", lambda s: s.params - h.learning_rate * _rmsprop_direction(h, s, centered))
-        return [*_rmsprop_averages(h, centered), step]
+        def step(s: Any) -> Array:
+            return s.params - h.learning_rate * _rmsprop_direction(h, s, centered, eps_in_sqrt)
+
+        return [*_rmsprop_averages(h, centered), Assign("params", step)]
 
     hypers = {"learning_rate": None, "decay": 0.9, "eps": 1e-8}
-    name = f"rmsprop({'centered=True' if centered else ''})"
+    name = f"rmsprop({_rmsprop_options(centered, eps_in_sqrt)})"
     return Optimizer(name, moves, _rmsprop_variables(centered), hypers, DOMAINS)
 
 
-def rmsprop_momentum(centered: bool = False) -> Optimizer:
+def rmsprop_momentum(centered: bool = False, eps_in_sqrt: bool = True) -> Optimizer:
     """RMSProp with momentum, ``v <- ρ v + (1-ρ) g²;  m <- γ m + α g / √(v + ε);  w <- w - m``.
 
     Hyperparameters: ``learning_rate`` (α), ``momentum`` (γ, default 0.9), ``decay`` (ρ, default 0.9) and
@@ -183,6 +186,7 @@ def rmsprop_momentum(centered: bool = False) -> Optimizer:
 
     Args:
       centered: divide by a standard deviation: ``b <- ρ b + (1-ρ) g``, and ``v - b²`` in place of ``v``.
+      eps_in_sqrt: whether to divide by ``√(v + ε)``, as optax does, and not by ``√v + ε``, as PyTorch does.
 
     Source: Tieleman and Hinton, "Neural networks for machine learning", lecture 6.5, 2012; centered, with
     momentum: Graves, "Generating sequences with recurrent neural networks", 2013.
@@ -196,17 +200,24 @@ def rmsprop_momentum(centered: bool = False) -> Optimizer:
     """
 
     def moves(h: Any, t: Array) -> Sequence[Move]:
+        def step(s: Any) -> Array:
+            return h.learning_rate * _rmsprop_direction(h, s, centered, eps_in_sqrt)
+
         return [
             *_rmsprop_averages(h, centered),
             Scale("velocity", h.momentum),
-            Shift("velocity", lambda s: h.learning_rate * _rmsprop_direction(h, s, centered)),
+            Shift("velocity", step),
             Shift("params", lambda s: -s.velocity),
         ]
 
     variables = {**_rmsprop_variables(centered), "velocity": Variable()}
     hypers = {"learning_rate": None, "momentum": 0.9, "decay": 0.9, "eps": 1e-8}
-    name = f"rmsprop_momentum({'centered=True' if centered else ''})"
+    name = f"rmsprop_momentum({_rmsprop_options(centered, eps_in_sqrt)})"
     return Optimizer(name, moves, variables, hypers, DOMAINS)
+
+
+def _rmsprop_options(centered: bool, eps_in_sqrt: bool) -> str:
+    return ", ".join(["centered=True"] * centered + ["eps_in_sqrt=False"] * (not eps_in_sqrt))
 
 
 def _rmsprop_variables(centered: bool) -> dict[str, Variable]:
@@ -223,10 +234,10 @@ def _rmsprop_averages(h: Any, centered: bool) -> list[Move]:
     return [*squares, Scale("mu", h.decay), Shift("mu", lambda s: (1 - h.decay) * s.gradient)]
 
 
-def _rmsprop_direction(h: Any, s: Any, centered: bool) -> Array:
+def _rmsprop_direction(h: Any, s: Any, centered: bool, eps_in_sqrt: bool) -> Array:
     # Rounding may bring the variance below zero.
     variance = jnp.maximum(s.nu - s.mu * s.mu, 0) if centered else s.nu
-    return s.gradient / jnp.sqrt(variance + h.eps)
+    return s.gradient / (jnp.sqrt(variance + h.eps) if eps_in_sqrt else roots.sqrt(variance) + h.eps)
 
 
 def sm3() -> Optimizer:

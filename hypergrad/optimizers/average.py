@@ -78,6 +78,7 @@ def with_average(optimizer: Optimizer) -> Optimizer:
         hypers={**optimizer.hypers, "ema_decay": 0.999},
         domains={**optimizer.domains, "ema_decay": DOMAIN},
         labels=labels,
+        parts={"": optimizer},
     )
 
 

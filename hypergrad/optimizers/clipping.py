@@ -96,4 +96,5 @@ def _with(optimizer: Optimizer, name: str, hyper: str, transform: Transform) -> 
         hypers={**optimizer.hypers, hyper: None},
         domains={**optimizer.domains, hyper: (0.0, float("inf"))},
         transform=outer,
+        parts={"": optimizer},
     )

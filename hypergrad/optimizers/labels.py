@@ -104,6 +104,7 @@ def partition(
                 for label, each in optimizers.items()
             },
         ),
+        parts=optimizers,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax import Array
 
 from hypergrad._base.dtypes import lenient
 from hypergrad._base.trees import PyTree
+from hypergrad.optimizers.domains import usual_domains
 from hypergrad.optimizers.safe_roots import finite
 from hypergrad.program import (
     PARAMS,
@@ -22,36 +24,6 @@ from hypergrad.program import (
     StepContext,
     with_defaults,
 )
-
-NOT_NEGATIVE = (0.0, float("inf"))
-SHARE = (0.0, 1.0)
-NOT_NEGATIVE_NAMES = (
-    "learning_rate", "max_learning_rate", "adam_learning_rate", "eps", "eps_root", "adam_eps_root",
-    "weight_decay", "weight_decay_rate", "adam_weight_decay", "trust_coefficient", "min_norm", "max_norm",
-    "max_delta", "clip_threshold", "clipping_threshold", "l2_norm_clip", "noise_multiplier",
-    "min_step_size", "max_step_size", "initial_accumulator_value", "initial_scale", "estim_lr0",
-    "estim_lr_coef", "s_init",
-)  # fmt: skip
-SHARE_NAMES = (
-    "b1",
-    "b2",
-    "b3",
-    "adam_b1",
-    "adam_b2",
-    "beta1",
-    "beta2",
-    "beta3",
-    "momentum",
-    "decay",
-    "rho",
-)
-# Domains of hyperparameters by their names in optax, without names that have several meanings there.
-DOMAINS: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(NOT_NEGATIVE_NAMES, NOT_NEGATIVE),
-    **dict.fromkeys(SHARE_NAMES, SHARE),
-    "eta_minus": SHARE,
-    "eta_plus": (1.0, float("inf")),
-}
 
 
 def from_optax(
@@ -81,9 +53,9 @@ def from_optax(
         `optax.inject_hyperparams` stores there has the value of the step.
       hypers: names and default values; None marks one that must be given to `hypergrad.train`.  They are
         numbers or ``(T,)`` schedules, and the same for all parameters.
-      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.  By
-        default, the entries of `DOMAINS` for the names it contains, such as ``[0, inf)`` for
-        ``learning_rate``.
+      domains: for each hyperparameter, lower and upper end of the half-open range ``[low, high)``.  Names
+        that optax uses have theirs by default, such as ``[0, inf)`` for ``learning_rate`` and ``[0, 1)``
+        for ``b1``; `hypergrad.tune` learns another name only if you give its domain here.
 
     Returns:
       An optimizer for `hypergrad.train`.
@@ -106,31 +78,64 @@ def from_optax(
     -8.0
     """
     name = getattr(build, "__name__", type(build).__name__)
-    call = f"from_optax({name})"
-    usual = {name: domain for name, domain in DOMAINS.items() if name in hypers}
+    built = Built(f"from_optax({name})", name, build, tuple(hypers))
+    return GenericOptimizer(
+        built.call,
+        built.init,
+        built.update,
+        dict(hypers),
+        usual_domains(build, hypers) | dict(domains or {}),
+        init_from_hypers=True,
+    )
 
-    def built(h: Mapping[str, Array]) -> optax.GradientTransformationExtraArgs:
+
+@dataclass(frozen=True)
+class Built:
+    """What an optax optimizer is built by; no closure, so that it can be pickled.
+
+    Attributes:
+      call: the user's call, for messages.
+      name: of the function.
+      build: from hyperparameters to an optax transformation.
+      names: of the hyperparameters.
+    """
+
+    call: str
+    name: str
+    build: Callable[..., optax.GradientTransformation]
+    names: tuple[str, ...]
+
+    def transformation(self, h: Mapping[str, Array]) -> optax.GradientTransformationExtraArgs:
+        """The transformation with these hyperparameters."""
         try:
-            return optax.with_extra_args_support(build(**h))
+            return optax.with_extra_args_support(self.build(**h))
         except jax.errors.ConcretizationTypeError as error:
             raise TypeError(
-                f"{call}: {name} must know one of {list(hypers)} before it runs, and so has no derivative "
-                "in it; leave that one out of hypers, and fix it with functools.partial. "
+                f"{self.call}: {self.name} must know one of {list(self.names)} before it runs, and so has "
+                "no derivative in it; leave that one out of hypers, and fix it with functools.partial. "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
-    def init(h: Mapping[str, Array], params: PyTree) -> PyTree:
+    def init(self, h: Mapping[str, Array], params: PyTree) -> PyTree:
+        """The state before the first step."""
         with lenient():
-            return built(h).init(params)
+            return self.transformation(h).init(params)
 
     def update(
-        h: Mapping[str, Array], gradient: PyTree, state: PyTree, params: PyTree, context: StepContext
+        self,
+        h: Mapping[str, Array],
+        gradient: PyTree,
+        state: PyTree,
+        params: PyTree,
+        context: StepContext,
     ) -> tuple[PyTree, PyTree]:
+        """Parameters and state after a step."""
+
         def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> Array:
             return context.loss(params)  # a line search refuses arguments that this function does not take
 
         def step(h: Any, gradient: PyTree, state: PyTree, params: PyTree, value: Any) -> Any:
-            transformation = built(h)
+            transformation = self.transformation(h)
             more = {
                 "value": value,
                 "grad": gradient,
@@ -142,15 +147,11 @@ def from_optax(
                 del more["value"]
             if _injected(state):
                 state = _refreshed(state, transformation.init(params))
-            updates, state = _updated(call, transformation, gradient, state, params, more)
+            updates, state = _updated(self.call, transformation, gradient, state, params, more)
             return optax.apply_updates(params, updates), state
 
         with lenient():
-            return finite(step, call)(dict(h), gradient, state, params, context.value)
-
-    return GenericOptimizer(
-        call, init, update, dict(hypers), usual | dict(domains or {}), init_from_hypers=True
-    )
+            return finite(step, self.call)(dict(h), gradient, state, params, context.value)
 
 
 def _updated(

@@ -1,0 +1,169 @@
+"""``hypergrad distill``: a few learned examples in place of a data set."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hypergrad import data, nets
+from hypergrad._base.fingerprint import digest
+from hypergrad.cli.figures import draw_distilled
+from hypergrad.cli.folders import CHECKPOINT, HISTORY, Journal
+from hypergrad.cli.loading import file_digest
+from hypergrad.cli.pasting import write_use_of_distilled
+from hypergrad.cli.progress import Progress
+from hypergrad.cli.refusals import RefusedError
+from hypergrad.cli.runs import Job, Outcome
+from hypergrad.cli.settings import check_choice, check_least, option
+from hypergrad.distillation.evaluation import Evaluation, evaluate
+from hypergrad.distillation.outer_loop import distill
+from hypergrad.distillation.recipe import Network, Recipe
+
+NAME = "distill"
+DISTILLED = "distilled.npz"
+NETWORKS = ("convnet", "mlp", "logistic")
+HIDDEN = 128
+SETS = {
+    "random real": "random real examples",
+    "class means": "class means",
+    "distilled": "the learned examples",
+}
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The settings of the command."""
+
+    data: str = option(
+        "digits",
+        "an .npz or .csv file, a folder of images, or the name of a data set; see hypergrad.data.load",
+        positional=True,
+    )
+    per_class: int = option(1, "learned examples for each class")
+    network: str | None = option(None, "default convnet for images and mlp for tables", choices=NETWORKS)
+    width: int = option(32, "channels of the convnet")
+    steps: int = option(20, "of the training on the learned examples")
+    meta_steps: int = option(300, "steps of the learning")
+    judge: int = option(5, "networks that are trained on what was learned, and tested")
+    seed: int = option(0, "of the learning")
+
+
+class Examples(NamedTuple):
+    """What is distilled.
+
+    Attributes:
+      train: inputs and labels.
+      test: inputs and labels.
+      classes: their number.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: int
+
+
+def prepare(settings: Distill) -> Job:
+    """Check the settings, and read the data.
+
+    Args:
+      settings: as the command line gives them.
+    """
+    for flag in ("per_class", "width", "steps", "meta_steps", "judge"):
+        check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
+    examples = _examples(settings.data)
+    shape = examples.train[0].shape[1:]
+    kind = settings.network or ("convnet" if len(shape) > 1 else "mlp")
+    network = _network(kind, shape, examples.classes, settings.width)
+    path = Path(settings.data)
+    digests = {"file": file_digest(path)} if path.is_file() else {}
+    digests |= {"data": digest(examples.train, examples.test)}
+    name = f"{NAME}-{path.stem}-{settings.per_class}-per-class-{kind}"
+    return Job(settings, digests, name, partial(_run, settings, examples, kind, network))
+
+
+def _examples(given: str) -> Examples:
+    loaded = data.load(given)
+    if isinstance(loaded, data.Text):
+        raise RefusedError(f"{given}: a text has no classes; give images or a table with labels")
+    inputs = "images" if isinstance(loaded, data.Dataset) else "inputs"
+    train, test = (
+        (getattr(loaded, f"{part}_{inputs}"), getattr(loaded, f"{part}_labels"))
+        for part in ("train", "test")
+    )
+    return Examples(train, test, loaded.classes)
+
+
+def _network(kind: str, shape: tuple[int, ...], classes: int, width: int) -> Network:
+    """The network that the command line names, for inputs of a shape."""
+    check_choice("--network", kind, NETWORKS)
+    features = math.prod(shape)
+    if kind == "logistic":
+        return nets.mlp((features, classes))
+    if kind == "mlp":
+        return nets.mlp((features, HIDDEN, classes))
+    if len(shape) < 2:
+        raise RefusedError("--network convnet: the data are rows of a table; take mlp or logistic")
+    height, across, channels = (*shape, 1)[:3]
+    depth = min(3, int(math.log2(min(height, across))))
+    return nets.convnet((height, across, channels), classes, width=width, depth=depth)
+
+
+def _run(
+    settings: Distill, examples: Examples, kind: str, network: Network, folder: Path, progress: Progress
+) -> Outcome:
+    journal = Journal(folder / HISTORY)
+    progress.begin(f"compiling the hypergradient through {settings.steps} training steps")
+    made = distill(
+        network,
+        *examples.train,
+        Recipe(steps=settings.steps),
+        per_class=settings.per_class,
+        meta_steps=settings.meta_steps,
+        key=jax.random.key(settings.seed),
+        checkpoint=folder / CHECKPOINT,
+        progress=False,
+    )
+    journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
+    made.save(folder / DISTILLED)
+    progress.begin(f"training {settings.judge} networks on what was learned, and on real examples")
+    table = evaluate(
+        made,
+        {kind: network},
+        examples.train,
+        examples.test,
+        seeds=settings.judge,
+        recipes={},
+        full_seeds=0,
+        key=jax.random.fold_in(jax.random.key(settings.seed), 2**31),
+    )
+    result = {
+        "images": np.asarray(made.images),
+        "labels": np.asarray(made.labels),
+        "history": dict(made.history),
+        "accuracies": {name: table.score(name, "own").accuracies for name in SETS},
+    }
+    lines = [
+        f"learned: {len(made.images)} examples in place of {len(examples.train[1]):,}",
+        *_scores(table),
+        *draw_distilled(folder, made),
+        *write_use_of_distilled(folder, DISTILLED),
+    ]
+    return Outcome(result, lines)
+
+
+def _scores(table: Evaluation) -> list[str]:
+    """Test accuracies on what was learned, and on what needs no learning."""
+    found = {name: table.score(name, "own") for name in SETS}
+    count = len(found["distilled"].accuracies)
+    told = [
+        f"{100 * found[name].mean:.1f} ± {100 * found[name].std:.1f} % on {what}"
+        for name, what in SETS.items()
+    ]
+    lines = [f"test accuracy of {count} new networks: {', '.join(told)}"]
+    if found["distilled"].mean <= found["random real"].mean:
+        lines.append("nothing was gained: try more --meta-steps, more --steps, or another --network")
+    return lines
