@@ -28,6 +28,7 @@ from hypergrad.distillation import (
     distill,
     evaluate,
     load_distilled,
+    recipe_for,
 )
 from hypergrad.implicit import linear
 from hypergrad.meta import Tuned, tune
@@ -166,6 +167,7 @@ __all__ = [
     "prodigy",
     "radam",
     "readable_errors",
+    "recipe_for",
     "rmsprop",
     "rmsprop_momentum",
     "schedules",
