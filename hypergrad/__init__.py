@@ -29,6 +29,7 @@ from hypergrad.distillation import (
     distill,
     evaluate,
     load_distilled,
+    recipe_for,
 )
 from hypergrad.implicit import linear
 from hypergrad.meta import Tuned, load_tuned, tune
@@ -171,6 +172,7 @@ __all__ = [
     "prodigy",
     "radam",
     "readable_errors",
+    "recipe_for",
     "rmsprop",
     "rmsprop_momentum",
     "schedules",

@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_call_is_refused_by_what_differs(tmp_path):
 @pytest.mark.quick("3")
 @pytest.mark.parametrize("steps", [3, 40])
 def test_a_recipe_that_cannot_be_reversed_is_an_error(steps):
-    with pytest.raises(hg.ReversalError, match=r"a factor of 'velocity' of params\[0\]\.weights left"):
+    with pytest.raises(hg.ReversalError, match=r"a factor of 'velocity' of params left"):
         made(hg.Recipe(steps=steps, momentum=0.0))
 
 

@@ -3,7 +3,7 @@
 ======  =====================  ==========================================================
 symbol  name                   meaning
 ======  =====================  ==========================================================
-``x``   images                 learned images, ``(n, ...)``; what is learned is normalized
+``x``   images                 learned images or rows of a table, ``(n, ...)``, normalized
 ``y``   labels                 their labels, ``(n,)`` integers or ``(n, C)`` probabilities
 ``w``   params                 weights of the network ``f``
 ``α``   learning_rate          ``(T,)``, one for every step
@@ -29,6 +29,7 @@ from hypergrad.distillation.evaluation import (
 )
 from hypergrad.distillation.outer_loop import ChaosWarning, distill
 from hypergrad.distillation.recipe import Network, Recipe
+from hypergrad.distillation.trial import recipe_for
 
 __all__ = [
     "Augmentation",
@@ -46,6 +47,7 @@ __all__ = [
     "full_recipe",
     "load_distilled",
     "plain_recipe",
+    "recipe_for",
     "rows_like",
     "standardised",
 ]

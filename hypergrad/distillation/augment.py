@@ -97,6 +97,21 @@ class Augmentation:
         return image
 
 
+def refuse_without_pictures(call: str, augmentation: Augmentation | None, shape: tuple[int, ...]) -> None:
+    """Refuse an augmentation of what are no pictures.
+
+    Args:
+      call: the user's call, for the message.
+      augmentation: of a recipe.
+      shape: ``(N, ...)``, of the examples.
+    """
+    if augmentation is not None and len(shape) not in (3, 4):
+        raise ValueError(
+            f"{call}: the augmentation of the recipe turns and shifts pictures, and the inputs are "
+            f"{list(shape)}. Leave it out, or pass (N, height, width) or (N, height, width, channels)"
+        )
+
+
 def moved(image: Array, matrix: Array, shift: Array) -> Array:
     """``image(A p + b)``, linearly between pixels and 0 outside.
 

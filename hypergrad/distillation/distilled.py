@@ -16,20 +16,29 @@ from jax import Array
 from hypergrad import files
 from hypergrad._base.trees import PyTree
 from hypergrad.distillation.augment import Augmentation
-from hypergrad.distillation.recipe import BASES, NUMBERS, Network, Recipe, numbers_of
+from hypergrad.distillation.recipe import (
+    BASES,
+    NUMBERS,
+    UNOPTIMIZED,
+    Network,
+    Recipe,
+    in_words,
+    numbers_of,
+)
 
 FORMAT = 1  # of saved sets
+RAREST = 20.0  # most standard deviations that a number of a table lies from the mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Distilled:
-    """A distilled set, with everything that is needed to use it.
+    """A distilled set, with everything that is needed to use it; prints as a few lines.
 
     Attributes:
-      images: ``(n, ...)`` in raw units, those of the data.
+      images: ``(n, ...)`` images, or rows of a table, in raw units, those of the data.
       labels: ``(n,)`` integers, or ``(n, C)`` probabilities.
-      mean: the mean in the normalization ``(image - mean) / std``; broadcasts against an image.
-      std: the standard deviation in the same; broadcasts against an image.
+      mean: the mean in the normalization ``(image - mean) / std``; broadcasts against an image or a row.
+      std: the standard deviation in the same; broadcasts against an image or a row.
       recipe: how to train on it.
       bases: ``(k, ...)`` normalized images of which the images are linear combinations; None for free
         images.
@@ -49,6 +58,20 @@ class Distilled:
     coefficients: Any = None
     history: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shape, labels = np.shape(self.images), np.asarray(self.labels)
+        soft = labels.ndim == 2
+        classes = labels.shape[1] if soft else len(np.unique(labels))
+        what = "rows of a table" if len(shape) == 2 else "images"
+        lines = [
+            f"Distilled: {shape[0]} {what} {list(shape[1:])} of {classes} classes"
+            f"{', with soft labels' if soft else ''}",
+            f"  recipe: {in_words(self.recipe)}",
+        ]
+        if "learned" in self.about:
+            lines.append(f"  learned: {', '.join(self.about['learned'])}")
+        return "\n".join([*lines, *_history_in_words(self.history), *_scores_in_words(self.about)])
 
     @property
     def inputs(self) -> Array:
@@ -155,6 +178,32 @@ def load_distilled(path: str | os.PathLike[str]) -> Distilled:
     return made
 
 
+def _history_in_words(history: Mapping[str, Any]) -> list[str]:
+    """How the loss and the error on held-out examples fell, in lines."""
+    lines, loss = [], np.asarray(history.get("loss", ()))
+    errors = np.asarray(history.get("validation_error", ())).reshape(-1, 2)
+    if loss.size:
+        lines.append(
+            f"  loss on real examples: {loss[0]:.3g} at first, {loss[-1]:.3g} at meta-step {loss.size}"
+        )
+    if len(errors):
+        best = errors[np.nanargmin(errors[:, 1])]
+        lines.append(
+            f"  error on held-out examples: {100 * errors[0, 1]:.1f} % at first, {100 * best[1]:.1f} % "
+            f"at meta-step {best[0]:.0f}"
+        )
+    return lines
+
+
+def _scores_in_words(about: Mapping[str, Any]) -> list[str]:
+    """What `Evaluation.noted` noted of networks trained on the set by its own recipe, in lines."""
+    scores = [s for s in about.get("metrics", ()) if s["examples"] == "distilled" and s["recipe"] == "own"]
+    return [
+        f"  test accuracy of {s['network']}, inits {s['inits']}: {100 * np.mean(s['accuracies']):.1f} %"
+        for s in scores
+    ]
+
+
 def check_set(call: str, made: Distilled) -> None:
     """Refuse a set whose parts do not fit each other."""
     shapes = {name: np.shape(getattr(made, name)) for name in ("images", "labels", "mean", "std", *BASES)}
@@ -206,13 +255,21 @@ def centred(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardised(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over all pixels, for each channel of ``(n, height, width, channels)``.
+    """Mean and standard deviation of the training images: of every channel; of every feature of a table.
+
+    What is constant gets the standard deviation 1.  A feature that is nearly always the same gets a
+    twentieth of its range, so that no number is more than 20 standard deviations from the mean.
 
     Args:
-      images: ``(n, ...)``; one mean for all unless there are four axes.
+      images: ``(n, height, width)``, ``(n, height, width, channels)`` or ``(n, features)``; one mean and
+        one standard deviation for all if it has other axes.
     """
-    axes = (0, 1, 2) if images.ndim == 4 else None
-    return np.mean(images, axis=axes), np.std(images, axis=axes)
+    axes: Any = {2: 0, 4: (0, 1, 2)}.get(images.ndim)
+    mean, std = (np.asarray(f(images, axis=axes, dtype=np.float64)) for f in (np.mean, np.std))
+    spread = np.asarray(images.max(axis=axes) - images.min(axis=axes), np.float64)
+    if images.ndim == 2:
+        std = np.maximum(std, spread / RAREST)
+    return mean, np.where(spread == 0, 1.0, std)
 
 
 def shapes_in_words(network: Network) -> str:
@@ -231,9 +288,10 @@ def array_or_none(x: Any) -> np.ndarray | None:
 
 def described(init: Callable[[Array], PyTree]) -> list[str]:
     """Initial weights in words: path, shape, and mean and standard deviation in one draw."""
+    drawn = jax.device_get(jax.jit(init, compiler_options=UNOPTIMIZED)(jax.random.key(0)))
     return [
-        f"{jax.tree_util.keystr(path)} {list(x.shape)}: {float(jnp.mean(x)):.3g} ± {float(jnp.std(x)):.3g}"
-        for path, x in jax.tree.leaves_with_path(init(jax.random.key(0)))
+        f"{jax.tree_util.keystr(path)} {list(x.shape)}: {x.mean():.3g} ± {x.std():.3g}"
+        for path, x in jax.tree.leaves_with_path(drawn)
     ]
 
 

@@ -9,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad import nets
 from hypergrad._base.errors import readable_errors
+from hypergrad.distillation.augment import refuse_without_pictures
 from hypergrad.distillation.baselines import class_means, rows_like
 from hypergrad.distillation.distilled import Distilled
-from hypergrad.distillation.recipe import Network, Recipe
+from hypergrad.distillation.recipe import Network, Recipe, in_words, numbers_of, with_numbers
+from hypergrad.distillation.trial import Teller
 
 FULL_BATCH = 256
 FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # candidates for SGD on all the data
+FULL_EPOCHS = 5
+FULL_STEPS = 300  # the least, for few data
 
 
 class Score(NamedTuple):
@@ -123,16 +128,17 @@ def condensation_recipe(examples: int) -> Recipe:
     )
 
 
-def full_recipe(examples: int, epochs: int, learning_rate: float) -> Recipe:
+def full_recipe(examples: int, epochs: int | None, learning_rate: float) -> Recipe:
     """SGD on all the data: batches of 256, momentum 0.9, cosine decay.
 
     Args:
       examples: in the training set.
-      epochs: passes over the data.
+      epochs: passes over the data; None for 5, and for 300 steps at least.
       learning_rate: ``α`` at first; optax's is a tenth of it.
     """
     batch = min(examples, FULL_BATCH)
-    steps = epochs * (examples // batch)
+    steps = (FULL_EPOCHS if epochs is None else epochs) * (examples // batch)
+    steps = max(steps, FULL_STEPS) if epochs is None else steps
     rates = learning_rate * np.cos(0.5 * np.pi * np.arange(steps) / steps) ** 2
     return Recipe(steps=steps, learning_rate=rates, batch_size=batch, shuffled=True)
 
@@ -145,9 +151,10 @@ def evaluate(
     *,
     seeds: int = 20,
     recipes: Mapping[str, Recipe] | None = None,
-    full_epochs: int = 5,
+    full_epochs: int | None = None,
     full_seeds: int = 3,
     key: Array | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Train new networks on a distilled set and on baselines that need no learning, and test them.
 
@@ -160,13 +167,15 @@ def evaluate(
     Args:
       distilled: a set, or several of the same size and recipe, whose scores are pooled.
       networks: ``(init, apply)`` by name.
-      train: real ``(images, labels)``, for the baselines; images in raw units.
-      test: test ``(images, labels)`` in the same form; use them only once.
+      train: real ``(images, labels)``, for the baselines, or rows of a table and labels; in raw units, for
+        everything is normalized here as the set says.
+      test: ``(images, labels)`` to test on, in the same form; use them only once.
       seeds: training runs on every set, from keys that were not used in learning.
       recipes: recipes by name, in place of plain SGD and condensation's.
-      full_epochs: number of epochs on the full data.
+      full_epochs: number of epochs on the full data; by default 5, or as many as make 300 steps.
       full_seeds: training runs on the full data, 0 for none.
       key: PRNG key, by default ``jax.random.key(1)``.
+      progress: say on stderr what is trained.
 
     Returns:
       An `Evaluation`, to be printed.
@@ -182,12 +191,14 @@ def evaluate(
     >>> logistic = hg.nets.mlp((64, 10))
     >>> made = hg.distill(logistic, *train, hg.Recipe(steps=5), meta_steps=100, progress=False)
     >>> test = digits.test_images, digits.test_labels
-    >>> table = evaluate(made, {"logistic": logistic}, train, test, seeds=3, recipes={}, full_seeds=0)
+    >>> table = evaluate(
+    ...     made, {"logistic": logistic}, train, test, seeds=3, recipes={}, full_seeds=0, progress=False
+    ... )
     >>> table.score("distilled", "own").mean > table.score("random real", "own").mean
     True
     """
     sets = [distilled] if isinstance(distilled, Distilled) else list(distilled)
-    _refuse(sets, networks, train, test, seeds)
+    _refuse(sets, networks, train, test, seeds, recipes)
     first, key = sets[0], jax.random.key(1) if key is None else key
     count = len(first.images)
     others = recipes
@@ -211,55 +222,97 @@ def evaluate(
     own_labels = jnp.concatenate([jnp.stack([_probabilities(d.labels, train[1])] * seeds) for d in sets])
 
     full = first.normalised(train[0]), jnp.asarray(train[1])
+    teller = Teller("evaluate", progress)
     scores = []
     for name, network in networks.items():
+        trainer = _Trainer(network, (test_inputs, test_labels), {})
         for recipe_name, recipe in plans:
-            run = _tested(network, recipe, test_inputs, test_labels)
+            runs = f"{len(baselines)} x {len(keys)} trainings: {in_words(recipe)}"
+            teller.say(f"{name}, recipe {recipe_name!r}, {runs}")
             for examples, inputs in baselines.items():
                 targets = own_labels if examples == "distilled" else repeated(labels)
-                found = run(inputs, targets, keys)
+                found = trainer.accuracies(recipe, inputs, targets, keys)
                 scores.append(Score(name, examples, recipe_name, _inits(recipe), found))
         if full_seeds:
-            rate = _best_rate(network, full, full_epochs, keys[:1])
-            run = _tested(network, full_recipe(len(full[0]), full_epochs, rate), test_inputs, test_labels)
-            accuracies = [
-                np.asarray(run(*(x[None] for x in full), keys[k, None])) for k in range(full_seeds)
-            ]
-            scores.append(
-                Score(name, "full data", f"SGD at {rate:g}", "random", np.concatenate(accuracies))
+            teller.say(
+                f"{name}, all {len(full[0])} real examples, {len(FULL_RATES)} + {full_seeds} trainings"
             )
+            found, rate = _on_all(trainer, full, full_epochs, jax.random.split(key, full_seeds))
+            scores.append(Score(name, "full data", f"SGD at {rate:g}", "random", found))
     return Evaluation(scores)
 
 
-def _best_rate(network: Network, full: tuple[Array, Array], epochs: int, key: Array) -> float:
-    """The learning rate for the full data with the best accuracy on the last tenth, which is held out."""
-    kept = len(full[0]) - len(full[0]) // 10
-    found = {}
-    for rate in FULL_RATES:
-        run = _tested(network, full_recipe(kept, epochs, rate), full[0][kept:], full[1][kept:])
-        found[rate] = float(run(full[0][None, :kept], full[1][None, :kept], key)[0])
-    return max(found, key=lambda rate: found[rate])
+class _Trainer(NamedTuple):
+    """Trains a network and tests it.
+
+    Attributes:
+      network: ``(init, apply)``.
+      test: inputs and labels to test on.
+      compiled: what was compiled, by all of a recipe that is not a number, and so shared by recipes that
+        differ only in numbers.
+    """
+
+    network: Network
+    test: tuple[Array, Array]
+    compiled: dict[Recipe, Callable[..., tuple[Array, Array]]]
+
+    def accuracies(self, recipe: Recipe, *given: Array) -> np.ndarray:
+        """Test accuracies of networks trained on ``(k, n, ...)`` inputs and their labels by ``k`` keys."""
+        return self.results(recipe, *given)[0]
+
+    def results(self, recipe: Recipe, *given: Array) -> tuple[np.ndarray, np.ndarray]:
+        """`accuracies`, and the test losses."""
+        alike = with_numbers(recipe, {"learning_rate": 0.1, "momentum": 0.5, "l2": 0.0})
+        if alike not in self.compiled:
+            self.compiled[alike] = _tested(self.network, alike)
+        numbers = {**numbers_of(recipe), "learning_rate": recipe.rates()}
+        with readable_errors():
+            run = self.compiled[alike]
+            right, loss = jax.device_get(run(jax.tree.map(jnp.asarray, numbers), self.test, *given))
+        return right / len(self.test[1]), loss
 
 
-def _tested(
-    network: Network, recipe: Recipe, test_inputs: Array, test_labels: Array
-) -> Callable[..., np.ndarray]:
-    """Test accuracies as a compiled function of ``(k, n, ...)`` inputs, their labels and ``k`` keys."""
+def _tested(network: Network, alike: Recipe) -> Callable[..., tuple[Array, Array]]:
+    """How many test examples trained networks get right, and their test losses, as a compiled function.
 
-    def one(test: tuple[Array, Array], given: tuple[Array, Array, Array]) -> Array:
-        params = recipe.train(network, *given)
-        logits = jax.lax.map(lambda x: network[1](params, x[None])[0], test[0], batch_size=1000)
-        return jnp.sum(jnp.argmax(logits, axis=1) == test[1])
+    Of the numbers of a recipe, test inputs and labels, ``(k, n, ...)`` inputs, their labels and ``k`` keys.
+    """
 
     @jax.jit
-    def run(test: tuple[Array, Array], *given: Array) -> Array:
-        return jax.lax.map(lambda each: one(test, each), given)
+    def run(numbers: dict[str, Array], test: tuple[Array, Array], *given: Array) -> tuple[Array, Array]:
+        recipe = with_numbers(alike, numbers)
 
-    def accuracies(*given: Array) -> np.ndarray:
-        with readable_errors():
-            return np.asarray(run((test_inputs, test_labels), *given)) / len(test_labels)
+        def one(given: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            params = recipe.train(network, *given)
+            logits = jax.lax.map(lambda x: network[1](params, x[None])[0], test[0], batch_size=1000)
+            return jnp.sum(jnp.argmax(logits, axis=1) == test[1]), nets.cross_entropy(logits, test[1])
 
-    return accuracies
+        return jax.lax.map(one, given)
+
+    return run
+
+
+def _on_all(
+    trainer: _Trainer, full: tuple[Array, Array], epochs: int | None, keys: Array
+) -> tuple[np.ndarray, float]:
+    """Test accuracies after training on all the data, and the rate: that with the best held-out tenth.
+
+    Of rates with the same accuracy there, which is common where few are held out, that of the least loss.
+    """
+    order = jax.random.permutation(jax.random.fold_in(keys[0], 2), len(full[0]))
+    held = max(1, len(order) // 10)
+    kept, unseen = ((full[0][rows], full[1][rows]) for rows in (order[held:], order[:held]))
+    judge = trainer._replace(test=unseen, compiled={})
+    given = (kept[0][None], kept[1][None], keys[:1])
+
+    def quality(rate: float) -> tuple[float, float]:
+        accuracy, loss = judge.results(full_recipe(len(kept[0]), epochs, rate), *given)
+        return accuracy.item(), -np.nan_to_num(loss, nan=np.inf).item()
+
+    rate = max(FULL_RATES, key=quality)
+    recipe = full_recipe(len(order), epochs, rate)
+    accuracies = [trainer.accuracies(recipe, *(x[None] for x in full), key[None]) for key in keys]
+    return np.concatenate(accuracies), rate
 
 
 def _anew(recipe: Recipe) -> Recipe:
@@ -281,6 +334,7 @@ def _refuse(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     seeds: int,
+    recipes: Mapping[str, Recipe] | None,
 ) -> None:
     if not sets or len({np.shape(d.images) for d in sets}) > 1 or len({d.recipe.steps for d in sets}) > 1:
         shapes = [np.shape(d.images) for d in sets]
@@ -293,9 +347,17 @@ def _refuse(
     if seeds < 1:
         raise ValueError(f"evaluate(seeds={seeds}): at least one training is needed")
     shape = np.shape(sets[0].images)[1:]
+    what = "inputs" if len(shape) == 1 else "images"
+    for recipe in (sets[0].recipe, *(recipes or {}).values()):
+        refuse_without_pictures("evaluate(distilled, ...)", recipe.augmentation, np.shape(sets[0].images))
     for name, (images, labels) in (("train", train), ("test", test)):
         if np.shape(images)[1:] != shape or len(images) != len(labels):
             raise ValueError(
-                f"evaluate({name}=...) with images {np.shape(images)} and {len(labels)} labels: the set's "
-                f"images are {shape}. Pass the data it was made from, in the same raw units"
+                f"evaluate({name}=...) with {what} {np.shape(images)} and {len(labels)} labels: the set's "
+                f"{what} are {shape}. Pass the data it was made from, in the same raw units"
+            )
+        if not np.issubdtype(np.asarray(images).dtype, np.floating):
+            raise ValueError(
+                f"evaluate({name}=...) with {what} of {np.asarray(images).dtype}: the set was made from "
+                f"floats. Pass the {what} in the units that distill was given"
             )

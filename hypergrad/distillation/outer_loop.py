@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from hypergrad import constraints, data, files, nets
+from hypergrad import constraints, files, nets
 from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import readable_errors
 from hypergrad._base.trees import PyTree
@@ -28,15 +28,17 @@ from hypergrad.distillation.distilled import (
     shapes_in_words,
     standardised,
 )
+from hypergrad.distillation.examples import Examples, check_examples, check_network
 from hypergrad.distillation.recipe import (
     NUMBERS,
+    UNOPTIMIZED,
     Network,
     Recipe,
-    logits_of,
     numbers_of,
     train_with,
     with_numbers,
 )
+from hypergrad.distillation.trial import Teller, Trial
 from hypergrad.meta.checkpoints import locked
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize
@@ -77,23 +79,26 @@ def distill(
 
     A meta-optimizer follows the hypergradient, in everything that is learned, of the loss on real examples
     after a whole training run.  Learning rates and the penalty stay positive, the momentum between 0 and 1.
-    For recipes of 40 steps or more the first hypergradients are tested for chaos.
+    For recipes of 40 steps or more the first hypergradients are tested for chaos.  Images may be gray or in
+    color, or rows of a table; what is said here of images holds for rows too.
 
     Args:
       network: ``(init, apply)``: from a key to parameters, and from parameters and ``(n, ...)`` inputs to
         ``(n, C)`` logits; such as `hypergrad.nets.convnet` returns.
-      images: ``(N, ...)`` real training images.
+      images: ``(N, ...)`` real training images: ``(N, height, width)``, ``(N, height, width, channels)``,
+        or rows of a table, ``(N, features)``.
       labels: ``(N,)`` their classes, integers in ``[0, C)``.
       recipe: recipe of the inner training; those of its numbers that are learned begin there.  By default
-        ``Recipe()``.
+        the one that `recipe_for` finds by a short trial.
       per_class: number of learned images for every class.
-      learn: what is learned: any of "images", "labels" (soft ones), "learning_rate" (one for every step),
-        "momentum" and "l2".
+      learn: what is learned: any of "images" (or "inputs", which is the same), "labels" (soft ones),
+        "learning_rate" (one for every step), "momentum" and "l2".
       start: ``(per_class * C, ...)`` first images in raw units, image ``i`` of class ``i mod C``; by
         default real ones.
       bases: number of shared bases, of which the images are learned as linear combinations; None for free
         images.
-      normalise: function from the training images to the ``(mean, std)`` in ``(image - mean) / std``.
+      normalise: function from the training images to the ``(mean, std)`` in ``(image - mean) / std``; by
+        default those of every channel, and of every feature of a table.
       window: differentiate only this many steps, which end at a random step in ``[window, T]``; None for
         all ``T``.
       runs: inner training runs that each meta-step averages over, computed in parallel.
@@ -108,7 +113,7 @@ def distill(
       checkpoint: file to resume from and to write during the run; a resumed run with larger ``meta_steps``
         reaches the same set as a single run of that length.  Refused if it belongs to another network,
         recipe, data or other settings.
-      progress: show a progress bar.
+      progress: say on stderr what is done and whether the recipe fits, and show a progress bar.
 
     Returns:
       The `Distilled` set.  If the hypergradient explodes, there is a warning, and the last good set is
@@ -137,24 +142,26 @@ def distill(
     >>> made.images.shape
     (10, 8, 8)
     """
-    recipe = Recipe() if recipe is None else recipe
     key = jax.random.key(0) if key is None else key
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels, learn = np.asarray(images), np.asarray(labels), _names(learn)
     held_out = len(images) // 10 if validation is None else validation
-    call = f"distill(network, images, labels, {recipe}, per_class={per_class}, learn={tuple(learn)!r})"
-    classes = _check_examples(call, images, labels, start, per_class, held_out)
-    _check_learned(call, recipe, learn, bases, start)
-    _check_numbers(call, recipe, per_class=per_class, bases=bases, window=window, real_batch=real_batch)
-    _check_network(call, network, images[:1], classes)
+    first = Recipe() if recipe is None else recipe  # what is chosen is no shorter
+    call = f"distill(network, images, labels, {recipe}, per_class={per_class}, learn={learn!r})"
+    classes = check_examples(call, images, labels, start, per_class, held_out)
+    _check_learned(call, first, learn, bases, start)
+    _check_numbers(call, first, per_class=per_class, bases=bases, window=window, real_batch=real_batch)
+    check_network(call, network, first, images.shape, classes)
 
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
-    examples = _Examples.of(call, (images, labels), normalise, held_out, shuffle_key)
-    hard = np.arange(per_class * classes, dtype=np.int32) % classes
-    fixed = examples.start(hard, start, start_key)
+    examples = Examples.of(call, (images, labels), normalise, held_out, shuffle_key)
+    hard, fixed = examples.start(per_class, start, start_key)
+    teller = Teller("distill", progress and not _resumed(checkpoint))
+    recipe = Trial(network, fixed, hard, examples.real, meta_key, teller).fitting(recipe)
     windowed = _windowed(Reversible() if adjoint is None else adjoint, window, recipe.steps)
     task = _Task(network, recipe, fixed, hard, examples, real_batch, *windowed, meta_key)
     learned = _start(recipe, fixed, hard, learn, bases, *examples.real)
     _look_for_chaos_first(call, task, learned, meta_key, checkpoint)
+    teller.say(f"compiling a meta-step: the hypergradient through {recipe.steps} steps")
     settings = {"bases": bases, "window": window, "real_batch": real_batch, "held out": held_out}
     result = optimize(
         task.objective,
@@ -176,50 +183,6 @@ def distill(
     return task.distilled(result, about)
 
 
-class _Examples(NamedTuple):
-    """Real examples in random order, standardized.
-
-    Attributes:
-      real: inputs and labels of those to learn from.
-      unseen: inputs and labels of those held out for validation.
-      mean, std: by which images were standardized.
-      checksum: checksum of all examples.
-    """
-
-    real: tuple[Array, Array]
-    unseen: tuple[Array, Array]
-    mean: np.ndarray
-    std: np.ndarray
-    checksum: str
-
-    @staticmethod
-    def of(
-        call: str,
-        given: tuple[np.ndarray, np.ndarray],
-        normalise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-        held_out: int,
-        key: Array,
-    ) -> "_Examples":
-        """Examples from images and labels, some of which are held out."""
-        images, labels = given
-        mean, std = (np.asarray(x, images.dtype) for x in normalise(images))
-        order = np.asarray(jax.random.permutation(key, len(images)))
-        inputs, targets = (images[order] - mean) / std, labels[order].astype(np.int32)
-        kept, classes = len(images) - held_out, int(labels.max()) + 1
-        data.require_classes(
-            f"{call}, validation={held_out}", "what is left to learn from", targets[:kept], classes
-        )
-        real = (jnp.asarray(inputs[:kept]), jnp.asarray(targets[:kept]))
-        unseen = (jnp.asarray(inputs[kept:]), jnp.asarray(targets[kept:]))
-        return _Examples(real, unseen, mean, std, checksum_of(images, labels))
-
-    def start(self, hard: np.ndarray, given: Any, key: Array) -> Array:
-        """Initial images of these classes: those given, or random real ones."""
-        if given is None:
-            return self.real[0][rows_like(hard, np.asarray(self.real[1]), key)]
-        return jnp.asarray((np.asarray(given, self.mean.dtype) - self.mean) / self.std)
-
-
 class _Task(NamedTuple):
     """What is distilled, and from what.
 
@@ -239,7 +202,7 @@ class _Task(NamedTuple):
     recipe: Recipe
     fixed: Array
     hard: np.ndarray
-    examples: _Examples
+    examples: Examples
     real_batch: int | None
     adjoint: Adjoint
     shortest: int | None
@@ -285,7 +248,7 @@ class _Task(NamedTuple):
     def in_words(self, learn: Sequence[str]) -> dict[str, str]:
         """What decides the result besides numbers, in words for people to compare."""
         return {
-            "recipe": _in_words(self.recipe),
+            "recipe": _compared(self.recipe),
             "network": shapes_in_words(self.network),
             "real data (sha256)": self.examples.checksum[:16],
             "learn": ", ".join(sorted(learn)),
@@ -328,11 +291,16 @@ def _windowed(adjoint: Adjoint, window: int | None, steps: int) -> tuple[Adjoint
     return Truncated(window, adjoint), window
 
 
+def _resumed(checkpoint: str | os.PathLike[str] | None) -> bool:
+    """Whether there is a run to go on with."""
+    return checkpoint is not None and os.path.exists(checkpoint)
+
+
 def _look_for_chaos_first(
     call: str, task: _Task, learned: PyTree, key: Array, checkpoint: str | os.PathLike[str] | None
 ) -> None:
     """Look for chaos if a run is long and is not being resumed."""
-    if task.recipe.steps < LONG or (checkpoint is not None and os.path.exists(checkpoint)):
+    if task.recipe.steps < LONG or _resumed(checkpoint):
         return
     with locked("distill", checkpoint):  # finds one that cannot be written before this work
         _look_for_chaos(call, task.objective, learned, key, task.recipe.steps)
@@ -342,7 +310,7 @@ def _meta_rate(t: Any) -> Any:
     return 0.02 / jnp.sqrt(1 + t / 100)
 
 
-def _in_words(recipe: Recipe) -> str:
+def _compared(recipe: Recipe) -> str:
     """A recipe in words for people to compare; for a long schedule only its ends."""
     parts = {**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}, **numbers_of(recipe)}
     shown = {
@@ -384,47 +352,16 @@ def _start(
     return learned
 
 
-def _check_examples(
-    call: str, images: np.ndarray, labels: np.ndarray, start: Any, per_class: int, held_out: int
-) -> int:
-    """Refuse examples that cannot be learned from; returns the number of their classes."""
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or images.ndim < 2:
-        raise ValueError(
-            f"{call} with images {images.shape} and labels {labels.shape} of {labels.dtype}: pass images "
-            "(N, ...) and one integer label for each"
-        )
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"{call} with images of {images.dtype}: learned images are real numbers. Pass floats, such as "
-            "images / 255"
-        )
-    if not np.isfinite(images).all():
-        raise ValueError(f"{call}: the images hold numbers that are not finite; remove or replace them")
-    classes = int(labels.max()) + 1
-    empty = sorted(set(range(classes)) - set(labels.tolist()))
-    if labels.min() < 0 or empty:
-        raise ValueError(
-            f"{call}: the labels must be 0, 1, ... without gaps; missing: {empty}, smallest: {labels.min()}"
-        )
-    if not is_whole(per_class):
-        raise ValueError(f"{call}: per_class={per_class!r} must be a whole number, at least 1")
-    wanted = (per_class * classes, *images.shape[1:])
-    if start is not None and np.shape(start) != wanted:
-        raise ValueError(
-            f"{call}: start has shape {np.shape(start)}, and the learned images have {wanted}: image i is "
-            "of class i mod C"
-        )
-    if not 0 <= held_out <= len(images) // 2:
-        raise ValueError(
-            f"{call}: validation={held_out} of {len(images)} examples; hold out from 0 to half of them"
-        )
-    return classes
+def _names(learn: Sequence[str]) -> tuple[str, ...]:
+    """What is learned, by the names that are used inside."""
+    names = (learn,) if isinstance(learn, str) else tuple(learn)
+    return tuple("images" if name == "inputs" else name for name in names)
 
 
 def _check_learned(call: str, recipe: Recipe, learn: Sequence[str], bases: Any, start: Any) -> None:
     """Refuse a request to learn what cannot be learned."""
     learnable = ("images", "labels", *NUMBERS)
-    if isinstance(learn, str) or not learn or not set(learn) <= set(learnable):
+    if not learn or not set(learn) <= set(learnable):
         raise ValueError(f"{call}: learn must hold one or more of {learnable}")
     if any(name in learn and not getattr(recipe, name) > 0 for name in ("l2", "momentum")):
         raise ValueError(
@@ -450,20 +387,10 @@ def _check_numbers(call: str, recipe: Recipe, **numbers: int | None) -> None:
         )
 
 
-def _check_network(call: str, network: Network, image: np.ndarray, classes: int) -> None:
-    """Refuse a network with another number of outputs than there are classes."""
-    found = logits_of(network, image).shape
-    if found != (1, classes):
-        raise ValueError(
-            f"{call}: for one image the network gives logits {found}, and the labels have {classes} "
-            f"classes; pass a network that gives (1, {classes})"
-        )
-
-
 def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, steps: int) -> None:
     """Warn if the hypergradient of a run is far larger than that of its first half."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
     def evaluated(learned: PyTree, length: Array) -> tuple[Array, Array]:
         loss, gradient = jax.value_and_grad(objective)(learned, key, length)
         return loss, optax.tree.norm(gradient)
