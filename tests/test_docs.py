@@ -45,10 +45,18 @@ def test_readme(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other; a later one may use the names of those before it."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     names: dict[str, object] = {}
     for k, block in enumerate(blocks((ROOT / page).read_text())):
         exec(compile(block, f"{page} block {k}", "exec"), names)
     assert names
+
+
+def test_first_steps_are_short() -> None:
+    steps = blocks((ROOT / "docs" / "first-steps.md").read_text())
+    assert len(steps) == 3
+    for step in steps:
+        assert sum(map(bool, step.splitlines())) <= 10
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
