@@ -19,8 +19,6 @@ from hypergrad.cli.settings import as_command
 
 CONFIG, SUMMARY, RESULT = "config.toml", "summary.txt", "result.npz"
 HISTORY, CHECKPOINT = "history.jsonl", "checkpoint.npz"
-# A run may be continued with more of these, and is the same run with a longer name.
-EXTENDS = "meta_steps"
 
 
 class Config(NamedTuple):
@@ -54,14 +52,13 @@ class Config(NamedTuple):
         return Config(command, given, dict(digests), os.getcwd(), versions)
 
     def continues(self, other: "Config") -> bool:
-        """Whether this run goes on with another: all the same, but perhaps more meta-steps.
+        """Whether this is the same run as another.
 
         Args:
           other: the configuration of the other run.
         """
-        mine, theirs = dict(self.settings), dict(other.settings)
-        more = mine.pop(EXTENDS, 0) >= theirs.pop(EXTENDS, 0)
-        return (self.command, mine, self.digests) == (other.command, theirs, other.digests) and more
+        mine, theirs = ((x.command, x.settings, x.digests) for x in (self, other))
+        return mine == theirs
 
     def differences(self, other: "Config") -> str:
         """What differs from another run, in words.

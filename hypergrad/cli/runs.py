@@ -77,12 +77,11 @@ def carry_out(
     with files.locked(folder / "run", f"hypergrad {command} --out {folder}"):
         held = read_config(folder) if (folder / CONFIG).exists() else None
         summary = folder / SUMMARY
-        if held is not None and held.settings == config.settings and summary.exists():
+        if held is not None and summary.exists():
             progress.say(f"{folder} holds this run already, finished; delete the folder to run it again")
             tree, about = files.load(folder / RESULT)
             return folder, Outcome(tree, summary.read_text().splitlines(), about["failed"])
-        summary.unlink(missing_ok=True)  # of the shorter run that this one goes on with
-        if held is None or held.settings != config.settings:
+        if held is None:
             config.write(folder, job.settings)
         if job.source is not None:
             shutil.copyfile(job.source, folder / job.source.name)
