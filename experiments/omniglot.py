@@ -411,13 +411,15 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
     losses.set(xlabel="networks", ylabel="loss (nats)", ylim=(0, None))
     losses.grid(alpha=0.25)
     losses.legend(fontsize="small", loc="lower right")
-    first = found[0].inner
-    figures.lines(inner, {f"meta-iteration {k}": first[k - 1] for k in (1, len(first))})
-    if theirs is not None:
-        for row, label in ((0, "authors, 2015"), (len(first) - 1, None)):
-            inner.plot(10 * np.arange(5), theirs[row], **CIRCLES, label=label)
-        inner.legend(fontsize="small")
-    inner.set(title="Training", xlabel="step", ylabel="mean training loss (nats)")
+    first = found[0].inner[:, ::10]  # as the authors saved it
+    for k, row in enumerate((0, len(first) - 1)):
+        style = figures.look(k, marker=".", label=f"meta-iteration {row + 1}")
+        inner.plot(10 * np.arange(len(first[row])), first[row], **style)
+        if theirs is not None:
+            inner.plot(10 * np.arange(5), theirs[row], **CIRCLES, label="authors, 2015" if k else None)
+    inner.grid(alpha=0.25)
+    inner.legend(fontsize="small")
+    inner.set(title="Training, every tenth step", xlabel="step", ylabel="mean training loss (nats)")
     figures.lines(outer, {f"seed {k}": x.held_out for k, x in enumerate(found)})
     outer.xaxis.get_major_locator().set_params(integer=True)
     outer.set(
@@ -428,7 +430,7 @@ def draw(path: Path, config: Config, found: Sequence[Found], theirs: np.ndarray 
         "paper": PAPER,
         "order": [in_order(x.losses) for x in found],
         "seeds": [{"losses": x.losses, "held_out": x.held_out, "sharing": x.sharing} for x in found],
-        "training_losses": first[:, ::10],
+        "training_losses": first,
     }
     figures.save(figure, path, record)
 
