@@ -462,15 +462,19 @@ def draw_contest(
     by_size: Mapping[int, Mapping[str, Trial]],
 ) -> None:
     """Loss by iteration, by time and by batch size."""
-    for place in axes[:2]:
-        figures.lines(place, {name: best.excess for name, best in contest.items()})
+    shown = [[i for i in (*SHOWN, len(x.excess) - 1) if i < len(x.excess)] for x in contest.values()]
+    for place, units in zip(
+        axes[:2], ([1.0] * len(contest), [1e-3 * x.milliseconds for x in contest.values()])
+    ):
+        curves = {name: best.excess[at] for (name, best), at in zip(contest.items(), shown)}
+        figures.lines(place, curves, marker=".")
+        for line, at, unit in zip(place.get_lines(), shown, units):
+            line.set_xdata(unit * np.array(at))
+        place.relim()
+        place.autoscale()
         place.set(yscale="log", ylabel="excess loss, nats per image")
     axes[0].set(title="All images, by iteration", xlabel="iteration", xscale="symlog")
     axes[0].set_xlim(left=0)
-    for line, best in zip(axes[1].get_lines(), contest.values()):
-        line.set_xdata(1e-3 * best.milliseconds * np.arange(len(best.excess)))
-    axes[1].relim()
-    axes[1].autoscale()
     axes[1].set(title="By time, on the machine of the record", xlabel="seconds")
     figures.lines(
         axes[2],
