@@ -1,5 +1,6 @@
 """Predicted memory against that of the compiled programs, and the choice."""
 
+import pickle
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.training.planner import fastest
+from hypergrad.training.planner import Estimate, fastest
 
 SIZES = (60, 40, 10)
 STEPS = 2000
@@ -91,3 +92,9 @@ def test_leaves_out_reversal_where_it_is_impossible() -> None:
 def test_refuses_to_differentiate_in_what_there_is_not() -> None:
     with pytest.raises(ValueError, match=r"wrt=\('rates',\) must be some of"):
         hg.plan(**problem(), budget=1e12, wrt=("rates",))
+
+
+def test_a_plan_can_be_pickled_and_prints_the_same() -> None:
+    plan = hg.Plan(hg.Stored(), (Estimate(hg.Reversible({"velocity": 0.5}), 2**20, 3.7),), 2**21)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert str(plan).splitlines()[0].split() == ["MiB", "time", "adjoint", "(budget", "2.0", "MiB)"]
