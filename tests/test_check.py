@@ -55,7 +55,16 @@ def test_a_healthy_problem_is_trusted_and_the_report_is_printed(capsys: pytest.C
 
 def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert check(jnp.sum, jnp.ones(3)).trusted
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_says_what_is_compiled_and_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    check(lambda z, steps: jnp.sum(z**2) * steps, jnp.ones(3), steps=(1, 2, 3), progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    first, last = shown.err.splitlines()
+    assert first == "check_hypergradient: compiling the objective and its hypergradient ..."
+    assert re.fullmatch(r"check_hypergradient: 8/8 checks, 0:\d\d, chaos, T = 3", last)
 
 
 # Finite differences.
@@ -141,11 +150,19 @@ def test_an_array_without_influence_is_too_small_to_resolve() -> None:
     assert "Too small to resolve: ['b'], at most 0.0%" in report.finite_differences.meaning
 
 
-def test_a_constant_objective_cannot_be_told() -> None:
+def test_a_hypergradient_that_is_really_zero_is_no_failure() -> None:
     report = check(lambda z: 3.0 + 0.0 * jnp.sum(z), START)
-    assert report.finite_differences.verdict == "warning"
+    assert report.finite_differences.verdict == "ok" and report.trusted
+    assert report.finite_differences.meaning.startswith("The hypergradient is 0, and so are differences")
     assert report.metasmoothness.verdict == "not checked"
-    assert not report.trusted
+    report = check(lambda e: jnp.sum(e["a"] ** 2) + jnp.sum(jnp.sign(e["b"])), {"a": START, "b": START})
+    assert report.trusted and report.finite_differences.numbers["zero"] == ["['b']"]
+    assert report.finite_differences.meaning.endswith(" Zero, like the differences: ['b'].")
+
+
+def test_a_zero_that_should_not_be_one_fails() -> None:
+    report = check(lambda z: jnp.sum(jax.lax.stop_gradient(z) ** 2), START)
+    assert report.finite_differences.verdict == "failed" and report.verdict == "NOT TRUSTED"
 
 
 def test_an_infinite_hypergradient_fails() -> None:
@@ -212,6 +229,7 @@ def test_a_part_that_is_seen_but_not_resolved_is_confirmed_by_nothing() -> None:
         numbers = report.finite_differences.numbers
         assert numbers["unconfirmed"] == ["['eps']"] and numbers["unclear_share"] < 0.1
         assert report.finite_differences.verdict == "warning" and not report.trusted
+        assert report.verdict == "cannot tell" and str(report).splitlines()[0].endswith(": cannot tell")
         assert "Differences resolve the slope in ['eps'] to" in report.finite_differences.meaning
 
 

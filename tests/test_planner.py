@@ -1,5 +1,6 @@
 """Predicted memory against that of the compiled programs, and the choice."""
 
+import pickle
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
-from hypergrad.training.planner import fastest
+from hypergrad.training.planner import Estimate, fastest
 
 SIZES = (60, 40, 10)
 STEPS = 2000
@@ -101,3 +102,9 @@ def test_plans_for_a_problem_with_a_state() -> None:
     given = {"hypers": {"learning_rate": 0.1}, "steps": 3, "budget": 1e9}
     problem = hg.Problem(jnp.ones(3), loss, model_state=jnp.zeros(3))
     assert hg.plan(problem, **given) == hg.plan(loss, jnp.ones(3), model_state=jnp.zeros(3), **given)
+
+
+def test_a_plan_can_be_pickled_and_prints_the_same() -> None:
+    plan = hg.Plan(hg.Stored(), (Estimate(hg.Reversible({"velocity": 0.5}), 2**20, 3.7),), 2**21)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert str(plan).splitlines()[0].split() == ["MiB", "time", "adjoint", "(budget", "2.0", "MiB)"]

@@ -1,5 +1,6 @@
 """What `train` accepts and refuses; exactness on a whole network."""
 
+import pickle
 import re
 from typing import Any
 
@@ -152,6 +153,22 @@ def test_result_has_the_types_and_structure_of_the_start() -> None:
     assert int(trained.state["step"]) == trained.losses.size
     np.testing.assert_array_equal(trained.watched, trained.losses)
     assert float(trained.losses[0]) == 18.0 and trained.losses[-1] < trained.losses[0]
+
+
+def test_a_result_prints_in_a_few_words_and_can_be_pickled() -> None:
+    trained = train()
+    assert (
+        str(trained)
+        == repr(trained)
+        == (
+            "Trained: 18 parameters in 3 arrays, 6 steps, loss 18 to "
+            f"{trained.losses[-1]:.4g}; state: velocity, step, exact"
+        )
+    )
+    assert "loss" not in repr(jax.eval_shape(train))
+    again = pickle.loads(pickle.dumps(trained))
+    assert jax.tree.structure(again) == jax.tree.structure(trained)
+    np.testing.assert_array_equal(again.losses, trained.losses)
 
 
 def test_changes_no_global_configuration() -> None:

@@ -17,6 +17,7 @@ def look_for_chaos(
     leaves: Leaves,
     steps: Sequence[int] | None,
     last: Leaves | None,
+    advance: Callable[[str], None],
 ) -> Finding:
     """Fits of ``log |g|`` by ``rate T`` and by ``exponent log T``; `last` is ``g`` of the longest run."""
     name = "chaos"
@@ -34,6 +35,7 @@ def look_for_chaos(
             )
         except ReversalError:
             gradient = None
+        advance(f"chaos, T = {length}")
         return math.nan if gradient is None else math.sqrt(sum(float(np.sum(g**2)) for g in gradient))
 
     lengths = [int(length) for length in steps]

@@ -1,6 +1,7 @@
 """The hypergradient against central differences of the objective, in random directions."""
 
 import math
+from collections.abc import Callable
 
 import jax.extend.core
 import numpy as np
@@ -19,9 +20,14 @@ from hypergrad.check.report import Finding
 
 
 def compare_with_differences(
-    point: Point, noise: float, directions: int, tolerance: float | None, key: jax.Array
+    point: Point,
+    noise: float,
+    directions: int,
+    tolerance: float | None,
+    key: jax.Array,
+    advance: Callable[[str], None],
 ) -> Finding:
-    """Compare slopes along random directions with central differences."""
+    """Compare slopes along random directions with central differences; each of them advances a bar."""
     name = "finite differences"
     broken = [n for n, g in zip(point.names, point.gradient) if not np.all(np.isfinite(g))]
     if broken or not math.isfinite(point.start):
@@ -39,7 +45,10 @@ def compare_with_differences(
     slopes: dict[str, list[Slope]] = {}
     for k, leaf in enumerate(point.names):
         moves = [random_signs(point, jax.random.fold_in(key, 1 + i), k) for i in range(directions)]
-        slopes[leaf] = [slope_along(point, move, noise, tolerance) for move in moves]
+        slopes[leaf] = []
+        for move in moves:
+            slopes[leaf].append(slope_along(point, move, noise, tolerance))
+            advance(f"finite differences in {leaf}")
 
     return _judged(slopes, tolerance, noise, epsilon)
 
@@ -47,7 +56,9 @@ def compare_with_differences(
 def _judged(slopes: dict[str, list[Slope]], tolerance: float, noise: float, epsilon: float) -> Finding:
     """The finding from slopes along random directions in every leaf."""
     name = "finite differences"
+    zero = [n for n, each in slopes.items() if all(s.zero for s in each)]
     clear = [n for n, e in slopes.items() if all(s.agrees(tolerance) or s.disagrees(tolerance) for s in e)]
+    clear = [*dict.fromkeys(zero + clear)]
     suspect = [n for n, each in slopes.items() if any(s.disagrees(tolerance) for s in each)]
     wrong = [n for n in suspect if n in clear]
     unclear = [n for n in slopes if n not in clear]
@@ -69,6 +80,7 @@ def _judged(slopes: dict[str, list[Slope]], tolerance: float, noise: float, epsi
         "noise": noise,
         "unclear": unclear,
         "unclear_share": share,
+        "zero": zero,
         "unconfirmed": unconfirmed,
     }
     if wrong:
@@ -77,11 +89,16 @@ def _judged(slopes: dict[str, list[Slope]], tolerance: float, noise: float, epsi
     if share > 0.1 or suspect or unconfirmed:
         worst = max(unconfirmed or unclear, key=bounds.__getitem__)
         return Finding(name, "warning", measured, _cannot_tell(worst, bounds[worst], epsilon))
-    worst = max(clear, key=errors.__getitem__)
+    if len(zero) == len(slopes):
+        meaning = "The hypergradient is 0, and so are differences: the objective is constant here."
+        return Finding(name, "ok", measured, meaning)
+    worst = max((n for n in clear if n not in zero), key=errors.__getitem__)
     meaning = (
         f"Agrees with finite differences: relative error at most {errors[worst]:.1e}, in {worst}, resolved "
         f"to {bounds[worst]:.1e}; cosine {cosine:.6f}."
     )
+    if zero:
+        meaning += f" Zero, like the differences: {listed(zero)}."
     if unclear:
         meaning += f" Too small to resolve: {listed(unclear)}, at most {share:.1%} of the hypergradient."
     return Finding(name, "ok", measured, meaning)

@@ -10,11 +10,12 @@ import numpy as np
 
 from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import ReversalError
+from hypergrad._base.progress import Progress
 from hypergrad._base.trees import PyTree
 from hypergrad.check.chaos import look_for_chaos
 from hypergrad.check.finite_differences import compare_with_differences
 from hypergrad.check.metasmoothness import metasmoothness
-from hypergrad.check.objective import Point, float_leaves, noise_of, program_of, sizes_of
+from hypergrad.check.objective import Leaves, Point, float_leaves, noise_of, program_of, sizes_of
 from hypergrad.check.program import low_precision, recovery_of
 from hypergrad.check.report import Finding, Report
 
@@ -29,6 +30,7 @@ def check_hypergradient(
     tolerance: float | None = None,
     key: jax.Array | None = None,
     quiet: bool = False,
+    progress: bool | None = None,
 ) -> Report:
     """Check the hypergradient ``∂ objective / ∂ everything`` in five ways.
 
@@ -57,9 +59,11 @@ def check_hypergradient(
         (0, 1).  None is the fourth root of the machine epsilon: 0.019 for float32, 0.00012 for float64.
       key: PRNG key of the directions, by default ``jax.random.key(0)``.
       quiet: do not print the report.
+      progress: show on stderr what is compiled, and a bar with the time left; by default unless ``quiet``.
 
     Returns:
-      A `Report`, printed unless ``quiet``; ``Report.trusted`` summarizes it.
+      A `Report`, printed unless ``quiet``; ``Report.verdict`` summarizes it: trusted, not trusted, or that
+      nobody can tell.
 
     Raises:
       ValueError: an argument is invalid; checked before any work starts.
@@ -92,6 +96,24 @@ def check_hypergradient(
         more = () if length is None else (length,)
         return lambda leaves: objective(merge(leaves), *more)
 
+    with Progress("check_hypergradient", not quiet if progress is None else progress) as shown:
+        shown.say("compiling the objective and its hypergradient ...")
+        report = _inspected(call, at, (names, leaves), (steps, directions, step, tolerance), key, shown)
+    if not quiet:
+        print(report)
+    return report
+
+
+def _inspected(
+    call: str,
+    at: Callable[[int | None], Callable[[Sequence[Any]], Any]],
+    named: tuple[list[str], Leaves],
+    settings: tuple[Sequence[int] | None, int, float, float | None],
+    key: jax.Array,
+    shown: Progress,
+) -> Report:
+    """Every check."""
+    (names, leaves), (steps, directions, step, tolerance) = named, settings
     program, gradient = None, None
     try:
         program = program_of(call, at(None if steps is None else int(steps[-1])), leaves)
@@ -107,22 +129,22 @@ def check_hypergradient(
         )
     else:
         recovery = recovery_of(program.jaxpr)
+        shown.begin(2 + directions * len(leaves) + len(steps or ()), "check")
         noise = noise_of(point, key)
-        differences = compare_with_differences(point, noise, directions, tolerance, key)
+        shown.advance("noise")
+        differences = compare_with_differences(point, noise, directions, tolerance, key, shown.advance)
         smoothness = metasmoothness(point, noise, step)
+        shown.advance("metasmoothness")
     count = sum(x.size for x in leaves)
     kinds = " and ".join(sorted({str(x.dtype) for x in leaves}))
-    report = Report(
+    return Report(
         f"Hypergradient in {count:,} number{'s' * (count > 1)} of {kinds}",
         differences,
         recovery,
-        look_for_chaos(call, at, leaves, steps, gradient),
+        look_for_chaos(call, at, leaves, steps, gradient, shown.advance),
         smoothness,
         low_precision(names, leaves, None if program is None else program.jaxpr),
     )
-    if not quiet:
-        print(report)
-    return report
 
 
 def _refuse(call: str, steps: Any, directions: Any, step: Any, tolerance: Any) -> None:

@@ -172,12 +172,14 @@ class Slope(NamedTuple):
       error: by how much finite differences exceed it.
       uncertainty: by how much finite differences may be wrong.
       typical: root mean square of such slopes of the same array, over all signs.
+      zero: whether the hypergradient in the array is exactly 0, and the objective the same at all points.
     """
 
     expected: float
     error: float
     uncertainty: float
     typical: float
+    zero: bool = False
 
     @property
     def scale(self) -> float:
@@ -229,11 +231,14 @@ def slope_along(point: Point, move: Move, noise: float, tolerance: float) -> Slo
     expected = derivative(point.gradient)
     typical = float(np.linalg.norm(point.gradient[k] * point.sizes[k]))
     best = Slope(expected, math.nan, math.inf, typical)
+    zero = not np.any(point.gradient[k])
     coarse = before = math.nan
     stair, shift = 0.0, math.inf
     h = 4.0**-2
     while h >= max(4.0**-13, 64 * machine_epsilon(point.leaves[k].dtype)):
-        central = (point.residual(move, h) - point.residual(move, -h)) / (2 * h)
+        ends = point.residual(move, h), point.residual(move, -h)
+        zero = zero and ends == (0.0, 0.0)
+        central = (ends[0] - ends[1]) / (2 * h)
         fourth = (16 * central - coarse) / 15
         now = abs(central - coarse)
         if now > 2 * shift:
@@ -250,7 +255,7 @@ def slope_along(point: Point, move: Move, noise: float, tolerance: float) -> Slo
             if clear or truncation <= rounding:
                 break
         h, coarse, before = h / 4, central, fourth
-    return best
+    return best._replace(zero=zero)
 
 
 def fraction(x: float, whole: float) -> float:

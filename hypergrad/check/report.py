@@ -42,10 +42,17 @@ class Report(NamedTuple):
     @property
     def trusted(self) -> bool:
         """Whether finite differences confirm the hypergradient and no check failed."""
-        return self.finite_differences.verdict == "ok" and all(f.verdict != "failed" for f in self[1:])
+        return self.verdict == "trusted"
+
+    @property
+    def verdict(self) -> str:
+        """``"trusted"``, ``"NOT TRUSTED"`` if a check failed, or ``"cannot tell"`` if none says either."""
+        if any(finding.verdict == "failed" for finding in self[1:]):
+            return "NOT TRUSTED"
+        return "trusted" if self.finite_differences.verdict == "ok" else "cannot tell"
 
     def __str__(self) -> str:
-        lines = [f"{self.subject}: {'trusted' if self.trusted else 'NOT TRUSTED'}"]
+        lines = [f"{self.subject}: {self.verdict}"]
         for name, verdict, _, meaning in self[1:]:
             head = f"  {name:<20}{verdict:<13}"
             lines.append(textwrap.fill(head + meaning, 100, subsequent_indent=" " * len(head)))

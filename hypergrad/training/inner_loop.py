@@ -53,6 +53,15 @@ class Trained(NamedTuple):
     watched: PyTree
     model_state: PyTree = None
 
+    def __repr__(self) -> str:
+        arrays = jax.tree.leaves(self.params)
+        count, steps = sum(np.size(x) for x in arrays), np.shape(self.losses)[-1]
+        known = isinstance(self.losses, jax.Array | np.ndarray) and np.ndim(self.losses) == 1
+        known = known and not isinstance(self.losses, jax.core.Tracer)
+        losses = f", loss {self.losses[0]:.4g} to {self.losses[-1]:.4g}" if known else ""
+        kept = f"state: {', '.join(self.state)}"
+        return f"Trained: {count:,} parameters in {len(arrays)} arrays, {steps} steps{losses}; {kept}"
+
 
 def train(
     loss: Callable[..., Array | tuple[Array, PyTree]],
