@@ -11,6 +11,7 @@ from hypergrad import (
     implicit,
     meta,
     nets,
+    plots,
     problems,
     schedules,
 )
@@ -163,6 +164,7 @@ __all__ = [
     "novograd",
     "partition",
     "plan",
+    "plots",
     "problems",
     "prodigy",
     "radam",

@@ -25,6 +25,7 @@ FLOORS = (
     ("implicit", "bilevel", "check"),
     ("meta",),
     ("distillation",),
+    ("plots",),
 )
 ALLOWED_ON_ONE_FLOOR = {("bilevel", "implicit")}  # beside each other, but one may ask the other
 
