@@ -12,6 +12,7 @@ from hypergrad import (
     implicit,
     meta,
     nets,
+    plots,
     problems,
     schedules,
 )
@@ -168,6 +169,7 @@ __all__ = [
     "novograd",
     "partition",
     "plan",
+    "plots",
     "problems",
     "prodigy",
     "radam",

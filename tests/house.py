@@ -25,6 +25,7 @@ FLOORS = (
     ("implicit", "bilevel", "check"),
     ("meta",),
     ("distillation",),
+    ("plots",),
     ("cli",),
     ("__main__",),
 )

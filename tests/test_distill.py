@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pickle
+import re
 
 import equinox as eqx
 import jax
@@ -15,6 +17,7 @@ from hypergrad import nets
 from hypergrad.distillation.distilled import centred, standardised
 from hypergrad.distillation.outer_loop import _look_for_chaos
 from hypergrad.distillation.recipe import train_with
+from hypergrad.distillation.trial import Teller, Trial, best_rate
 
 CLASSES = 3
 RNG = np.random.default_rng(0)
@@ -131,6 +134,78 @@ def test_a_window_trains_on_for_a_random_number_of_steps():
         expected = first.train(LOGISTIC, x, jnp.asarray(LABELS[:5]), key)
         for a, b in zip(jax.tree.leaves(after(jnp.int32(length))), jax.tree.leaves(expected)):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+PLAIN = {  # a network and the shape of its inputs
+    "color": (nets.convnet((4, 4, 3), CLASSES, width=2, depth=1), (4, 4, 3)),
+    "table": (nets.mlp((5, CLASSES)), (5,)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_the_hypergradient_is_that_of_a_plain_scan(x64, kind):
+    """Color images and tables, against jax.grad through jax.lax.scan in float64."""
+    (init, apply), shape = PLAIN[kind]
+    x, real = (jnp.asarray(RNG.normal(size=(n, *shape))) for n in (6, 9))
+    y, targets = jnp.arange(6) % CLASSES, jnp.arange(9) % CLASSES
+    recipe = hg.Recipe(steps=4, learning_rate=0.5, momentum=0.7, l2=0.01, inits=1)
+    start = recipe.weights(init, jax.random.key(0))
+
+    def ours(x, rates):
+        given = dataclasses.replace(recipe, learning_rate=rates)
+        params = given.train((init, apply), x, y, jax.random.key(0), hg.Reversible())
+        return nets.cross_entropy(apply(params, real), targets)
+
+    def plain(x, rates):
+        def inner(w):
+            penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
+            return optax.softmax_cross_entropy_with_integer_labels(apply(w, x), y).mean() + 0.01 * penalty
+
+        def step(carry, rate):
+            w, v = carry
+            v = jax.tree.map(lambda v, g: 0.7 * v - 0.3 * g, v, jax.grad(inner)(w))
+            return (jax.tree.map(lambda w, v: w + rate * v, w, v), v), None
+
+        (w, _), _ = jax.lax.scan(step, (start, jax.tree.map(jnp.zeros_like, start)), rates)
+        return optax.softmax_cross_entropy_with_integer_labels(apply(w, real), targets).mean()
+
+    found, expected = (jax.jit(jax.grad(f, (0, 1)))(x, jnp.full(4, 0.5)) for f in (ours, plain))
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
+
+
+def test_a_table_is_learned_from_raw_numbers():
+    """Features of very different sizes, of which one is constant, through all that a set can do."""
+    scales, places = np.array([1e-3, 1.0, 1e4, 1.0]), np.array([5.0, 0.0, -1e5, 3.0])
+    classes = np.arange(60) % 2
+    unit = RNG.normal(size=(60, 4)) + 3 * classes[:, None]
+    rows = places + scales * unit * np.array([1, 1, 1, 0])
+    network = nets.mlp((4, 2))
+    recipe = hg.Recipe(steps=10, learning_rate=3.0)
+    given = hg.distill(network, rows, classes, recipe, **QUICK | {"learn": ("inputs",), "meta_steps": 1})
+    assert given.images.shape == (2, 4)
+    assert np.abs(given.inputs).max() < 5
+    np.testing.assert_allclose(given.images[:, 3], 3.0, atol=0.1)
+    assert given.about["learned"] == ["images"]
+    params = given.train(network, jax.random.key(1))
+    wrong = nets.error_rate(network[1](params, given.normalised(rows)), classes)
+    assert float(wrong) < 0.1
+    assert [x.shape for x in given.batches()] == [(10, 2, 4), (10, 2)]
+    assert str(given).startswith("Distilled: 2 rows of a table [4] of 2 classes")
+
+
+def test_a_set_prints_as_a_few_lines_and_can_be_pickled(learned):
+    lines = repr(learned).splitlines()
+    assert lines[0] == "Distilled: 6 images [4, 4] of 3 classes, with soft labels"
+    assert lines[1].startswith("  recipe: 6 steps, learning rates ")
+    assert lines[2] == "  learned: images, labels, learning_rate, momentum, l2"
+    assert lines[3].startswith("  loss on real examples: ") and lines[3].endswith(" at meta-step 60")
+    assert lines[4].startswith("  error on held-out examples: ")
+    assert len(repr(learned)) < 1000
+    again = pickle.loads(pickle.dumps(learned))
+    np.testing.assert_array_equal(again.inputs, learned.inputs)
+    np.testing.assert_array_equal(again.recipe.rates(), learned.recipe.rates())
+    assert again.about == learned.about
 
 
 @pytest.mark.slow
@@ -269,6 +344,48 @@ def test_divergence_gives_the_last_good_set():
     assert "stopped at" in found.about["stopped"]
 
 
+def trial(shown=True):
+    x, y = jnp.asarray(standard(IMAGES), jnp.float32), jnp.asarray(LABELS)
+    return Trial(LOGISTIC, x[:6], LABELS[:6], (x, y), jax.random.key(0), Teller("distill", shown))
+
+
+def test_a_recipe_is_found_and_said(capsys):
+    found = trial().fitting(None)
+    assert found.steps == 20
+    said = capsys.readouterr().err
+    assert f"distill: chose 20 steps, learning rate {found.learning_rate:g}, momentum 0.9" in said
+    assert "hardly learns" not in said
+    params = found.train(LOGISTIC, trial().inputs, jnp.asarray(LABELS[:6]), jax.random.key(0))
+    assert accuracy(params) > 0.8
+    public = hg.recipe_for(LOGISTIC, IMAGES, LABELS, per_class=2, progress=False)
+    assert (public.steps, capsys.readouterr().err) == (20, "")
+    assert 0.01 < public.learning_rate < 30
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [(1e-4, "hardly learns, .*raise learning_rate or steps"), (1e4, "explodes, .*lower learning_rate")],
+)
+def test_a_recipe_that_does_not_fit_is_named(capsys, rate, words):
+    recipe = hg.Recipe(steps=5, learning_rate=rate)
+    assert trial().fitting(recipe) is recipe
+    assert re.search(rf"distill: the inner training {words}", capsys.readouterr().err)
+
+
+def test_of_rates_the_lowest_that_is_nearly_best_is_taken():
+    assert best_rate(np.array([2.0, 1.9, 1.04, 1.0, np.inf])) == 2
+    assert best_rate(np.array([2.0, 2.5, 2.1, np.nan])) == 2
+    assert best_rate(np.array([2.0, np.nan, np.inf])) == 0
+
+
+def test_a_network_that_explodes_at_all_rates_is_refused():
+    broken = (LOGISTIC[0], lambda w, x: jnp.nan * LOGISTIC[1](w, x))
+    with pytest.raises(
+        ValueError, match=r"distill\(network.*at all learning rates from 0.01 to 30 training"
+    ):
+        trial(shown=False)._replace(network=broken).fitting(None)
+
+
 def test_chaos_is_announced():
     def growing(x, key, length):  # as the logistic map's, its derivative doubles at every step
         return jnp.sum(x) * 2.0**length
@@ -298,6 +415,13 @@ def test_normalisations():
     mean, std = centred(images)
     assert mean.shape == (4, 4, 2)
     assert std == 1
+    table = RNG.normal(size=(2000, 3)) * np.array([1e-3, 1.0, 1e4]) + 7
+    mean, std = standardised(table)
+    np.testing.assert_allclose([mean, std], [table.mean(0), table.std(0)], rtol=1e-12)
+    rare = np.stack([np.arange(2000) == 5, np.full(2000, 0.1)], axis=1)  # once; never
+    mean, std = standardised(rare.astype(np.float32))
+    np.testing.assert_allclose(std, [1 / 20, 1], rtol=1e-6)
+    assert standardised(np.full((5, 4, 4), 0.1, np.float32))[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -348,12 +472,21 @@ def test_a_network_with_other_classes_is_refused():
         ((255 * IMAGES).astype(np.uint8), LABELS, "images of uint8"),
         (np.where(IMAGES[0, 0, 0] == IMAGES, np.nan, IMAGES), LABELS, "not finite"),
         (IMAGES, 2 * LABELS, r"missing: \[1, 3\]"),
+        (np.ones((90, 16), int), LABELS, r"inputs of int64.*such as inputs.astype"),
+        (IMAGES[:0], LABELS[:0], "one integer label for each"),
     ],
-    ids=["labels", "bytes", "NaN", "gaps"],
+    ids=["labels", "bytes", "NaN", "gaps", "whole numbers", "nothing"],
 )
 def test_bad_data_is_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
         hg.distill(LOGISTIC, images, labels, **QUICK)
+
+
+def test_a_table_is_not_augmented():
+    recipe = hg.Recipe(steps=2, augmentation=hg.Augmentation(shift=1.0))
+    rows = IMAGES.reshape(90, 16)
+    with pytest.raises(ValueError, match=r"turns and shifts pictures, and the inputs are \[90, 16\]"):
+        hg.distill(LOGISTIC, rows, LABELS, recipe, **QUICK)
 
 
 def test_other_files_are_refused(tmp_path, learned):

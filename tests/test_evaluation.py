@@ -41,6 +41,7 @@ def table():
         recipes=short,
         full_epochs=20,
         full_seeds=1,
+        progress=False,
     )
 
 
@@ -95,6 +96,8 @@ def test_the_protocols_are_the_published_ones():
     many = condensation_recipe(600)
     assert (many.steps, many.batch_size, many.shuffled) == (600, 256, True)
     assert (plain_recipe(10).steps, plain_recipe(10).l2) == (300, 0)
+    assert full_recipe(455, None, 0.5).steps == 300
+    assert full_recipe(60_000, None, 0.5).steps == 5 * (60_000 // 256)
     full = full_recipe(1000, 2, 0.5)
     assert (full.steps, full.batch_size, float(full.rates()[0])) == (6, 256, 0.5)
 
@@ -108,10 +111,42 @@ def test_the_protocols_are_the_published_ones():
         ({"seeds": 0}, r"seeds=0\)"),
         ({"train": (TRAIN[0][:, :2], TRAIN[1])}, r"evaluate\(train=...\) with images \(60, 2, 4\)"),
         ({"test": (TEST[0], TEST[1][:3])}, r"evaluate\(test=...\) .* 3 labels"),
+        (
+            {"train": (TRAIN[0].astype(np.uint8), TRAIN[1])},
+            r"images of uint8: the set was made from floats",
+        ),
     ],
-    ids=["none", "sizes", "networks", "seeds", "train", "test"],
+    ids=["none", "sizes", "networks", "seeds", "train", "test", "bytes"],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
     given = {"distilled": GOOD, "networks": {"net": NETWORK}, "train": TRAIN, "test": TEST} | arguments
     with pytest.raises(ValueError, match=message):
         hg.evaluate(**given)
+
+
+def test_all_of_a_small_table_of_raw_numbers_is_learned():
+    """Features of very different sizes, in order of the classes, whose last tenth holds one class only."""
+    labels = np.repeat([0, 1], 40)
+    rows = (RNG.normal(size=(80, 3)) + 2.5 * labels[:, None]) * np.array([1e-3, 1.0, 1e4]) + 50
+    network = nets.mlp((3, 2))
+    made = hg.Distilled(rows[[0, 40]], np.arange(2), rows.mean(0), rows.std(0), RECIPE)
+    table = hg.evaluate(
+        made,
+        {"net": network},
+        (rows, labels),
+        (rows, labels),
+        seeds=1,
+        recipes={},
+        full_seeds=1,
+        progress=False,
+    )
+    assert table.scores[-1].examples == "full data"
+    assert table.scores[-1].mean > 0.95
+
+
+def test_tables_are_not_augmented():
+    made = hg.Distilled(TRAIN[0][:3].reshape(3, 16), np.arange(3), np.float32(0), np.float32(1), RECIPE)
+    rows = TRAIN[0].reshape(60, 16), TRAIN[1]
+    turned = {"turned": hg.Recipe(augmentation=hg.Augmentation(degrees=5.0))}
+    with pytest.raises(ValueError, match=r"turns and shifts pictures, and the inputs are \[3, 16\]"):
+        hg.evaluate(made, {"net": NETWORK}, rows, rows, recipes=turned)

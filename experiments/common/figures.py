@@ -1,6 +1,6 @@
 """Figures for people: labelled, in colours that the colour-blind tell apart and that also read in grey.
 
-The only module that imports matplotlib.
+The only module of the experiments that imports matplotlib.
 """
 
 import io

@@ -186,7 +186,7 @@ def _history_in_words(history: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  loss on real examples: {loss[0]:.3g} at first, {loss[-1]:.3g} at meta-step {loss.size}"
         )
-    if len(errors):
+    if np.isfinite(errors).any(0).all():
         best = errors[np.nanargmin(errors[:, 1])]
         lines.append(
             f"  error on held-out examples: {100 * errors[0, 1]:.1f} % at first, {100 * best[1]:.1f} % "

@@ -71,15 +71,15 @@ def check_examples(
     whole = np.issubdtype(labels.dtype, np.integer)
     if labels.shape != images.shape[:1] or not whole or images.ndim < 2 or images.size == 0:
         raise ValueError(
-            f"{call} with images or inputs {images.shape} and labels {labels.shape} of {labels.dtype}: pass "
-            "images (N, height, width) or (N, height, width, channels), or rows of a table (N, features), "
+            f"{call} with images or inputs {images.shape} and labels {labels.shape} of {labels.dtype}: "
+            "pass images (N, height, width) or (N, height, width, channels), or a table (N, features), "
             "and one integer label for each"
         )
     if not np.issubdtype(images.dtype, np.floating):
-        way_out = "inputs.astype(np.float32)" if images.ndim == 2 else "images / 255"
+        cast = "inputs.astype(np.float32)" if images.ndim == 2 else "images / 255"
         raise ValueError(
-            f"{call} with {what} of {images.dtype}: what is learned are real numbers. Pass "
-            f"floats, such as {way_out}"
+            f"{call} with {what} of {images.dtype}: what is learned are real numbers. "
+            f"Pass floats, such as {cast}"
         )
     if not np.isfinite(images).all():
         raise ValueError(f"{call}: the {what} hold numbers that are not finite; remove or replace them")

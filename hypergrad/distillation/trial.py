@@ -100,8 +100,7 @@ class Trial(NamedTuple):
         if recipe is None:
             return self.chosen()
         if self.teller.shown:
-            losses = self.losses(recipe, np.asarray(recipe.rates())[None])
-            self._warn(recipe, *losses.own)
+            self._warn(recipe, self.losses(recipe, np.asarray(recipe.rates())[None]), 1)
         return recipe
 
     def chosen(self) -> Recipe:
@@ -125,15 +124,17 @@ class Trial(NamedTuple):
             f"chose {in_words(recipe)}: training on the {len(self.inputs)} examples to start from takes "
             f"their loss from {own}, and that of real examples from {real}"
         )
-        self._warn(recipe, losses.own[0], losses.own[k])
+        self._warn(recipe, losses, k)
         return recipe
 
-    def _warn(self, recipe: Recipe, before: float, after: float) -> None:
-        change = (
-            f"of {in_words(recipe)}: the loss on the {len(self.inputs)} examples to start from goes from "
-            f"{before:.3g} to {after:.3g}"
-        )
-        if not np.isfinite(after) or after > 10 * before:
+    def _warn(self, recipe: Recipe, losses: _Losses, k: int) -> None:
+        """Say so if the run at the ``k``-th rate hardly learned, or exploded."""
+        own, real = ((x[0], x[k]) for x in losses)
+        exploded = not np.isfinite([own, real]).all() or real[1] > 10 * real[0]
+        before, after = real if exploded else own
+        examples = "real examples" if exploded else f"the {len(self.inputs)} examples to start from"
+        change = f"of {in_words(recipe)}: the loss on {examples} goes from {before:.3g} to {after:.3g}"
+        if exploded:
             self.teller.say(f"the inner training explodes, {change}; lower learning_rate")
         elif hardly_learns(before, after):
             self.teller.say(f"the inner training hardly learns, {change}; raise learning_rate or steps")
