@@ -910,6 +910,19 @@ def test_a_callback_writes_for_tensorboard(tmp_path):
     assert all(file.stat().st_size > 200 for file in tmp_path.glob("events*")) and list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_callback_writes_for_a_tracker_that_is_offline(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    quiet = wandb.Settings(silent=True, console="off")
+    with wandb.init(mode="offline", dir=tmp_path, project="hypergrad", settings=quiet) as tracked:
+        result = run(
+            quadratic, START, steps=3, callback=lambda step: tracked.log({"loss": step.loss}, commit=True)
+        )
+        assert tracked.summary["loss"] in result.history.loss.tolist()
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert written.stat().st_size > 200
+
+
 def test_a_callback_that_takes_something_else_is_refused():
     with pytest.raises(
         TypeError, match=r"optimize: callback is called as callback\(step\), and takes \(\)"
