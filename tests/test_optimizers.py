@@ -1,5 +1,10 @@
 """Every optimizer: its derivatives by every adjoint, its recursion, its limits and its bits."""
 
+import copy
+import dataclasses
+import functools
+import inspect
+import pickle
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 import hypergrad as hg
 from hypergrad import exact, nets
+from hypergrad.optimizers import by_name, domains
 from hypergrad.optimizers.adam_family import weight
 from hypergrad.program import Optimizer, Scale
 from tests.problems import (
@@ -400,3 +407,63 @@ def test_ten_thousand_steps_return_to_the_start_bit_for_bit(optimizer: str) -> N
         hypers["weight_decay"] = jnp.asarray(rng.uniform(0, 0.1, steps), jnp.float32)
     found = jax.block_until_ready(jax.jit(jax.grad(outer))(hypers, images, labels))
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(found))
+
+
+MADE = [
+    hg.adam(),
+    hg.rmsprop(centered=True),
+    hg.clip(hg.muon(ns_steps=3)),
+    hg.with_average(hg.prodigy(safeguard_warmup=True)),
+    hg.from_optax(optax.adan, {"learning_rate": None, "b1": 0.98}),
+]
+
+
+@pytest.mark.parametrize("optimizer", MADE, ids=lambda x: x.name)
+def test_an_optimizer_can_be_pickled(optimizer: Any) -> None:
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert (again.name, again.hypers, again.domains) == (
+        optimizer.name,
+        optimizer.hypers,
+        optimizer.domains,
+    )
+    assert again.reversible == optimizer.reversible
+    assert jax.tree.structure(copy.deepcopy(optimizer).variables) == jax.tree.structure(optimizer.variables)
+
+
+def test_a_name_that_makes_no_optimizer_or_another_one_does_not_stand_for_it() -> None:
+    own = dataclasses.replace(hg.adam(), moves=lambda h, t: [])
+    assert by_name.says_how_it_is_made(hg.adam()) and not by_name.says_how_it_is_made(own)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(own)
+    for name in ("exit()", "adam", "1 + 1", "adam(", "adam(rate=1)", "partition({'a': adam()})"):
+        with pytest.raises(ValueError, match="does not say how|is not the name"):
+            by_name.optimizer_of(name)
+
+
+# ---- domains by name
+
+
+@pytest.mark.parametrize("module", [optax, optax.contrib], ids=["optax", "contrib"])
+def test_defaults_of_optax_lie_in_the_domains_of_their_names(module: Any) -> None:
+    found = 0
+    for build in vars(module).values():
+        if not inspect.isfunction(build) or build.__name__.startswith("_"):
+            continue
+        defaults = {
+            name: each.default
+            for name, each in inspect.signature(build).parameters.items()
+            if isinstance(each.default, float)
+        }
+        if "GradientTransformation" not in str(inspect.signature(build).return_annotation):
+            continue
+        for name, (low, high) in domains.usual_domains(build, defaults).items():
+            assert low <= defaults[name] < high, (build.__name__, name)
+            found += 1
+    assert found > 30
+
+
+def test_names_of_a_function_of_ones_own_say_less() -> None:
+    build = functools.partial(optax.contrib.muon, ns_steps=3)
+    assert hg.from_optax(build, {"learning_rate": None, "beta": 0.95}).domains["beta"] == (0.0, 1.0)
+    own = hg.from_optax(lambda learning_rate, beta: optax.sgd(learning_rate * beta), {"beta": 0.9})
+    assert own.domains == {}
