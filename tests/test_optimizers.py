@@ -436,7 +436,7 @@ def test_a_name_that_makes_no_optimizer_or_another_one_does_not_stand_for_it() -
     with pytest.raises((AttributeError, pickle.PicklingError)):
         pickle.dumps(own)
     for name in ("exit()", "adam", "1 + 1", "adam(", "adam(rate=1)", "partition({'a': adam()})"):
-        with pytest.raises(ValueError, match="does not say how|is not the name"):
+        with pytest.raises(ValueError, match=r"does not say how|is not the name"):
             by_name.optimizer_of(name)
 
 
@@ -457,7 +457,7 @@ def test_defaults_of_optax_lie_in_the_domains_of_their_names(module: Any) -> Non
         if "GradientTransformation" not in str(inspect.signature(build).return_annotation):
             continue
         for name, (low, high) in domains.usual_domains(build, defaults).items():
-            assert low <= defaults[name] < high, (build.__name__, name)
+            assert low <= defaults[name] <= high, (build.__name__, name)
             found += 1
     assert found > 30
 

@@ -341,6 +341,12 @@ def test_trials_go_down_from_a_start_that_diverges() -> None:
     assert pattern_search(lambda x: np.inf, rounds_of({"rate": "rate"}), 6)[0] == {}
 
 
+def test_zeros_at_a_perfect_start_that_trials_found_are_not_announced() -> None:
+    """There a hypergradient is rounding; warnings are errors here."""
+    step = small(hypers={"learning_rate": 0.05}, loss=lambda w, meta, step: jnp.sum((w - 1) ** 2), trials=3)
+    assert step.score == 0.0 and step.trials[0] > 0.5
+
+
 # ---- the result
 
 
@@ -431,3 +437,54 @@ def test_resuming_begins_where_the_trials_ended(tmp_path: Path, capsys: Any) -> 
 def test_refuses_a_number_of_trials_that_is_none() -> None:
     with pytest.raises(ValueError, match=r"tune\(.*trials must be a whole number of at least 0"):
         small(trials=-1)
+
+
+# ---- against what tuning was without trials and with Adam of one rate
+
+SPREAD = jnp.logspace(-3, 1, 20)
+
+
+def ill(w: Any, meta: Any, batch: Any) -> Any:
+    return jnp.sum(SPREAD * (w - 1.0) ** 2)
+
+
+def compared(**given: Any) -> tuple[hg.Tuned, hg.Tuned]:
+    given |= {"meta_steps": 10, "adjoint": hg.Checkpointed(), "progress": False}
+    return hg.tune(**given), hg.tune(**given, trials=0, meta_optimizer=optax.adam(0.1))
+
+
+@pytest.mark.parametrize(
+    ("inner", "start"), [(loss, jnp.zeros(3)), (ill, jnp.zeros(20))], ids=["narrow", "ill"]
+)
+@pytest.mark.quick("ill")
+def test_tuning_a_quadratic_is_far_better_than_by_adam_alone(inner: Any, start: Any) -> None:
+    settings = {"hypers": {"learning_rate": 1e-3}, "steps": 40, "optimizer": hg.momentum()}
+    now, before = compared(loss=inner, params=start, **settings)
+    assert now.score < 0.1 * before.score
+
+
+@pytest.mark.slow
+def test_tuning_a_network_is_far_better_than_by_adam_alone() -> None:
+    """Judged with initial weights and batches that neither has seen."""
+    digits = hg.data.digits()
+    images, labels = jnp.asarray(digits.train_images.reshape(-1, 64)), jnp.asarray(digits.train_labels)
+    init, apply = hg.nets.mlp((64, 24, 10))
+
+    def batches(key: Any) -> Any:
+        return jax.random.randint(key, (40, 50), 0, len(images))
+
+    def inner(w: Any, meta: Any, rows: Any) -> Any:
+        return hg.nets.cross_entropy(apply(w, images[rows]), labels[rows])
+
+    given = {"loss": inner, "params": init, "batches": batches, "steps": 40, "optimizer": hg.momentum()}
+    now, before = compared(hypers={"learning_rate": 1e-2}, **given)
+
+    def judged(tuned: hg.Tuned) -> float:
+        def one(key: Any) -> Any:
+            rows = batches(key)
+            trained = hg.train(inner, init(key), tuned.hypers, None, rows, steps=40, adjoint=hg.Stored())
+            return jnp.mean(trained.losses[-4:])
+
+        return float(np.mean([jax.jit(one)(jax.random.key(1000 + k)) for k in range(8)]))
+
+    assert judged(now) < 0.5 * judged(before)

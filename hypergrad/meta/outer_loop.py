@@ -218,6 +218,7 @@ def minimize(
             | {"seeds": str(seeds), "resample": str(resample)},
             explosion=settings.explosion,
             retries=settings.retries,
+            scale=settings.scale,
             judge=judge(raw),
             teller=Teller(shown, constraints, settings.callback),
             signs=SignWatch("optimize", spread, hypers),

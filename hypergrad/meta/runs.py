@@ -117,7 +117,12 @@ class Judge(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a user decides about a run; see `optimize`."""
+    """What a user decides about a run; see `optimize`.
+
+    Attributes:
+      scale: a size of the loss whose rounding errors say nothing, so that of a first hypergradient as small
+        as they are no zeros are announced.
+    """
 
     optimizer: Any
     steps: int
@@ -132,6 +137,7 @@ class Settings(NamedTuple):
     retries: int = 0
     about: Mapping[str, str] | None = None
     callback: Callback | None = None
+    scale: float = 0.0
 
 
 class _EachSeed(NamedTuple):
@@ -154,6 +160,7 @@ class MetaRun(NamedTuple):
     fingerprint: dict[str, str]
     explosion: float
     retries: int
+    scale: float
     judge: Judge | None
     teller: "Teller"
     signs: SignWatch
@@ -327,9 +334,9 @@ def measure(
         )
         return [], None, stopped
     gradient = measured[1]
-    if iteration == 0:
-        announce_zeros("optimize", gradient)
     row, each = jax.device_get((measured[0], measured[2]))
+    if iteration == 0 and not row.gradient_norm < np.finfo(np.float32).eps * run.scale:
+        announce_zeros("optimize", gradient)
     reason = unsound_because(run.explosion, row, norms)
     if reason:
         if row.failed.size > 1:

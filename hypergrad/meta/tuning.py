@@ -149,7 +149,8 @@ def tune(
         shifts, tried = _trials(begun, score, settings, trials, shown)
         begun = begun.shifted(shifts)
         words = {"trials": json.dumps([trials, shifts, tried])} if trials else None
-        settings = settings._replace(constraints=begun.limits, about=words)
+        scale = abs(tried[0]) if tried and math.isfinite(tried[0]) else 0.0
+        settings = settings._replace(constraints=begun.limits, about=words, scale=scale)
         result = minimize(
             begun.objective(begun.adjoint),
             begun.learned,
