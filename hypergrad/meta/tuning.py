@@ -142,9 +142,8 @@ def tune(
     inside = {name: _inside(optimizer, name, value, steps) for name, value in start.items()}
     learn = [name for name in start if inside[name] or name in hypers] if learn is None else learn
     _check_learned(call, optimizer, given, inside, learn)
-    run = _Run(problem, steps, optimizer, adjoint)
     with Progress("tune", progress) as shown:
-        begun = _Begun(run, start, list(learn))
+        begun = _Begun(_Run(problem, steps, optimizer, adjoint), start, list(learn))
         score = _Scores(begun, settings)
         shifts, tried = _trials(begun, score, settings, trials, shown)
         begun = begun.shifted(shifts)
