@@ -12,7 +12,7 @@ def meant(given: str, names: Iterable[str]) -> str:
     """The names that look like a wrong one, or else all names, as the end of a message.
 
     >>> meant("adamv", ["adam", "adamw", "sgd"])
-    'did you mean adamw or adam?'
+    'did you mean adam or adamw?'
     >>> meant("x", ["adam", "sgd"])
     'there are: adam, sgd'
     """
