@@ -14,10 +14,11 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
+from hypergrad._base.progress import Progress
 from hypergrad.distillation.distilled import centred, standardised
 from hypergrad.distillation.outer_loop import _look_for_chaos
 from hypergrad.distillation.recipe import train_with
-from hypergrad.distillation.trial import Teller, Trial, best_rate
+from hypergrad.distillation.trial import Trial, best_rate
 
 CLASSES = 3
 RNG = np.random.default_rng(0)
@@ -346,7 +347,7 @@ def test_divergence_gives_the_last_good_set():
 
 def trial(shown=True):
     x, y = jnp.asarray(standard(IMAGES), jnp.float32), jnp.asarray(LABELS)
-    return Trial(LOGISTIC, x[:6], LABELS[:6], (x, y), jax.random.key(0), Teller("distill", shown))
+    return Trial(LOGISTIC, x[:6], LABELS[:6], (x, y), jax.random.key(0), Progress("distill", shown))
 
 
 def test_a_recipe_is_found_and_said(capsys):

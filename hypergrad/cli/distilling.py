@@ -21,7 +21,8 @@ from hypergrad.cli.runs import Job, Outcome
 from hypergrad.cli.settings import check_choice, check_least, option
 from hypergrad.distillation.evaluation import Evaluation, evaluate
 from hypergrad.distillation.outer_loop import distill
-from hypergrad.distillation.recipe import Network, Recipe
+from hypergrad.distillation.recipe import Network, Recipe, in_words
+from hypergrad.meta.runs import MetaStep
 
 NAME = "distill"
 DISTILLED = "distilled.npz"
@@ -46,7 +47,7 @@ class Distill:
     per_class: int = option(1, "learned examples for each class")
     network: str | None = option(None, "default convnet for images and mlp for tables", choices=NETWORKS)
     width: int = option(32, "channels of the convnet")
-    steps: int = option(20, "of the training on the learned examples")
+    steps: int | None = option(None, "of the training on the learned examples; default found by a trial")
     meta_steps: int = option(300, "steps of the learning")
     judge: int = option(5, "networks that are trained on what was learned, and tested")
     seed: int = option(0, "of the learning")
@@ -73,7 +74,8 @@ def prepare(settings: Distill) -> Job:
       settings: as the command line gives them.
     """
     for flag in ("per_class", "width", "steps", "meta_steps", "judge"):
-        check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
+        if getattr(settings, flag) is not None:
+            check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
     examples = _examples(settings.data)
     shape = examples.train[0].shape[1:]
     kind = settings.network or ("convnet" if len(shape) > 1 else "mlp")
@@ -116,16 +118,24 @@ def _run(
     settings: Distill, examples: Examples, kind: str, network: Network, folder: Path, progress: Progress
 ) -> Outcome:
     journal = Journal(folder / HISTORY)
-    progress.begin(f"compiling the hypergradient through {settings.steps} training steps")
+    total = settings.meta_steps
+    progress.begin(f"looking for a recipe, compiling the hypergradient, and meta-step 1 of {total}")
+
+    def told(step: MetaStep) -> None:
+        journal.add({"step": step.iteration, "loss": step.loss, "gradient_norm": step.gradient_norm})
+        made, left = step.iteration + 1, (total - step.iteration - 1) * step.seconds
+        progress.reached(f"meta-step {made} of {total}, loss {step.loss:.4g}", left)
+
     made = distill(
         network,
         *examples.train,
-        Recipe(steps=settings.steps),
+        None if settings.steps is None else Recipe(steps=settings.steps),
         per_class=settings.per_class,
         meta_steps=settings.meta_steps,
         key=jax.random.key(settings.seed),
         checkpoint=folder / CHECKPOINT,
         progress=False,
+        callback=told,
     )
     journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
     made.save(folder / DISTILLED)
@@ -148,6 +158,7 @@ def _run(
     }
     lines = [
         f"learned: {len(made.images)} examples in place of {len(examples.train[1]):,}",
+        f"trained by: {in_words(made.recipe)}",
         *_scores(table),
         *draw_distilled(folder, made),
         *write_use_of_distilled(folder, DISTILLED),

@@ -11,11 +11,11 @@ from jax import Array
 
 from hypergrad import nets
 from hypergrad._base.errors import readable_errors
+from hypergrad._base.progress import Progress
 from hypergrad.distillation.augment import refuse_without_pictures
 from hypergrad.distillation.baselines import class_means, rows_like
 from hypergrad.distillation.distilled import Distilled
 from hypergrad.distillation.recipe import Network, Recipe, in_words, numbers_of, with_numbers
-from hypergrad.distillation.trial import Teller
 
 FULL_BATCH = 256
 FULL_RATES = (0.1, 0.3, 1.0, 3.0)  # candidates for SGD on all the data
@@ -222,7 +222,7 @@ def evaluate(
     own_labels = jnp.concatenate([jnp.stack([_probabilities(d.labels, train[1])] * seeds) for d in sets])
 
     full = first.normalised(train[0]), jnp.asarray(train[1])
-    teller = Teller("evaluate", progress)
+    teller = Progress("evaluate", progress)
     scores = []
     for name, network in networks.items():
         trainer = _Trainer(network, (test_inputs, test_labels), {})

@@ -16,6 +16,7 @@ from jax import Array
 from hypergrad import constraints, files, nets
 from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import readable_errors
+from hypergrad._base.progress import Progress
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.strategies import Adjoint, Truncated
@@ -38,11 +39,11 @@ from hypergrad.distillation.recipe import (
     train_with,
     with_numbers,
 )
-from hypergrad.distillation.trial import Teller, Trial
+from hypergrad.distillation.trial import Trial
 from hypergrad.meta.checkpoints import locked
 from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import optimize
-from hypergrad.meta.runs import Optimized
+from hypergrad.meta.runs import Callback, Optimized
 
 LONG = 40  # number of steps from which chaos is checked for
 LOOK_EVERY = 20  # meta-steps between two evaluations on the held-out examples
@@ -74,6 +75,7 @@ def distill(
     key: Array | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    callback: Callback | None = None,
 ) -> Distilled:
     """Learn a few examples such that a network trained on them does well on real ones.
 
@@ -114,6 +116,7 @@ def distill(
         reaches the same set as a single run of that length.  Refused if it belongs to another network,
         recipe, data or other settings.
       progress: say on stderr what is done and whether the recipe fits, and show a progress bar.
+      callback: ``callback(step)``, called after every meta-step; see `hypergrad.meta.optimize`.
 
     Returns:
       The `Distilled` set.  If the hypergradient explodes, there is a warning, and the last good set is
@@ -155,14 +158,14 @@ def distill(
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
     examples = Examples.of(call, (images, labels), normalise, held_out, shuffle_key)
     hard, fixed = examples.start(per_class, start, start_key)
-    teller = Teller("distill", progress and not _resumed(checkpoint))
+    teller = Progress("distill", progress and not _resumed(checkpoint))
     recipe = Trial(network, fixed, hard, examples.real, meta_key, teller).fitting(recipe)
-    windowed = _windowed(Reversible() if adjoint is None else adjoint, window, recipe.steps)
+    windowed = _windowed(adjoint or Reversible(), window, recipe.steps)
     task = _Task(network, recipe, fixed, hard, examples, real_batch, *windowed, meta_key)
     learned = _start(recipe, fixed, hard, learn, bases, *examples.real)
     _look_for_chaos_first(call, task, learned, meta_key, checkpoint)
     teller.say(f"compiling a meta-step: the hypergradient through {recipe.steps} steps")
-    settings = {"bases": bases, "window": window, "real_batch": real_batch, "held out": held_out}
+    words = {"bases": bases, "window": window, "real_batch": real_batch, "held out": held_out}
     result = optimize(
         task.objective,
         learned,
@@ -174,13 +177,18 @@ def distill(
         checkpoint=checkpoint,
         checkpoint_every=10,
         progress=progress,
+        callback=callback,
         select=task.error if held_out > 0 and not isinstance(optimizer, LBFGSB) else None,
         select_every=LOOK_EVERY,
-        about=task.in_words(learn) | {name: str(x) for name, x in settings.items()},
+        about=task.in_words(learn) | {name: str(x) for name, x in words.items()},
     )
-    about = {"learned": list(learn), "runs": runs, "window": window}
-    about |= {"key": np.asarray(jax.random.key_data(key)).tolist()}
-    return task.distilled(result, about)
+    return task.distilled(result, {"learned": [*learn], "runs": runs, "window": window, "key": _bits(key)})
+
+
+def _bits(key: Array) -> list[int]:
+    """A key as numbers that JSON can hold."""
+    bits: list[int] = np.asarray(jax.random.key_data(key)).tolist()
+    return bits
 
 
 class _Task(NamedTuple):

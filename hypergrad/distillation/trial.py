@@ -1,7 +1,6 @@
 """Whether a recipe fits the data: short inner trainings on the images that learning starts from."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from jax import Array
 
 from hypergrad import nets
 from hypergrad._base.errors import readable_errors
+from hypergrad._base.progress import Progress
 from hypergrad.adjoints.strategies import Stored
 from hypergrad.distillation.distilled import standardised
 from hypergrad.distillation.examples import Examples, check_examples, check_network
@@ -22,23 +22,6 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 LEAST = 0.1  # share of its loss that training must take off at least, or else it hardly learns
 NEAR = 0.05  # how much of the best gain a lower rate may miss
 REAL = 1000  # real examples on which a trial is judged
-
-
-class Teller(NamedTuple):
-    """Says on stderr what is done.
-
-    Attributes:
-      name: of the function that does it.
-      shown: False says nothing.
-    """
-
-    name: str
-    shown: bool
-
-    def say(self, words: str) -> None:
-        """Write one line."""
-        if self.shown:
-            print(f"{self.name}: {words}", file=sys.stderr, flush=True)
 
 
 class _Losses(NamedTuple):
@@ -70,7 +53,7 @@ class Trial(NamedTuple):
     labels: np.ndarray
     real: tuple[Array, Array]
     key: Array
-    teller: Teller
+    teller: Progress
 
     def losses(self, recipe: Recipe, rates: np.ndarray) -> _Losses:
         """Losses after training by the recipe at ``(k, T)`` learning rates, compiled once."""
@@ -204,4 +187,4 @@ def recipe_for(
     start_key, shuffle_key, run_key = jax.random.split(key, 3)
     examples = Examples.of(call, (images, labels), normalise, 0, shuffle_key)
     hard, start = examples.start(per_class, None, start_key)
-    return Trial(network, start, hard, examples.real, run_key, Teller("recipe_for", progress)).chosen()
+    return Trial(network, start, hard, examples.real, run_key, Progress("recipe_for", progress)).chosen()
