@@ -733,7 +733,7 @@ def test_refuses_an_interval_of_sophia_that_is_none() -> None:
 def test_is_tuned_by_playing_back(name: str) -> None:
     """Although its module knows domains of more hyperparameters than it has."""
     optimizer = CASES[name].optimizer
-    adjoint = tuning._adjoint(optimizer, {"learning_rate": 0.1} | optimizer.hypers)
+    adjoint = tuning._adjoint(optimizer, {"learning_rate": 0.1} | optimizer.hypers, 10)
     assert isinstance(adjoint, hg.Reversible)
 
 

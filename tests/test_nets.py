@@ -182,6 +182,7 @@ def test_convnet_takes_flat_and_grey_images():
         np.testing.assert_array_equal(apply(params, images.reshape(shape)), expected)
 
 
+@pytest.mark.slow
 def test_convnet_has_finite_derivatives_at_constant_images():
     init, apply = nets.convnet((4, 4, 1), 2, width=3, depth=2)
     params = init(jax.random.key(0))

@@ -99,6 +99,7 @@ def test_derivatives_in_everything(optimizer: str) -> None:
     assert found == pytest.approx((along(1e-6) - along(-1e-6)) / 2e-6, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.quick("adam")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_types_in_float32(optimizer: str) -> None:

@@ -212,6 +212,7 @@ def disagreeing(name, digits, fast):
     return [row for row in result.comparisons if not row.agrees]
 
 
+@pytest.mark.slow
 @pytest.mark.quick("per_weight_L2_logistic")
 @needs_reference
 @needs_data

@@ -192,11 +192,13 @@ def test_a_range_that_is_left_is_told_truly():
     np.testing.assert_allclose(value, 2 * (1 + 0.1 * (0.2 + 0.376)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_comes_back():
     """Its loops are no loops to the compiler, which knows the step; that must not undo what keeps bits."""
     assert not not_right(bench.measure("novograd", 1, bench.PAIRS))
 
 
+@pytest.mark.slow
 def test_what_has_decayed_excuses_nothing():
     """Weights of 1 decay to 3e-52, then grow by steps that are nothing in units of the first weights."""
     step = 1e-20
@@ -241,6 +243,7 @@ def test_a_step_that_was_lost_is_not_excused_by_what_came_of_it():
         end(loss, jnp.array([1.0, 1.5]), 3, hg.adam(), learning_rate=0.1, eps=1e-20)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_two_runs_in_a_row_is_that_of_one():
     def scanned(rate: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:

@@ -62,6 +62,7 @@ def test_one_cycle_is_optaxs_where_its_knots_are_cut_to_whole_counts(steps: int)
     assert np.abs(smooth - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.quick("warm-up, cosine")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_need_no_promotion_of_types(name: str) -> None:

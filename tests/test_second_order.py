@@ -366,6 +366,7 @@ def learned(solve: Any) -> Any:
 SECOND = {"grad of grad": lambda f: jax.grad(jax.grad(f)), "hessian": jax.hessian}
 
 
+@pytest.mark.slow
 @pytest.mark.quick("root-repeated-hessian")
 @pytest.mark.parametrize("derivative", SECOND)
 @pytest.mark.parametrize("problem", [repeated, learned], ids=lambda f: f.__name__)

@@ -49,6 +49,7 @@ def test_the_tuned_optimizer_trains_better_in_optax(optimizer: Any) -> None:
         assert name not in tuned.hypers or low <= tuned.hypers[name] < high
 
 
+@pytest.mark.slow
 @pytest.mark.quick("float32")
 @pytest.mark.parametrize("precision", [jnp.float32, jnp.float64])
 def test_needs_no_promotion_of_types(precision: Any) -> None:
