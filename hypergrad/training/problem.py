@@ -37,9 +37,9 @@ class Problem:
     >>> import hypergrad as hg
     >>> import jax.numpy as jnp
     >>> problem = hg.Problem(jnp.ones(3), lambda w, meta, step: jnp.sum(w**2))
-    >>> trained = problem.train({"learning_rate": 0.5}, steps=20, optimizer=hg.sgd())
-    >>> float(problem.score(trained))
-    0.0
+    >>> trained = problem.train({"learning_rate": 0.1}, steps=20)
+    >>> round(float(problem.score(trained)), 3)
+    0.163
     """
 
     init: PyTree | Callable[[Array], PyTree]
