@@ -410,7 +410,8 @@ def test_a_step_beyond_the_optimum_is_curved_not_rough() -> None:
 
 def test_waves_shorter_than_the_step_are_rough() -> None:
     with jax.enable_x64(True):
-        report = check(lambda z: jnp.sum(z + 1e-3 * jnp.sin(3e4 * z)), START)
+        start = jnp.array(START, jnp.float64)
+        report = check(lambda z: jnp.sum(z + 1e-3 * jnp.sin(3e4 * z)), start)
     assert report.finite_differences.verdict == "ok", str(report)
     assert report.metasmoothness.verdict == "failed" and "rough" in report.metasmoothness.meaning
     assert not report.trusted
