@@ -154,6 +154,7 @@ def test_torch_contestants_are_skipped_by_name_where_missing(monkeypatch):
     assert bench.missing("Reversible") is None
 
 
+@pytest.mark.slow
 @pytest.mark.quick("momentum")
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", bench.EXACT)

@@ -134,6 +134,7 @@ def randomised(params, seed=0):
     return structure.unflatten([x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) for x in leaves])
 
 
+@pytest.mark.slow
 @pytest.mark.quick("shape1-2")
 @pytest.mark.parametrize(("shape", "depth"), [((8, 8, 1), 3), ((9, 12, 3), 2)])
 @pytest.mark.usefixtures("x64")

@@ -230,6 +230,7 @@ def test_a_step_may_shrink_by_its_own_norm() -> None:
         assert max(relative_error(found, expected).values()) < 1e-9
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_where_only_the_loss_needs_a_logarithm() -> None:
     """On the way back nobody uses the loss; its logarithm must be computed all the same."""
     x = jax.random.normal(jax.random.key(0), (500, 64))

@@ -63,6 +63,7 @@ def test_adam_is_right_in_all_units():
     assert line[:7] == ["adam", "20", "4", "4", "0", "0", "0"]
 
 
+@pytest.mark.slow
 def test_the_reference_is_a_plain_scan():
     with jax.enable_x64(True):
         value, gradient = unscaled_adam(5)

@@ -149,6 +149,7 @@ def test_third_derivatives(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(thrice(of_meta(ours(adjoint))), thrice(of_meta(plain)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @typical
 def test_under_vmap(x64: None, adjoint: Any) -> None:
     """Of the second derivative, and the second derivative of many runs at once."""
