@@ -30,12 +30,14 @@ class Converted:
 
     def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
         """Evaluate on flat arguments; those that were `widened` are converted back."""
-        narrow = [
-            [x.astype(v.aval.dtype) if x.dtype != v.aval.dtype else x for x, v in zip(given, variables)]
-            for given, variables in ((consts, self.jaxpr.constvars), (flat, self.jaxpr.invars))
-        ]
-        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrow[0])
-        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*narrow[1]))
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrowed(consts, self.jaxpr.constvars))
+        flat = narrowed(flat, self.jaxpr.invars)
+        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*flat))
+
+
+def narrowed(arrays: Sequence[Array], variables: Sequence[Any]) -> list[Array]:
+    """Arrays for the variables of a jaxpr; those that were `widened` are converted back."""
+    return [x if x.dtype == v.aval.dtype else x.astype(v.aval.dtype) for x, v in zip(arrays, variables)]
 
 
 def closure_convert(

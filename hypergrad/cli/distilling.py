@@ -13,6 +13,7 @@ from hypergrad import data, nets
 from hypergrad._base.fingerprint import digest
 from hypergrad.cli.figures import draw_distilled
 from hypergrad.cli.folders import CHECKPOINT, HISTORY, Journal
+from hypergrad.cli.learning import note
 from hypergrad.cli.loading import file_digest
 from hypergrad.cli.pasting import write_use_of_distilled
 from hypergrad.cli.progress import Progress
@@ -22,7 +23,6 @@ from hypergrad.cli.settings import check_choice, check_least, option
 from hypergrad.distillation.evaluation import Evaluation, evaluate
 from hypergrad.distillation.outer_loop import distill
 from hypergrad.distillation.recipe import Network, Recipe, in_words
-from hypergrad.meta.runs import MetaStep
 
 NAME = "distill"
 DISTILLED = "distilled.npz"
@@ -120,22 +120,16 @@ def _run(
     journal = Journal(folder / HISTORY)
     total = settings.meta_steps
     progress.begin(f"looking for a recipe, compiling the hypergradient, and meta-step 1 of {total}")
-
-    def told(step: MetaStep) -> None:
-        journal.add({"step": step.iteration, "loss": step.loss, "gradient_norm": step.gradient_norm})
-        made, left = step.iteration + 1, (total - step.iteration - 1) * step.seconds
-        progress.reached(f"meta-step {made} of {total}, loss {step.loss:.4g}", left)
-
     made = distill(
         network,
         *examples.train,
         None if settings.steps is None else Recipe(steps=settings.steps),
         per_class=settings.per_class,
-        meta_steps=settings.meta_steps,
+        meta_steps=total,
         key=jax.random.key(settings.seed),
         checkpoint=folder / CHECKPOINT,
         progress=False,
-        callback=told,
+        callback=partial(note, total=total, journal=journal, progress=progress),
     )
     journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
     made.save(folder / DISTILLED)

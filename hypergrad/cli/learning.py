@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypergrad import schedules
 from hypergrad._base.trees import PyTree
@@ -14,7 +14,7 @@ from hypergrad.cli.problems import Prepared, Training, completed
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.runs import Outcome
 from hypergrad.cli.settings import check_least, option
-from hypergrad.cli.trials import Judged, Runs, draws, judged
+from hypergrad.cli.trials import Judged, Runs, judged
 from hypergrad.cli.wording import parts_of, scores, summary_of
 from hypergrad.meta.adaptive_rates import delta_bar_delta
 from hypergrad.meta.runs import MetaStep
@@ -79,7 +79,7 @@ def learn(task: Task, folder: Path, progress: Progress) -> Outcome:
 
     numbers, told = completed(p, runs, lambda numbers: values(task.begin(numbers)), progress)
     start = task.begin(numbers)
-    count = settings.judge if draws(problem) else 1
+    count = settings.judge if problem.random else 1
     before = judged(runs, values(start), p.key, count, progress, "the start")
     journal = Journal(folder / HISTORY)
     tuned = _tuned(task, start, folder / CHECKPOINT, journal, runs.seconds, progress)
@@ -115,12 +115,8 @@ def _tuned(
     )
 
     def told(step: MetaStep) -> None:
-        row = {"step": step.iteration, "loss": step.loss, "gradient_norm": step.gradient_norm}
-        journal.add(row | {"hypers": {name: summary_of(x) for name, x in step.hypers.items()}})
-        made = step.iteration + 1
-        progress.reached(
-            f"meta-step {made} of {total}, loss {step.loss:.4g}", (total - made) * step.seconds
-        )
+        hypers = {name: summary_of(x) for name, x in step.hypers.items()}
+        note(step, total, journal, progress, hypers=hypers)
 
     tuned = tune(
         p.loaded.problem,
@@ -139,6 +135,21 @@ def _tuned(
     )
     journal.complete(zip(tuned.history.loss, tuned.history.gradient_norm))
     return tuned
+
+
+def note(step: MetaStep, total: int, journal: Journal, progress: Progress, **more: Any) -> None:
+    """Write a meta-step down, and show how far they are.
+
+    Args:
+      step: as a callback is given it.
+      total: number of meta-steps.
+      journal: of the run.
+      progress: where progress is shown.
+      more: for the journal.
+    """
+    journal.add({"step": step.iteration, "loss": step.loss, "gradient_norm": step.gradient_norm} | more)
+    made = step.iteration + 1
+    progress.reached(f"meta-step {made} of {total}, loss {step.loss:.4g}", (total - made) * step.seconds)
 
 
 def _result(

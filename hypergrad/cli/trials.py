@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad._base.checks import is_function
 from hypergrad._base.errors import readable_errors
-from hypergrad._base.tracing import closure_convert
+from hypergrad._base.tracing import trace_once
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.strategies import Stored
 from hypergrad.cli.progress import Progress
@@ -23,15 +23,6 @@ RATES = tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-4, 10.0, 11))
 BEST, AGAIN = 3, 2  # the best rates are tried with more seeds
 # Keys of runs that nothing is learned from: meta-steps take their keys from small numbers.
 _TRIAL, _JUDGE = 2**31, 2**31 + 1
-
-
-def draws(problem: Problem) -> bool:
-    """Whether runs of a problem depend on their keys.
-
-    Args:
-      problem: the problem.
-    """
-    return any(map(is_function, (problem.init, problem.batches, problem.model_state)))
 
 
 class RunError(ArithmeticError):
@@ -90,10 +81,9 @@ class Runs:
             return self.problem.score(trained), trained.losses
 
         with readable_errors():
-            converted, consts, _ = closure_convert(run, hypers, key)
-        function = jax.jit(lambda consts, *arguments: converted(consts, jax.tree.leaves(arguments)))
-        compiled = function.lower(consts, hypers, key).compile()
-        return lambda hypers, key: compiled(consts, hypers, key)
+            traced, _ = trace_once(run, hypers, key)
+        function = jax.jit(lambda traced, *arguments: traced(*arguments))
+        return partial(function.lower(traced, hypers, key).compile(), traced)
 
 
 def best_rate(
@@ -111,7 +101,7 @@ def best_rate(
       RunError: all of them diverge.
     """
     progress.begin(f"compiling a training run of {runs.steps} steps, to try {len(RATES)} learning rates")
-    keys = jax.random.split(jax.random.fold_in(key, _TRIAL), AGAIN + 1 if draws(runs.problem) else 1)
+    keys = jax.random.split(jax.random.fold_in(key, _TRIAL), AGAIN + 1 if runs.problem.random else 1)
     scores = {rate: [math.inf] for rate in RATES}
     for k, rate in enumerate(RATES):
         scores[rate] = [_finite(runs(hypers_at(rate), keys[0])[0])]

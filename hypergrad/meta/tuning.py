@@ -169,12 +169,6 @@ class _Run(NamedTuple):
     optimizer: AnyOptimizer
     adjoint: Adjoint | None
 
-    @property
-    def random(self) -> bool:
-        """Whether two keys give two runs."""
-        problem = self.problem
-        return any(map(is_function, (problem.init, problem.batches, problem.model_state)))
-
 
 class _Begun(NamedTuple):
     """Where tuning begins.
@@ -249,7 +243,7 @@ class _Scores:
 
     def __init__(self, begun: _Begun, settings: Settings):
         self._begun, self._settings = begun, settings
-        self.random = begun.run.random
+        self.random = begun.run.problem.random
         self._looks = max(1, settings.steps // LOOKS)
         self._compiled: Any = None
 

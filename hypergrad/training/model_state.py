@@ -29,7 +29,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad._base.checks import describe, shape_of
-from hypergrad._base.tracing import Converted, closed_part, closure_convert
+from hypergrad._base.tracing import Converted, closed_part, closure_convert, narrowed
 from hypergrad._base.trees import PyTree, Step
 from hypergrad.program import (
     PARAMS,
@@ -384,11 +384,9 @@ def _history(state: ModelState, parts: tuple[PyTree, PyTree], steps: int) -> lis
             needed |= {v for v in eqn.invars if isinstance(v, Var)}
     params, meta = map(jax.tree.leaves, parts)
     of_meta = jaxpr.invars[len(params) :]
-    known = {
-        v: x if x.dtype == v.aval.dtype else x.astype(v.aval.dtype)
-        for variables, arrays in ((jaxpr.constvars, state.captured), (of_meta, meta), (own, state.start))
-        for v, x in zip(variables, map(jnp.asarray, arrays))
-    }
+    variables = [*jaxpr.constvars, *of_meta[: len(meta)], *own]
+    arrays = [jnp.asarray(x) for x in (*state.captured, *meta, *state.start)]
+    known = dict(zip(variables, narrowed(arrays, variables)))
     inputs = [v for v in known if v in needed]
     advance = jax.extend.core.jaxpr_as_fun(closed_part(jaxpr, inputs, reversed(eqns), outputs))
 

@@ -61,6 +61,11 @@ class Problem:
         if self.validation is not None:
             check_callable(call, "validation", self.validation, "params", *state)
 
+    @property
+    def random(self) -> bool:
+        """Whether runs depend on their keys."""
+        return any(map(is_function, (self.init, self.batches, self.model_state)))
+
     def start(self, key: Array) -> tuple[PyTree, PyTree]:
         """The parameters and the state of the model at the start of a run.
 
