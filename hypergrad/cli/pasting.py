@@ -18,8 +18,8 @@ outputs = network[1](params, made.normalised(new_examples))
 # Without this library, plain arrays:
 import numpy as np
 
-arrays = np.load({path!r})
-examples, labels = (arrays["images"] - arrays["mean"]) / arrays["std"], arrays["labels"]
+with np.load({path!r}) as arrays:
+    examples, labels = (arrays["images"] - arrays["mean"]) / arrays["std"], arrays["labels"]
 """
 
 
