@@ -2,6 +2,7 @@
 
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Snapshot
+from hypergrad.adjoints.shards import Shards
 from hypergrad.adjoints.strategies import Adjoint, Checkpointed, Forward, Stored, Truncated
 
-__all__ = ["Adjoint", "Checkpointed", "Forward", "Reversible", "Snapshot", "Stored", "Truncated"]
+__all__ = ["Adjoint", "Checkpointed", "Forward", "Reversible", "Shards", "Snapshot", "Stored", "Truncated"]

@@ -14,6 +14,7 @@ symbol    name                  meaning
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
+from hypergrad._base.compiler import always_true as known_later
 from hypergrad._base.compiler import noinline, prevent_dce
 from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, thaw
 from hypergrad._base.trees import Flag, PyTree, Scalar, scatter, split
@@ -57,18 +59,17 @@ def _gradient(
         flags = perturbed(theta)
         params, theta = jax.tree.map(lambda x: x.value, (params, theta))
         linearized = linearize(run, params, theta, flags)
-        saved = (linearized.primal, linearized.residuals)
-        return linearized.primal[:2], (saved, Static(linearized.jaxprs), freeze(flags))
+        return linearized.primal[:2], (linearized.saved(), freeze(flags))
 
     def backward(residual: Any, cotangent: Any) -> Any:
-        saved, jaxprs, flags = residual
-        primal, residuals = saved
+        saved, frozen = residual
         loss_cotangent, direction = cotangent
         if isinstance(loss_cotangent, SymbolicZero):
             loss_cotangent = None
-        linearized = Linearized(primal, residuals, jaxprs.value)
+        flags = thaw(frozen)
+        linearized = Linearized.of(saved) if run.shards is None else InParts(run, flags, *saved)
         products = linearized.transposed(loss_cotangent, instantiate(direction))
-        return products.params, scatter(thaw(flags), products.wanted)
+        return products.params, scatter(flags, products.wanted)
 
     evaluate.defvjp(forward, backward, symbolic_zeros=True)
     return evaluate(params, (loss_constants, batch))
@@ -136,6 +137,16 @@ class Linearized(NamedTuple):
     residuals: list[Array]
     jaxprs: tuple[Any, Any]
 
+    @staticmethod
+    def of(saved: PyTree) -> "Linearized":
+        """Undo `saved`."""
+        *arrays, jaxprs = saved
+        return Linearized(*arrays, jaxprs.value)
+
+    def saved(self) -> PyTree:
+        """A pytree for the way back."""
+        return self.primal, self.residuals, Static(self.jaxprs)
+
     def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
         """Pull cotangents back: ``(l ∂L/∂w + u_g ∂g/∂w + u_S ∂S/∂w,  l ∂L/∂θ + u_g ∂g/∂θ + u_S ∂S/∂θ)``.
 
@@ -156,9 +167,74 @@ class Linearized(NamedTuple):
         return Products(total[: len(observations)], total[len(observations) :])
 
 
+class InParts(NamedTuple):
+    """`Linearized` for a step in parts, which are evaluated again for their derivatives.
+
+    Attributes:
+      run: with shards.
+      flags: which arrays of ``theta`` are wanted.
+      primal: ``(loss, observations, [])``, summed over the parts.
+      params: flat parameters.
+      theta: the other inputs of the loss.
+      always_true: see `hypergrad._base.compiler`.
+    """
+
+    run: Run
+    flags: PyTree
+    primal: tuple[Scalar, list[Observed], list[Array]]
+    params: list[Array]
+    theta: tuple[list[Array], list[Array]]
+    always_true: Flag
+
+    @staticmethod
+    def at(run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Flag) -> "InParts":
+        """Evaluate loss and gradient of every part."""
+        assert run.shards is not None
+        constants, batch = theta
+
+        def of_part(part: list[Array], same: PyTree) -> tuple[list[Array], list[Array]]:
+            loss, observations = replace(run, shards=None).plain_gradient(*same, part)
+            return [loss, *gradients(observations)], []
+
+        (loss, *gradient), _ = run.shards.evaluate(always_true, of_part, batch, (params, constants))
+        observations = [{"gradient": g} for g in gradient]
+        return InParts(run, flags, (loss, observations, []), params, theta, always_true)
+
+    def saved(self) -> PyTree:
+        """A pytree for the way back."""
+        return self.primal, self.params, self.theta, self.always_true
+
+    def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
+        """Pull cotangents back through every part; see `Linearized.transposed`."""
+        assert self.run.shards is not None
+        part_of_run = replace(self.run, shards=None)
+        constants, batch = self.theta
+        of_constants, of_batch = self.flags
+        cut = [flag and x.ndim > 0 for flag, x in zip(of_batch, batch)]
+        wanted = [x for flag, x in zip(of_batch, cut) if flag]
+
+        def of_part(part: list[Array], same: PyTree) -> tuple[list[Array], list[Array]]:
+            params, constants, loss_cotangent, direction = same
+            linearized = linearize(part_of_run, params, (constants, part), self.flags)
+            products = linearized.transposed(loss_cotangent, direction)
+            first = sum(jax.tree.leaves(of_constants))
+            of_part = products.wanted[first:]
+            summed = [x for x, apart in zip(of_part, wanted) if not apart]
+            apart = [x for x, apart in zip(of_part, wanted) if apart]
+            return [*products.params, *products.wanted[:first], *summed], apart
+
+        same = (self.params, constants, loss_cotangent, list(direction))
+        summed, apart = self.run.shards.evaluate(self.always_true, of_part, batch, same)
+        sides = iter([(x / self.run.shards.count).reshape(-1, *x.shape[2:]) for x in apart])
+        count = len(self.params)
+        rest = iter(summed[count:])
+        first = [next(rest) for flag in jax.tree.leaves(of_constants) if flag]
+        return Products(summed[:count], [*first, *(next(sides if x else rest) for x in wanted)])
+
+
 def linearize(
     run: Run, params: list[Array], theta: PyTree, flags: PyTree, always_true: Flag | None = None
-) -> Linearized:
+) -> Linearized | InParts:
     """Evaluate loss, gradient and whatever else is observed once, keeping what their derivatives need.
 
     Second derivatives are symmetric, so the transposed products that reverse mode asks for are the
@@ -174,6 +250,9 @@ def linearize(
       always_true: true at run time: evaluate in isolation (see `hypergrad._base.compiler`), so that both
         directions find the same bits.  None if that does not matter.
     """
+    if run.shards is not None:
+        apart = known_later(params) if always_true is None else always_true
+        return InParts.at(run, params, theta, flags, apart)
     linear_maps: list[tuple[Any, Any]] = []
 
     def evaluate(params: list[Array], theta: PyTree) -> Any:

@@ -33,7 +33,7 @@ from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
-from hypergrad.adjoints.linearize import Linearized, linearize
+from hypergrad.adjoints.linearize import InParts, Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
 from hypergrad.program import PARAMS, Leaf, Observed, Record
@@ -229,7 +229,7 @@ class Player:
 
     def _gradient(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> tuple[Scalar, list[Observed]]:
         """Loss and gradient, with the same bits as on the way back, if there will be one."""
-        if self.lengths is None:
+        if self.lengths is None and self.run.shards is None:
             params = self._params(leaves, at)
             return self.run.plain_gradient(params, self.constants.loss, x.batch)
         loss, evaluated, _ = self._linearized(leaves, x, at).primal
@@ -238,7 +238,7 @@ class Player:
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
         return [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
 
-    def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized:
+    def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized | InParts:
         theta = (self.constants.loss, x.batch)
         return linearize(self.run, self._params(leaves, at), theta, self.flags.loss, at.always_true)
 
@@ -327,7 +327,7 @@ class _InFloats(NamedTuple):
     x: Inputs
     at: Moment
     kept: list[Record]
-    linearized: Linearized
+    linearized: Linearized | InParts
 
     def transposed(
         self, floats: list[Leaf], behind: list[Leaf], along_loss: Any, along_watched: Any
@@ -392,13 +392,6 @@ class _InFloats(NamedTuple):
                     if leaf_flags[name]:
                         shapes.append(leaf[PARAMS].shape if alike else leaf_hypers[name].shape)
         return shapes
-
-
-def always_true(*given: PyTree) -> Flag:
-    """True, which the compiler cannot know, unless it knows all the arrays that are given."""
-    numbers = [x for x in jax.tree.leaves(given) if jnp.issubdtype(x.dtype, jnp.floating) and x.size]
-    firsts = [jax.lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(()) for x in numbers]
-    return jnp.all(jnp.stack([jnp.asarray(True), *(x * 0 != 1 for x in firsts)]))
 
 
 def inexact_leaves(tree: PyTree) -> list[Any]:

@@ -20,13 +20,14 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
+from hypergrad._base.compiler import always_true, hidden
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
 from hypergrad.adjoints.linearize import in_segments
-from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, always_true, inexact_leaves
+from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, inexact_leaves
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
 from hypergrad.adjoints.starts import Start, packed
@@ -272,6 +273,8 @@ class _Playback(NamedTuple):
         if flags is None:
             flags = Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
         arrays = (start, constants, inputs)
+        if self.run.shards is not None:  # programs for one device and for many are optimized differently
+            arrays = hidden(arrays)
         return Player(
             self.run, self.integers, self.beginning, flags, self.lengths, *arrays, always_true(*arrays)
         )

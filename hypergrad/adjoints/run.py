@@ -6,7 +6,7 @@ differentiated: the start, the `Constants` and the `Inputs`.  An adjoint maps th
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from hypergrad._base.tracing import (
     Converted,
 )
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step
+from hypergrad.adjoints.shards import Shards
 from hypergrad.program import (
     PARAMS,
     AnyOptimizer,
@@ -126,6 +127,7 @@ class Run:
         loss; or None.
       names: of the leaves, for messages.
       custom: whether the loss contains custom derivative rules of the user.
+      shards: how the batch of a step is cut, for a loss of one part; or None.
     """
 
     call: str
@@ -140,6 +142,7 @@ class Run:
     observe: Converted | None = None
     names: tuple[str, ...] = ()
     custom: bool = False
+    shards: Shards | None = None
 
     @property
     def program(self) -> Optimizer:
@@ -189,7 +192,10 @@ class Run:
         return noinline(always_true, self.transformed, hypers, list(observations))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
-        """The inner loss at flat parameters, the mean over examples if the optimizer looks at those."""
+        """The inner loss at flat parameters: a mean over examples, if the optimizer looks at those, or parts."""
+        if self.shards is not None:
+            part = replace(self, shards=None)
+            return self.shards.mean(lambda batch: part.loss_at(params, loss_constants, batch), batch)
         loss = self.examples(loss_constants, batch).loss
         if not self.optimizer.per_example:
             return loss(params, batch)

@@ -4,6 +4,7 @@ Every function takes the user's call as text, which its error messages quote.
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from hypergrad._base.checks import (
 from hypergrad._base.dtypes import widened
 from hypergrad._base.errors import DomainError, error_if
 from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.shards import Shards
 from hypergrad.program import EXACT, STEP, AnyOptimizer, is_optimizer, with_defaults
 
 Hypers = list[dict[str, Array]]  # for every leaf of the parameters, hyperparameters by name
@@ -369,4 +371,63 @@ def check_examples(call: str, optimizer: AnyOptimizer, batch: PyTree) -> None:
             f"{call}: {optimizer.name} looks at single examples, so batches must be arrays (T, n, ...), "
             "with the same n >= 2 examples at every step, such as rows of the data; behind the step axis "
             f"they have the shapes {[list(shape) for shape in shapes]}"
+        )
+
+
+def checked_shards(
+    call: str, shards: Shards | int | None, optimizer: AnyOptimizer, batches: PyTree, has_state: bool
+) -> Shards | None:
+    """How the batches are cut, after checking that they and the optimizer can be.
+
+    Args:
+      call: the user's call, for messages.
+      shards: as given.
+      optimizer: of the run.
+      batches: by step, checked; None if there are none.
+      has_state: whether the model has a state that is not learned by gradients.
+    """
+    if shards is None:
+        return None
+    if not isinstance(shards, Shards):
+        shards = Shards(shards)
+    said = f"{call}: shards={shards.count}"
+    if batches is None:
+        raise ValueError(f"{said} cuts the batch of every step, and there are no batches; pass batches=")
+    for path, x in jax.tree_util.tree_flatten_with_path(batches)[0]:
+        name = f"batches{jax.tree_util.keystr(path)}"
+        if np.ndim(x) > 1 and np.shape(x)[1] % shards.count:
+            raise ValueError(
+                f"{said} cuts the second axis of {name}, of shape {list(np.shape(x))}, which is no multiple "
+                "of it; choose batches that are, and for random keys one for every part, (T, shards), or "
+                "one for a step, (T,), which every part folds with its number"
+            )
+    if optimizer.per_example or optimizer.observe is not None or has_state:
+        what = f"{optimizer.name} looks at more of a batch than its gradient"
+        if has_state:
+            what = "the model has a state, which every part would change"
+        raise ValueError(
+            f"{said}: {what}, which is not summed over parts; leave out shards, or use "
+            "hypergrad.accumulated(loss), which sums in floats"
+        )
+    _check_axes(said, shards)
+    return shards
+
+
+def _check_axes(said: str, shards: Shards) -> None:
+    """Check that the mesh has the axes over which parts are spread."""
+    if shards.over is None:
+        return
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(mesh.shape)
+    missing = [axis for axis in shards.over if axis not in sizes]
+    if missing:
+        raise ValueError(
+            f"{said}, over={shards.over!r}: the mesh has the axes {list(sizes)} and not {missing}; call "
+            "train with jax.set_mesh(mesh), a mesh with these axes"
+        )
+    devices = math.prod(sizes[axis] for axis in shards.over)
+    if shards.count % devices:
+        raise ValueError(
+            f"{said}, over={shards.over!r}: {shards.count} parts do not spread evenly over {devices} "
+            f"devices; take a multiple of {devices}"
         )

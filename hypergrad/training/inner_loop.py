@@ -1,6 +1,7 @@
 """``train``: a whole training run as one differentiable JAX function."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from hypergrad._base.tracing import Converted, closure_convert
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Snapshot
+from hypergrad.adjoints.shards import Shards
 from hypergrad.adjoints.strategies import Adjoint
 from hypergrad.optimizers.momentum_family import momentum
 from hypergrad.program import EXACT, STEP, AnyOptimizer, Layout
@@ -26,6 +28,7 @@ from hypergrad.training.arguments import (
     check_scalar,
     checked_batches,
     checked_call,
+    checked_shards,
     continued,
     flat_hypers,
     flat_params,
@@ -76,6 +79,7 @@ def train(
     state: Mapping[str, PyTree] | None = None,
     model_state: PyTree = None,
     watch: Callable[[Snapshot], PyTree] | None = None,
+    shards: Shards | int | None = None,
 ) -> Trained:
     """Train for a number of steps; differentiable in all its inputs.
 
@@ -108,6 +112,11 @@ def train(
         counters, random streams; any pytree of arrays.  Everything is reversible but a state that depends
         on parameters or batches and is not a running average with a constant decay, unread by the loss.
       watch: ``watch(snapshot) -> pytree``, called before every step (see `Snapshot`); differentiable.
+      shards: ``V``, or a `Shards`: the batch of a step is cut into ``V`` parts of equal size, one after the
+        other or on several devices; the inner loss is the mean of their losses.  Gradients are summed
+        exactly, so that the run has the same bits for every arrangement of the parts.  The loss is given
+        a part of the rows of every array ``(T, n, ...)``; an array ``(T,)`` is given to all parts, and a
+        random key folded with the number of the part.
 
     Returns:
       A `Trained`.
@@ -140,8 +149,10 @@ def train(
     check_arrays(call, "meta", meta)
     first, exact = continued(call, state)
     numbers = first + np.arange(steps, dtype=np.int32)
+    given = batches
     batches = checked_batches(call, numbers if batches is None else batches, steps)
     task = _task(call, _Parts(loss, params, meta, batches, optimizer), model_state, numbers)
+    shards = checked_shards(call, shards, task.optimizer, given, task.state is not None)
     params, split = _in_blocks(task)
     names = task.names if task.optimizer.blocks is None else flat_params(call, params)[2]
     if isinstance(hypers, Mapping):
@@ -150,10 +161,12 @@ def train(
     fixed, scheduled = flat_hypers(call, task.optimizer, hypers, params, names, steps)
     at_start = {**fixed[0], **{name: x[0] for name, x in scheduled[0].items()}}
     start, layout = task.optimizer.start(call, state, at_start, params)
-    batches, batch = _batches(call, task.optimizer, task.parts.batches, numbers)
+    batches, batch = _batches(call, task.optimizer, task.parts.batches, numbers, shards)
 
     shapes = jax.tree.map(shape_of, (params, task.parts.meta, batch))
-    run, captured, value = _traced(call, task, split, shapes, (layout, steps, names))
+    with _own_mesh(shards):
+        run, captured, value = _traced(call, task, split, shapes, (layout, steps, names))
+    run = replace(run, shards=shards)
     of_watch: list[Array] = []
     if watch is not None:
         variables = run.state_of(jax.tree.map(shape_of, start))
@@ -167,6 +180,13 @@ def train(
     trained = task.users(split(layout.params.unflatten(run.params_of(end))), run.state_of(end), last)
     told = _told(last, outputs) if optimizer.by_moves else {}
     return Trained(trained.params, trained.state | told, outputs.loss, outputs.watched, trained.model_state)
+
+
+def _own_mesh(shards: Shards | None) -> AbstractContextManager[Any]:
+    """The context in which the loss is traced: for a part on one of many devices, one without a mesh."""
+    if shards is None or shards.over is None:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
@@ -263,7 +283,7 @@ def _in_blocks(task: _Task) -> tuple[PyTree, Split]:
 
 
 def _batches(
-    call: str, optimizer: AnyOptimizer, batches: PyTree, numbers: np.ndarray
+    call: str, optimizer: AnyOptimizer, batches: PyTree, numbers: np.ndarray, shards: Shards | None
 ) -> tuple[PyTree, PyTree]:
     """The batches by step, and one on which the user's functions are traced."""
     batches = checked_batches(call, numbers if batches is None else batches, len(numbers))
@@ -273,6 +293,8 @@ def _batches(
     if optimizer.per_example:
         check_examples(call, optimizer, batch)
         batch = jax.tree.map(lambda x: x[:1], batch)
+    if shards is not None:
+        batch = jax.tree.map(lambda x: x[: len(x) // shards.count] if x.ndim else x, batch)
     return batches, batch
 
 

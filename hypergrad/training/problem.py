@@ -10,6 +10,7 @@ from jax import Array
 
 from hypergrad._base.checks import check_callable, is_function
 from hypergrad._base.trees import PyTree
+from hypergrad.adjoints.shards import Shards
 from hypergrad.adjoints.strategies import Adjoint
 from hypergrad.program import AnyOptimizer
 from hypergrad.training.inner_loop import Trained, train
@@ -84,6 +85,7 @@ class Problem:
         steps: int,
         optimizer: AnyOptimizer | None = None,
         adjoint: Adjoint | None = None,
+        shards: Shards | int | None = None,
     ) -> Trained:
         """One run from the initial parameters, differentiable like `hypergrad.train`.
 
@@ -93,6 +95,7 @@ class Problem:
           steps: ``T >= 1``.
           optimizer: as for `hypergrad.train`.
           adjoint: as for `hypergrad.train`.
+          shards: as for `hypergrad.train`.
         """
         key = jax.random.key(0) if key is None else key
         batches = self.batches
@@ -109,6 +112,7 @@ class Problem:
             optimizer=optimizer,
             adjoint=adjoint,
             model_state=state,
+            shards=shards,
         )
 
     def score(self, trained: Trained) -> Array:
