@@ -18,7 +18,16 @@ from hypergrad import (
 )
 from hypergrad._base import errors
 from hypergrad._base.errors import LaneWarning, ReversalError, readable_errors
-from hypergrad.adjoints import Adjoint, Checkpointed, Forward, Reversible, Shards, Snapshot, Stored, Truncated
+from hypergrad.adjoints import (
+    Adjoint,
+    Checkpointed,
+    Forward,
+    Reversible,
+    Shards,
+    Snapshot,
+    Stored,
+    Truncated,
+)
 from hypergrad.check import Finding, Report, check_hypergradient
 from hypergrad.curvature import spectra
 from hypergrad.distillation import (

@@ -1,9 +1,9 @@
 """Sums of floats whose bits do not depend on the order in which they are added.
 
-Floats are cut at fixed places of the number line, and what lies between two places is added up as integers.
-Integers are associative, so one device and eight, or two machines, find the same sum.  A sum keeps only the
-part around its largest number, and which part that is does not depend on the order either: the part moves up
-when a larger number comes, and never down.
+Floats are cut at fixed places of the number line, and what lies between two places is added up as
+integers.  Integers are associative, so one device and eight, or two machines, find the same sum.  A sum
+keeps only the part around its largest number, and which part that is does not depend on the order either:
+the part moves up when a larger number comes, and never down.
 
 ==========  ============  ==========================================================================
 symbol      name          meaning
@@ -130,7 +130,7 @@ def merged(total: Sum, axes: tuple[str, ...]) -> tuple[Sum, Bool[Array, ""]]:
     with jax.enable_x64(True):
         top = jax.lax.pmax(total.top, axes)
         mine = _moved(total, top)
-        everyone = jax.lax.psum(mine, axes)
+        everyone = _exchanged(mine, axes)
         # Integers wrap in any order alike, so the sum of all elements is a check of every one of them.
         sent = jax.lax.psum(_trace(mine), axes)
         agreed = jax.lax.psum(_trace(top), axes) == jax.lax.psum(1, axes) * _trace(top)
@@ -175,9 +175,7 @@ def _cut(x: Float[Array, "*leaf"]) -> tuple[Int32[Array, "*leaf"], Limbs]:
     exponent = jnp.maximum(field, 1)
     shift = (exponent & (WIDTH - 1)).astype(jnp.int64)
     sign = jnp.where(bits < 0, jnp.int64(-1), jnp.int64(1))
-    limbs = tuple(
-        sign * ((mantissa >> (LIMB * i) & ((1 << LIMB) - 1)) << shift) for i in range(kind.limbs)
-    )
+    limbs = tuple(sign * ((mantissa >> (LIMB * i) & ((1 << LIMB) - 1)) << shift) for i in range(kind.limbs))
     finite = field < kind.exponents - 1
     bin = jnp.where(finite, exponent // WIDTH, _highest(kind) + 1)
     # Nothing stands in the lowest bin, wherever the sum is.
@@ -202,6 +200,11 @@ def _moved(total: Sum, top: Int32[Array, "*leaf"]) -> tuple[Limbs, ...]:
         )
         for k in range(len(total.limbs))
     )
+
+
+def _exchanged(limbs: tuple[Limbs, ...], axes: tuple[str, ...]) -> tuple[Limbs, ...]:
+    """The sums of the integers of all devices."""
+    return jax.lax.psum(limbs, axes)
 
 
 def _trace(arrays: object) -> Int64[Array, ""]:

@@ -16,7 +16,7 @@ PACKAGE = "hypergrad"
 # From low to high: every folder or module may import those above it in this list, and nothing else.
 FLOORS = (
     ("_base",),
-    ("exact", "files", "constraints", "data", "nets", "problems", "schedules"),
+    ("exact", "sums", "files", "constraints", "data", "nets", "problems", "schedules"),
     ("bundles", "curvature"),
     ("program",),
     ("optimizers",),

@@ -17,6 +17,11 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
 `in_place`       Integers that change stay where they are.  Without it, old and new state of all
                  leaves are in memory together: a hypergradient through Adam takes 153 bytes
                  per parameter instead of 95.
+`hidden`         Numbers that are known when a program is compiled are used like others.
+                 Without it, Adam on one device and on two, which is compiled in other ways,
+                 differs from the first step on: ``b1`` is folded into one of them only.
+`literal`        Operations are made as they are written: ``(a / b) / c`` does not become
+                 ``a / (b c)`` in one program and ``(1 / b) a / c`` in another.
 ===============  ==============================================================================
 
 ``tests/test_compiler.py`` tests each of them, with and without.
@@ -47,6 +52,28 @@ def hidden(tree: PyTree) -> PyTree:
       tree: pytree of arrays.
     """
     return jax.lax.optimization_barrier(tree)
+
+
+def literal(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """Evaluate a function operation by operation: the compiler sees none together with another.
+
+    Args:
+      function: a pure function of its arguments.
+      arguments: pytrees of arrays.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr = closed.jaxpr
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *jax.tree.leaves(arguments)]))
+
+    def read(v: Any) -> Any:
+        return values[v] if isinstance(v, Var) else v.val
+
+    for eqn in jaxpr.eqns:
+        given = hidden([read(v) for v in eqn.invars])
+        with eqn.ctx.manager:
+            found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+        values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found]))
+    return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in jaxpr.outvars])
 
 
 def in_place(
@@ -164,7 +191,7 @@ def _zeros(like: Any) -> Array:
 
 
 def same_bits(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Evaluate a function so that the same bits come out wherever it is called."""
+    """Evaluate a function so that the same bits come out wherever it is called in a program."""
     if _rounds_alike(function, *arguments):
         return function(*arguments)
     return noinline(always_true, function, *arguments)

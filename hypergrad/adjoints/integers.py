@@ -25,6 +25,7 @@ learning", ICML 2015, Algorithms 1 to 3.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
-from hypergrad._base.compiler import same_bits
+from hypergrad._base.compiler import literal, noinline, same_bits
 from hypergrad._base.trees import Flag, PyTree, Step
 from hypergrad.exact import Floats, Numerators
 from hypergrad.program import (
@@ -122,12 +123,20 @@ class Exact(NamedTuple):
       variables: names of the variables, the parameters first.
       dtypes: of the floats that the moves see, by leaf.
       x64: whether the user's code runs in JAX's 64-bit mode; it must see that mode unchanged.
+      everywhere: whether other programs, such as one for several devices, must find the same bits.
     """
 
     program: Callable[..., Sequence[Sequence[Move]]]
     variables: Sequence[str]
     dtypes: Sequence[Any]
     x64: bool
+    everywhere: bool = False
+
+    def alike(self, always_true: Flag, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+        """Evaluate floats to the same bits forwards and backwards."""
+        if self.everywhere:
+            return noinline(always_true, partial(literal, function), *arguments)
+        return same_bits(always_true, function, *arguments)
 
     def troubles(self) -> list[Trouble]:
         """What can go wrong in a step; `Stepped.wrong` is an index into this list."""
@@ -279,7 +288,7 @@ class _Step:
 
         scalars = [{name: x for name, x in self.records[i].items() if x.ndim == 0} for i in group]
         numerators = []
-        for i, factor in zip(group, same_bits(self.at.always_true, evaluate, self.at[:3], scalars)):
+        for i, factor in zip(group, self.exact.alike(self.at.always_true, evaluate, self.at[:3], scalars)):
             move = self.programs[i][k]
             assert isinstance(move, Scale)
             shape = self.now[i].numbers[move.variable].high.shape
@@ -307,7 +316,7 @@ class _Step:
             return result
 
         given = (members(group, self.observations), members(group, self.records))
-        return same_bits(always_true, evaluate, self.at[:3], others, *given)
+        return self.exact.alike(always_true, evaluate, self.at[:3], others, *given)
 
     def unscale(self, group: Sequence[int], k: int, taped: int) -> None:
         """Undo a `Scale` with the bits on its tape: ``v <- v / γ``."""
@@ -353,7 +362,16 @@ class _Forwards(_Step):
         given = (members(group, self.observations), members(group, self.records))
         with jax.enable_x64(self.exact.x64):
             floats = _floats(self.at.always_true, members(group, self.now), dtypes)
-            records = remember(k, members(group, self.programs), floats, *given, dtypes)
+            programs = members(group, self.programs)
+
+            def evaluate(floats: Any, observations: Any, before: Any, programs: Any = programs) -> Any:
+                return remember(k, programs, floats, observations, before, dtypes)
+
+            arguments = (floats, *given)
+            if self.exact.everywhere:
+                records = self.exact.alike(self.at.always_true, evaluate, *arguments)
+            else:
+                records = evaluate(*arguments)
         for i, record in zip(group, records):
             move = self.programs[i][k]
             assert isinstance(move, Remember | Total | Keep)

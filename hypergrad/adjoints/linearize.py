@@ -140,8 +140,8 @@ class Linearized(NamedTuple):
     @staticmethod
     def of(saved: PyTree) -> "Linearized":
         """Undo `saved`."""
-        *arrays, jaxprs = saved
-        return Linearized(*arrays, jaxprs.value)
+        primal, residuals, jaxprs = saved
+        return Linearized(primal, residuals, jaxprs.value)
 
     def saved(self) -> PyTree:
         """A pytree for the way back."""
@@ -193,7 +193,8 @@ class InParts(NamedTuple):
         constants, batch = theta
 
         def of_part(part: list[Array], same: PyTree) -> tuple[list[Array], list[Array]]:
-            loss, observations = replace(run, shards=None).plain_gradient(*same, part)
+            params, constants = same
+            loss, observations = replace(run, shards=None).plain_gradient(params, constants, part)
             return [loss, *gradients(observations)], []
 
         (loss, *gradient), _ = run.shards.evaluate(always_true, of_part, batch, (params, constants))

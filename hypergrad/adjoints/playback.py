@@ -29,6 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Int
 
 from hypergrad import exact
+from hypergrad._base.compiler import literal, noinline
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
@@ -362,15 +363,29 @@ class _InFloats(NamedTuple):
             watched = player.run.watched(snapshot, constants._replace(watch=merge_watch(watch)))
             return new, inexact_leaves(watched)
 
+        def pulled(point: Any, cotangents: Any) -> Any:
+            before, of_loss, direction, of_spread, of_watch = jax.vjp(step, *point)[1](cotangents)
+            return (
+                before,
+                of_loss,
+                direction,
+                [_sum_to(x, h.shape) for x, h in zip(of_spread, hypers)],
+                of_watch,
+            )
+
         # dα = dwᵀ v;  dv <- dv + α dw;  dγ = dvᵀ (v + g);  dv <- γ dv.
-        _, pull = jax.vjp(step, floats, loss, evaluated, spread, watching)
-        before, of_loss, direction, of_spread, of_watch = pull((behind, along_watched))
+        given = ((floats, loss, evaluated, spread, watching), (behind, along_watched))
+        if player.run.shards is None:
+            before, of_loss, direction, of_hypers, of_watch = pulled(*given)
+        else:  # to the same bits in programs for one device and for many
+            before, of_loss, direction, of_hypers, of_watch = noinline(
+                self.at.always_true, lambda *x: literal(pulled, *x), *given
+            )
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
         # dw <- dw - (1 - γ) dv ∇w∇w L;  dθ <- dθ - (1 - γ) dv ∇θ∇w L: Hessian-vector products.
         products = self.linearized.transposed(sum(of_losses) if of_losses else None, direction)
         for leaf, product in zip(before, products.params):
             leaf[PARAMS] += product
-        of_hypers = [_sum_to(x, h.shape) for x, h in zip(of_spread, hypers)]
         first_batch = sum(jax.tree.leaves(flags.constants.loss))
         first_scheduled = sum(jax.tree.leaves(flags.constants.hypers))
         same = [*products.wanted[:first_batch], *of_hypers[:first_scheduled], *of_watch]

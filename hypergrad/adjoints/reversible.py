@@ -261,7 +261,8 @@ class _Playback(NamedTuple):
     @staticmethod
     def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
         """The playback, without a way back, of a run whose leaves have these dtypes."""
-        integers = Exact(run.moves, [PARAMS, *run.program.variables], dtypes, run.x64)
+        variables = [PARAMS, *run.program.variables]
+        integers = Exact(run.moves, variables, dtypes, run.x64, run.shards is not None)
         beginning = Start(run.program, dict(settings.radix), taped)
         return _Playback(
             run, integers, beginning, strategy_of(run.steps, settings.length(run.steps)), settings
@@ -365,6 +366,8 @@ class _Playback(NamedTuple):
     ) -> tuple[tuple[list[Leaf], list[Array]], Health]:
         """Cotangents of the start and of the wanted constants and inputs; failures are only noted."""
         player = self.player(*arguments)
+        if self.run.shards is not None:
+            record, cotangents = hidden((record, cotangents))
         flags, constants = player.flags.constants, player.constants
         fixed, _ = split(
             (flags.loss, flags.hypers, flags.watch), (constants.loss, constants.hypers, constants.watch)

@@ -15,7 +15,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad._base.compiler import noinline
+from hypergrad._base.compiler import literal, noinline
 from hypergrad._base.tracing import (
     Converted,
 )
@@ -189,10 +189,11 @@ class Run:
         """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
         if self.optimizer.transform is None:
             return list(observations)
-        return noinline(always_true, self.transformed, hypers, list(observations))
+        transformed = self.transformed if self.shards is None else partial(literal, self.transformed)
+        return noinline(always_true, transformed, hypers, list(observations))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
-        """The inner loss at flat parameters: a mean over examples, if the optimizer looks at those, or parts."""
+        """The inner loss at flat parameters: a mean over parts, or over examples if those are looked at."""
         if self.shards is not None:
             part = replace(self, shards=None)
             return self.shards.mean(lambda batch: part.loss_at(params, loss_constants, batch), batch)

@@ -52,16 +52,21 @@ class Shards:
     def __post_init__(self) -> None:
         if not is_whole(self.count) or self.count > sums.MOST:
             raise ValueError(
-                f"Shards({self.count!r}): the number of parts is a whole number from 1 to {sums.MOST}; take "
-                "larger parts, or the mean over microbatches inside the loss (hypergrad.accumulated)"
+                f"Shards({self.count!r}): the number of parts is a whole number from 1 to {sums.MOST}; "
+                "take larger parts, or means over microbatches inside the loss (hypergrad.accumulated)"
             )
         over = (self.over,) if isinstance(self.over, str) else self.over
-        if over is not None and not (over and all(isinstance(axis, str) for axis in over)):
+        if over is not None and not _are_names(over):
             raise TypeError(
                 f"Shards({self.count}, over={self.over!r}): over takes names of axes of the mesh, such as "
                 '"data", or None'
             )
         object.__setattr__(self, "over", None if over is None else tuple(over))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes over which the parts are spread."""
+        return () if self.over is None else tuple(self.over)
 
     def numbers(self) -> Int32[Array, " parts"]:
         """The numbers of the parts."""
@@ -114,7 +119,7 @@ class Shards:
 
         def of_all(*arguments: PyTree) -> Any:
             totals, apart = of_device(*arguments)
-            merged = [sums.merged(total, self.over or ()) for total in totals]
+            merged = [sums.merged(total, self.axes) for total in totals]
             return [total for total, _ in merged], [sound for _, sound in merged], apart
 
         given = (always_true, (self.numbers(), self.cut(batch)), scalars, same)
@@ -135,9 +140,7 @@ class Shards:
         return _joined(means, found), apart
 
 
-def _part(
-    like: Sequence[Any], scalars: Sequence[Array], number: Step, cut: Sequence[Array]
-) -> list[Array]:
+def _part(like: Sequence[Any], scalars: Sequence[Array], number: Step, cut: Sequence[Array]) -> list[Array]:
     """One part of a batch.
 
     Args:
@@ -148,6 +151,10 @@ def _part(
     """
     rest, mine = iter(scalars), iter(cut)
     return [next(mine) if x.ndim else _own(next(rest), number) for x in like]
+
+
+def _are_names(over: Any) -> bool:
+    return isinstance(over, tuple | list) and len(over) > 0 and all(isinstance(axis, str) for axis in over)
 
 
 def _own(x: Array, number: Step) -> Array:

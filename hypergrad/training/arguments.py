@@ -397,9 +397,9 @@ def checked_shards(
         name = f"batches{jax.tree_util.keystr(path)}"
         if np.ndim(x) > 1 and np.shape(x)[1] % shards.count:
             raise ValueError(
-                f"{said} cuts the second axis of {name}, of shape {list(np.shape(x))}, which is no multiple "
-                "of it; choose batches that are, and for random keys one for every part, (T, shards), or "
-                "one for a step, (T,), which every part folds with its number"
+                f"{said} cuts the second axis of {name}, of shape {list(np.shape(x))}, which is no "
+                "multiple of it; choose batches that are. Random keys are given one for every part, "
+                "(T, shards), or one for a step, (T,), which every part folds with its number"
             )
     if optimizer.per_example or optimizer.observe is not None or has_state:
         what = f"{optimizer.name} looks at more of a batch than its gradient"
@@ -415,17 +415,17 @@ def checked_shards(
 
 def _check_axes(said: str, shards: Shards) -> None:
     """Check that the mesh has the axes over which parts are spread."""
-    if shards.over is None:
+    if not shards.axes:
         return
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
-    missing = [axis for axis in shards.over if axis not in sizes]
+    missing = [axis for axis in shards.axes if axis not in sizes]
     if missing:
         raise ValueError(
             f"{said}, over={shards.over!r}: the mesh has the axes {list(sizes)} and not {missing}; call "
             "train with jax.set_mesh(mesh), a mesh with these axes"
         )
-    devices = math.prod(sizes[axis] for axis in shards.over)
+    devices = math.prod(sizes[axis] for axis in shards.axes)
     if shards.count % devices:
         raise ValueError(
             f"{said}, over={shards.over!r}: {shards.count} parts do not spread evenly over {devices} "

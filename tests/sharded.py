@@ -1,0 +1,204 @@
+"""One training run in parts and its hypergradient, printed as digests of their bits.
+
+python -m tests.sharded mlp adamw                        # on the devices that there are
+python -m tests.sharded mlp adamw --processes 2          # on one device in each of two processes
+python -m tests.sharded mlp momentum --spoil 50          # with a collective that goes wrong
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hypergrad as hg
+from hypergrad import sums
+
+PARTS, ROWS = 8, 32
+OPTIMIZERS = {"momentum": (hg.momentum(), 0.3), "adamw": (hg.adamw(), 0.01)}
+
+
+def digest(tree: Any) -> str:
+    """The first digits of the SHA-256 of all bits of a tree."""
+    arrays = [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(tree)]
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
+
+
+def mlp(steps: int) -> tuple[Any, Any, Any]:
+    """A loss of a small network, its parameters, and batches."""
+    rng = np.random.default_rng(0)
+    sizes = [10, 16, 16, 3]
+    params = [
+        {"w": rng.normal(size=pair) / np.sqrt(pair[0]), "b": np.zeros(pair[1])}
+        for pair in itertools.pairwise(sizes)
+    ]
+    x = rng.normal(size=(steps, ROWS, 10))
+    y = rng.integers(0, 3, size=(steps, ROWS))
+
+    def loss(params: Any, meta: Any, batch: Any) -> Any:
+        h, labels = batch
+        for layer in params[:-1]:
+            h = jnp.tanh(h @ layer["w"] + layer["b"])
+        logits = jax.nn.log_softmax(h @ params[-1]["w"] + params[-1]["b"])
+        penalty = sum(jnp.sum(layer["w"] ** 2) for layer in params)
+        return jnp.exp(meta) * penalty - jnp.mean(jnp.take_along_axis(logits, labels[:, None], 1))
+
+    return loss, jax.tree.map(jnp.float32, params), (jnp.float32(x), jnp.int32(y))
+
+
+def transformer(steps: int) -> tuple[Any, Any, Any]:
+    """A loss of a small transformer on random windows of a text with structure, and batches."""
+    init, apply = hg.nets.transformer(12, 9, width=16, depth=2, heads=2)
+    text = (np.arange(4000) ** 2 // 7) % 12
+    starts = np.random.default_rng(0).integers(0, len(text) - 9, size=(steps, ROWS))
+    windows = text[starts[..., None] + np.arange(9)]
+
+    def loss(params: Any, meta: Any, windows: Any) -> Any:
+        logits = jax.nn.log_softmax(apply(params, windows[:, :-1]))
+        penalty = jnp.exp(meta) * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+        return penalty - jnp.mean(jnp.take_along_axis(logits, windows[:, 1:, None], -1))
+
+    return loss, init(jax.random.key(0)), jnp.int32(windows)
+
+
+def spoil(call: int, checked: bool) -> None:
+    """Make one collective go wrong: that with this number, counted over all devices.
+
+    Args:
+      call: its number.
+      checked: whether what is received is compared with what was sent.
+    """
+    right, count = sums._exchanged, [0]
+
+    def bad(_: Any) -> Any:
+        count[0] += 1
+        return np.int64((count[0] == call) << 50)
+
+    def wrong(limbs: Any, axes: Any) -> Any:
+        received = right(limbs, axes)
+        number = jax.ShapeDtypeStruct((), np.int64)
+        added = jax.pure_callback(bad, number, received[0][0].ravel()[0])
+        first = received[0][0].ravel().at[0].add(added).reshape(received[0][0].shape)
+        return ((first, *received[0][1:]), *received[1:])
+
+    sums._exchanged = wrong
+    if not checked:
+        sums._trace = lambda arrays: jnp.zeros((), jnp.int64)
+
+
+def run(given: argparse.Namespace) -> list[str]:
+    """Train, and differentiate, and return digests of what comes out."""
+    steps = given.steps
+    loss, params, batches = {"mlp": mlp, "transformer": transformer}[given.model](steps)
+    optimizer, rate = OPTIMIZERS[given.optimizer]
+    many = jax.device_count() > 1
+    shards = hg.Shards(PARTS, over="data" if many else None)
+    hypers = {"learning_rate": jnp.full(steps, rate, jnp.float32)}
+    adjoint = hg.Reversible(segments=given.segments)
+
+    def train(hypers: Any, params: Any, meta: Any, batches: Any, **more: Any) -> Any:
+        settings: Any = {"optimizer": optimizer, "adjoint": adjoint, "shards": shards, **more}
+        return hg.train(loss, params, hypers, meta, batches, **settings)
+
+    def outer(*arguments: Any) -> Any:
+        trained = train(*arguments, steps=steps)
+        value = sum(jnp.sum(x**2) for x in jax.tree.leaves(trained.params)) + jnp.mean(trained.losses)
+        return value, trained
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh) if many else contextlib.nullcontext():
+        place = jax.NamedSharding(mesh, jax.P()) if many else None
+        put = lambda tree: jax.device_put(tree, place) if many else tree  # noqa: E731
+        meta = jnp.float32(-7)
+        if given.forward:
+            return forward(given, train, put, (hypers, params, meta, batches))
+        wrt = (0, 1, 2, 3) if given.model == "mlp" else (0, 1, 2)
+        program = jax.jit(jax.value_and_grad(outer, wrt, has_aux=True))
+        try:
+            (_, trained), gradient = program(*put((hypers, params, meta, batches)))
+            jax.block_until_ready(gradient)
+        except Exception as error:
+            if not given.spoil:
+                raise
+            return [said(error)]
+    named = {"params": trained.params, "state": trained.state, "losses": trained.losses}
+    named |= dict(zip(["of hypers", "of params", "of meta", "of batches"], gradient))
+    return [f"{name} {digest(tree)}" for name, tree in named.items()]
+
+
+def said(error: Exception) -> str:
+    """The kind of an error that was raised by a running program, and its text in one line."""
+    kind = "ReversalError" if "ReversalError" in repr(error) else type(error).__name__
+    return f"{kind}: {' '.join(str(error).split())[:200]}"
+
+
+def forward(given: argparse.Namespace, train: Any, put: Any, arguments: Any) -> list[str]:
+    """Train only, perhaps up to some step or on from one, with the state in a file."""
+    hypers, params, meta, batches = arguments
+    first, last = given.since, given.until or given.steps
+    state = None
+    if first:
+        with open(given.state, "rb") as file:
+            params, state = pickle.load(file)
+    cut = lambda tree: jax.tree.map(lambda x: x[first:last], tree)  # noqa: E731
+    train = jax.jit(partial(train, steps=last - first))
+    trained = train(*put((cut(hypers), params, meta, cut(batches))), state=put(state))
+    if given.until:
+        with open(given.state, "wb") as file:
+            pickle.dump(jax.tree.map(np.asarray, (trained.params, trained.state)), file)
+    return [f"params {digest(trained.params)}", f"state {digest(trained.state)}"]
+
+
+def main() -> None:
+    """Parse the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=["mlp", "transformer"])
+    parser.add_argument("optimizer", choices=list(OPTIMIZERS))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--segments", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, help="number of this one of several processes")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--spoil", type=int, default=0, help="number of the collective that goes wrong")
+    parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--forward", action="store_true", help="train only")
+    parser.add_argument("--since", type=int, default=0)
+    parser.add_argument("--until", type=int)
+    parser.add_argument("--state", help="file of the state")
+    given = parser.parse_args()
+    if given.processes > 1 and given.process is None:
+        return print(*in_processes(given.processes), sep="\n")
+    if given.process is not None:
+        jax.distributed.initialize(f"127.0.0.1:{given.port}", given.processes, given.process)
+    if given.spoil:
+        spoil(given.spoil, not given.unchecked)
+    print(*run(given), sep="\n")
+
+
+def in_processes(count: int) -> list[str]:
+    """What each of several processes prints, which must be the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-m", "tests.sharded", *sys.argv[1:], "--port", str(port), "--process"]
+    pipes: Any = {"stdout": subprocess.PIPE, "env": one, "text": True}
+    running = [subprocess.Popen([*command, str(k)], **pipes) for k in range(count)]
+    said = [process.communicate()[0].splitlines() for process in running]
+    if any(process.returncode for process in running) or any(each != said[0] for each in said):
+        raise SystemExit(f"the processes differ or failed: {said}")
+    return said[0]
+
+
+if __name__ == "__main__":
+    main()
