@@ -4,9 +4,6 @@ The oracle is a loop in plain JAX on whole batches in float64; what must be the 
 bytes.  What needs several devices runs in processes of its own.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
+from benchmarks.shards import elsewhere
 
 STEPS, ROWS = 4, 12
 RNG = np.random.default_rng(0)
@@ -157,23 +155,13 @@ def test_a_state_of_the_model_is_refused() -> None:
         )  # fmt: skip
 
 
-def runs_of(devices: int, *flags: str) -> list[str]:
-    """What `tests.sharded` prints on so many devices."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "tests.sharded", *flags]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
 @pytest.mark.devices
 @pytest.mark.parametrize("model", ["mlp", "transformer"])
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_training_and_its_reversal_have_the_same_bits_on_any_number_of_devices(
     model: str, optimizer: str
 ) -> None:
-    one, *others = (runs_of(devices, model, optimizer) for devices in (1, 2, 8))
+    one, *others = (elsewhere(devices, model, optimizer) for devices in (1, 2, 8))
     assert len(one) > 4
     for other in others:
         assert other == one
@@ -181,21 +169,21 @@ def test_training_and_its_reversal_have_the_same_bits_on_any_number_of_devices(
 
 @pytest.mark.devices
 def test_two_processes_find_the_same_bits() -> None:
-    one = runs_of(1, "mlp", "adamw")
-    assert runs_of(2, "mlp", "adamw", "--processes", "2") == one
+    one = elsewhere(1, "mlp", "adamw")
+    assert elsewhere(2, "mlp", "adamw", "--processes", "2") == one
 
 
 @pytest.mark.devices
 def test_a_run_goes_on_with_the_same_bits_on_other_devices(tmp_path: Path) -> None:
-    whole = runs_of(1, "mlp", "momentum", "--forward")
+    whole = elsewhere(1, "mlp", "momentum", "--forward")
     state = str(tmp_path / "state.npz")
-    runs_of(8, "mlp", "momentum", "--forward", "--until", "7", "--state", state)
-    assert runs_of(2, "mlp", "momentum", "--forward", "--since", "7", "--state", state) == whole
+    elsewhere(8, "mlp", "momentum", "--forward", "--until", "7", "--state", state)
+    assert elsewhere(2, "mlp", "momentum", "--forward", "--since", "7", "--state", state) == whole
 
 
 # Of 2 devices and 12 steps, with a loss and 6 arrays: the way forwards has 168 collectives.
 @pytest.mark.devices
 @pytest.mark.parametrize("flags", [["50"], ["250"], ["250", "--unchecked"]], ids=" ".join)
 def test_one_wrong_collective_is_an_error(flags: list[str]) -> None:
-    (said,) = runs_of(2, "mlp", "momentum", "--spoil", *flags)
+    (said,) = elsewhere(2, "mlp", "momentum", "--spoil", *flags)
     assert said.startswith("ReversalError")

@@ -5,12 +5,14 @@ finds is added up by `hypergrad.sums`, whose bits do not depend on the order.  S
 its parts are evaluated, and takes the memory of one part on each device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32
@@ -19,6 +21,7 @@ from hypergrad import sums
 from hypergrad._base.checks import is_whole
 from hypergrad._base.compiler import noinline
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step
+from hypergrad.bundles import bundles
 
 # From a part of the batch and what all parts have in common: what is averaged over the parts, and what is
 # put side by side.
@@ -108,22 +111,23 @@ class Shards:
         def of_part(number: Step, cut: list[Array], scalars: list[Array], same: PyTree) -> Any:
             return function(_part(shapes, scalars, number, cut), same)
 
+        given = (always_true, (self.numbers(), self.cut(batch)), scalars, same)
+        found, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], given[1]), *given[2:])
+        rows = _Rows(_real(found))
+
         def of_device(always_true: Flag, at: Any, *others: PyTree) -> Any:
             def add(totals: list[sums.Sum], at: Any) -> Any:
                 # In isolation, so that a part has the same bits whatever surrounds it.
                 found, apart = noinline(always_true, of_part, *at, *others)
-                return [sums.add(total, x) for total, x in zip(totals, _real(found))], apart
+                return [sums.add(total, x) for total, x in zip(totals, rows.joined(_real(found)))], apart
 
-            found, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], at), *others)
-            return jax.lax.scan(add, [sums.zero(x) for x in _real(found)], at)
+            return jax.lax.scan(add, [sums.zero(x) for x in jax.eval_shape(rows.joined, rows.like)], at)
 
         def of_all(*arguments: PyTree) -> Any:
             totals, apart = of_device(*arguments)
             merged = [sums.merged(total, self.axes) for total in totals]
             return [total for total, _ in merged], [sound for _, sound in merged], apart
 
-        given = (always_true, (self.numbers(), self.cut(batch)), scalars, same)
-        found, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], given[1]), *given[2:])
         if self.over is None:
             (totals, apart), sound = of_device(*given), None
         else:
@@ -134,10 +138,42 @@ class Shards:
                 out_specs=(alike, alike, spread),
                 check_vma=False,
             )(*given)
-        means = [sums.value(total, x.dtype, self.count) for total, x in zip(totals, _real(found))]
+        means = [sums.value(total, dtype, self.count) for total, dtype in zip(totals, rows.dtypes())]
         if sound is not None:
             means = [jnp.where(ok, x, jnp.nan) for ok, x in zip(sound, means)]
-        return _joined(means, found), apart
+        return _joined(rows.parted(means), found), apart
+
+
+class _Rows(NamedTuple):
+    """Small arrays laid end to end, so that there are few to be summed.
+
+    Attributes:
+      like: the shapes of the arrays.
+    """
+
+    like: list[Any]
+
+    def groups(self) -> list[list[int]]:
+        """Which arrays lie end to end."""
+        return bundles([x.shape for x in self.like], [x.dtype for x in self.like])
+
+    def dtypes(self) -> list[Any]:
+        """Of the rows."""
+        return [self.like[group[0]].dtype for group in self.groups()]
+
+    def joined(self, arrays: Sequence[Array]) -> list[Array]:
+        """The arrays end to end; a single one as it is."""
+        members = [[arrays[i] for i in group] for group in self.groups()]
+        return [x[0] if len(x) == 1 else jnp.concatenate([jnp.ravel(y) for y in x]) for x in members]
+
+    def parted(self, rows: Sequence[Array]) -> list[Array]:
+        """Undo `joined`."""
+        found: dict[int, Array] = {}
+        for group, row in zip(self.groups(), rows):
+            ends = np.cumsum([math.prod(self.like[i].shape) for i in group])
+            parts = [row] if len(group) == 1 else jnp.split(row, ends[:-1])
+            found |= {i: part.reshape(self.like[i].shape) for i, part in zip(group, parts)}
+        return [found[i] for i in range(len(self.like))]
 
 
 def _part(like: Sequence[Any], scalars: Sequence[Array], number: Step, cut: Sequence[Array]) -> list[Array]:
