@@ -30,12 +30,14 @@ from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
+from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
 from hypergrad.adjoints.linearize import Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
+from hypergrad.adjoints.tapes import Taped
 from hypergrad.program import PARAMS, Leaf, Observed, Record
 
 
@@ -178,6 +180,32 @@ class Player:
         """Whether the run backwards arrived at its start."""
         return self.beginning.recovered(self.start, self.constants.exact, found, self.always_true)
 
+    def blank_tape(self, leaf: int, k: int, taping: bool) -> Array:
+        """The tape of what is scaled or kept at place ``k`` of a leaf, before a segment."""
+        taped = self.taped[leaf][k]
+        length = 0 if self.lengths is None or not taping else self.lengths[leaf][k]
+        blank = exact.blank_tape(taped.shape, taped.factor_shape, length)
+        return cast(blank, self.axes_of_taped(leaf, taped))
+
+    # ---- over which axes of a mesh the carries vary; see `hypergrad._base.varying`
+
+    def axes(self) -> frozenset[str]:
+        """Over which anything in the run varies."""
+        return axes_of((self.start, self.constants, self.inputs))
+
+    def axes_of_taped(self, leaf: int, taped: Taped) -> frozenset[str]:
+        """Over which a buffer and its tape vary: those of what is scaled or kept."""
+        return axes_of(self.start[leaf].get(taped.variable, self.start[leaf][PARAMS]))
+
+    def varying(self, now: Forwards) -> Forwards:
+        """Where a run is, as varying as it is after a step."""
+        leaves = []
+        for i, (leaf, taped) in enumerate(zip(now.leaves, self.taped)):
+            numbers = {name: cast(x, axes_of(self.start[i][name])) for name, x in leaf.numbers.items()}
+            buffers = [cast(b, self.axes_of_taped(i, each)) for b, each in zip(leaf.buffers, taped)]
+            leaves.append(ExactLeaf(numbers, buffers))
+        return Forwards(leaves, cast(now.guards, self.axes()), cast(now.failed, self.axes()))
+
     # ---- forwards
 
     def play(self, now: Forwards, span: Span, taping: bool) -> Played:
@@ -188,15 +216,10 @@ class Player:
           span: the steps of the segment.
           taping: whether to keep tapes; not needed if the segment will be played forwards again.
         """
-        lengths = self.lengths if taping else None
         tapes = [
-            [
-                exact.blank_tape(each.shape, each.factor_shape, 0 if lengths is None else lengths[i][k])
-                for k, each in enumerate(leaf)
-            ]
-            for i, leaf in enumerate(self.taped)
+            [self.blank_tape(i, k, taping) for k in range(len(leaf))] for i, leaf in enumerate(self.taped)
         ]
-        (now, tapes), (outputs, records) = jax.lax.scan(self.step, (now, tapes), span.steps())
+        (now, tapes), (outputs, records) = jax.lax.scan(self.step, (self.varying(now), tapes), span.steps())
         return Played(now, tapes, records, outputs)
 
     def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, list[Record]]]:
@@ -260,6 +283,7 @@ class Player:
         def unstep(now: Backwards, at: tuple[Array, list[Record]]) -> tuple[Backwards, Any]:
             return self.unstep(now, played.tapes, cotangents, *at)
 
+        now = now._replace(broken=cast(now.broken, self.axes()))
         return jax.lax.scan(unstep, now, (span.steps(), played.records), reverse=True)
 
     def unstep(

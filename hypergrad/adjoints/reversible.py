@@ -17,9 +17,11 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
+from hypergrad._base.explicit import spec_of, with_automatic_axes
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
@@ -120,6 +122,10 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.Adjoint`."""
+        specs = partial(_specs, run, start)
+        return with_automatic_axes(partial(self._solve, run), specs, start, constants, inputs)
+
+    def _solve(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         taped = taped_of(run, start, constants, inputs)
         self._check_names(run, taped)
         length = self.length(run.steps)
@@ -209,6 +215,27 @@ class Reversible:
     def bits_of(self, variable: str) -> float:
         """Room that is reserved for a variable, in bits per element and step."""
         return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
+
+
+def _specs(run: Run, start: list[Leaf], solution: Solution) -> Solution:
+    """How the end of a run is sharded, if that is in its type: like the parameters."""
+    end, outputs = solution
+
+    def like(leaf: Leaf, tree: PyTree) -> PyTree:
+        kind = jax.typeof(leaf[PARAMS])
+
+        def spec(x: Array) -> PartitionSpec:
+            more = x.ndim - len(kind.shape)
+            alike = more >= 0 and x.shape[more:] == kind.shape
+            return PartitionSpec(*[None] * more, *spec_of(kind)) if alike else PartitionSpec()
+
+        return jax.tree.map(spec, tree)
+
+    watched: Any = jax.tree.structure(outputs.watched)
+    of_watched = [] if run.watch is None else [v.aval for v in run.watch.jaxpr.outvars]
+    by_step = watched.unflatten([PartitionSpec(None, *spec_of(kind)) for kind in of_watched])
+    exact_like = None if outputs.exact is None else [*map(like, start, outputs.exact)]
+    return [*map(like, start, end)], Outputs(PartitionSpec(), by_step, exact_like)
 
 
 def _present(cotangents: PyTree) -> list[Array] | None:
