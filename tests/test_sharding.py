@@ -200,3 +200,40 @@ def test_rates_of_devices_for_parameters_of_all_are_refused() -> None:
 def test_forward_refuses_numbers_that_differ_between_devices() -> None:
     with pytest.raises(ValueError, match=r"differ between the devices.*adjoint=Reversible\(\)"):
         by_hand(trained(hg.Forward(limit=1000)), "mean", mesh_of(AxisType.Auto))
+
+
+def test_an_axis_that_is_on_no_mesh_in_context_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train\(.*shard='data'.*there are \[\]; compile and call within"):
+        hg.train(
+            lambda w, meta, step: jnp.sum(w**2),
+            jnp.ones(3),
+            {"learning_rate": 0.1},
+            steps=2,
+            adjoint=hg.Reversible(shard="data"),
+        )
+
+
+# ---- memory
+
+
+@pytest.mark.devices
+def test_integers_and_tapes_of_replicated_parameters_are_divided_over_the_data_axis() -> None:
+    mesh = mesh_of(AxisType.Auto, (8,))
+    inputs = jax.device_put(RNG.normal(size=(16, 128)).astype("f"), NamedSharding(mesh, P("data")))
+    params = jax.device_put((0.1 * RNG.normal(size=(128, 256))).astype("f"), NamedSharding(mesh, P()))
+
+    def evaluated(adjoint: Any) -> tuple[np.ndarray, int]:
+        def objective(params: Any, rate: Any) -> Any:
+            loss = lambda w, meta, step: jnp.mean((jnp.tanh(meta @ w) - 0.5) ** 2)  # noqa: E731
+            hypers = {"learning_rate": rate, "momentum": 0.9}
+            run = hg.train(loss, params, hypers, inputs, steps=20, adjoint=adjoint)
+            return loss(run.params, inputs, 0)
+
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(jax.value_and_grad(objective, (0, 1))).lower(params, RATE).compile()
+            return numbers(compiled(params, RATE)), compiled.memory_analysis().temp_size_in_bytes
+
+    whole, most = evaluated(hg.Reversible())
+    divided, least = evaluated(hg.Reversible(shard="data"))
+    np.testing.assert_allclose(divided, whole, rtol=1e-5, atol=1e-8)
+    assert least < 0.5 * most

@@ -29,6 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Int
 
 from hypergrad import exact
+from hypergrad._base.placement import divided, whole
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
@@ -155,6 +156,7 @@ class Player:
       constants: what is the same at every step.
       inputs: what differs from step to step.
       always_true: see `hypergrad._base.compiler`.
+      shard: the mesh axis over which the state is divided, or None.
     """
 
     run: Run
@@ -166,6 +168,7 @@ class Player:
     constants: Constants
     inputs: Inputs
     always_true: Flag
+    shard: str | None = None
 
     @property
     def taped(self) -> Any:
@@ -185,7 +188,7 @@ class Player:
         taped = self.taped[leaf][k]
         length = 0 if self.lengths is None or not taping else self.lengths[leaf][k]
         blank = exact.blank_tape(taped.shape, taped.factor_shape, length)
-        return cast(blank, self.axes_of_taped(leaf, taped))
+        return divided(self.shard, cast(blank, self.axes_of_taped(leaf, taped)))
 
     # ---- over which axes of a mesh the carries vary; see `hypergrad._base.varying`
 
@@ -204,7 +207,8 @@ class Player:
             numbers = {name: cast(x, axes_of(self.start[i][name])) for name, x in leaf.numbers.items()}
             buffers = [cast(b, self.axes_of_taped(i, each)) for b, each in zip(leaf.buffers, taped)]
             leaves.append(ExactLeaf(numbers, buffers))
-        return Forwards(leaves, cast(now.guards, self.axes()), cast(now.failed, self.axes()))
+        guards, failed = cast((now.guards, now.failed), self.axes())
+        return Forwards(divided(self.shard, leaves), guards, failed)
 
     # ---- forwards
 
@@ -242,7 +246,8 @@ class Player:
         snapshot = run.snapshot(integers.floats(at.always_true, leaves), loss, evaluated, x.step)
         outputs = Outputs(loss, run.watched(snapshot, constants))
         guards = weighed(guards, now, (x.step, guarded), run.steps)
-        return (Forwards(now.leaves, guards, failed), now.tapes), (outputs, now.records)
+        leaves, tapes = divided(self.shard, (now.leaves, now.tapes))
+        return (Forwards(leaves, guards, failed), tapes), (outputs, now.records)
 
     def _moment(self, t: Step) -> tuple[Inputs, Moment]:
         """The inputs of a step, and the step with its hyperparameters."""
@@ -259,7 +264,8 @@ class Player:
         return loss, evaluated
 
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
-        return [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
+        params = [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
+        return whole(self.shard, params)
 
     def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized:
         theta = (self.constants.loss, x.batch)
@@ -283,7 +289,8 @@ class Player:
         def unstep(now: Backwards, at: tuple[Array, list[Record]]) -> tuple[Backwards, Any]:
             return self.unstep(now, played.tapes, cotangents, *at)
 
-        now = now._replace(broken=cast(now.broken, self.axes()))
+        leaves, behind = divided(self.shard, (now.leaves, now.cotangents))
+        now = Backwards(leaves, behind, now.sums, cast(now.broken, self.axes()))
         return jax.lax.scan(unstep, now, (span.steps(), played.records), reverse=True)
 
     def unstep(
@@ -320,6 +327,7 @@ class Player:
             floats, now.cotangents, along_loss, along_watched
         )
         sums = [a + b for a, b in zip(now.sums, constants)]
+        leaves, before = divided(self.shard, (leaves, before))
         return Backwards(leaves, before, sums, self._broken(now.broken, before, t, x.step)), inputs
 
     def _broken(

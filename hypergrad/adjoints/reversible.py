@@ -83,6 +83,9 @@ class Reversible:
         for every array when it receives its first numbers, with room to outgrow them by ``2**32`` (squares
         by ``2**50``).
       segments: number of segments in which the run is played back, in ``[1, T]``.
+      shard: an axis of the mesh in context (``jax.set_mesh``) over which integers, tapes and cotangents are
+        divided, while every device holds all parameters, as in data-parallel training; arrays of fewer
+        than 16384 elements stay whole.  By default they are placed as the compiler chooses.
 
     Raises:
       ReversalError: if the run fails or its start is not recovered; at the call or, under ``jit``, from the
@@ -100,6 +103,11 @@ class Reversible:
     bits: float | Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     segments: int = 1
+    shard: str | None = None
+
+    def __repr__(self) -> str:
+        shard = "" if self.shard is None else f", shard={self.shard!r}"
+        return f"Reversible(bits={self.bits!r}, radix={self.radix!r}, segments={self.segments!r}{shard})"
 
     def __post_init__(self) -> None:
         bits = {"all": self.bits} if isinstance(self.bits, int | float) else _by_variable("bits", self.bits)
@@ -122,6 +130,14 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.Adjoint`."""
+        mesh = jax.sharding.get_abstract_mesh()
+        possible = [*mesh.auto_axes, *mesh.explicit_axes]
+        if self.shard is not None and self.shard not in possible:
+            raise ValueError(
+                f"{run.call}: shard names the axis of a mesh in context, of which there are {possible}; "
+                "compile and call within jax.set_mesh(mesh), and outside jax.shard_map, where every device "
+                "has only its part already"
+            )
         specs = partial(_specs, run, start)
         return with_automatic_axes(partial(self._solve, run), specs, start, constants, inputs)
 
@@ -299,9 +315,8 @@ class _Playback(NamedTuple):
         if flags is None:
             flags = Flags(*jax.tree.map(lambda _: False, (constants, inputs)))
         arrays = (start, constants, inputs)
-        return Player(
-            self.run, self.integers, self.beginning, flags, self.lengths, *arrays, always_true(*arrays)
-        )
+        static = (self.run, self.integers, self.beginning, flags, self.lengths)
+        return Player(*static, *arrays, always_true(*arrays), self.settings.shard)
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""
