@@ -1,6 +1,9 @@
-"""Arrays divided among the devices of a mesh whose axes are automatic."""
+"""Where arrays are: on the devices of another, or divided among those of a mesh with automatic axes."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -35,3 +38,8 @@ def whole(axis: str | None, tree: PyTree) -> PyTree:
     if axis is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+def placed_like(x: Any, old: Array) -> Array:
+    """An array on the devices of another; on those of what it is used with if that is on none for good."""
+    return jax.device_put(x, old.sharding) if getattr(old, "committed", True) else jnp.asarray(x)
