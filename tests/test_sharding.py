@@ -3,8 +3,10 @@
 Nearly all of it needs eight devices, which ``pytest -m devices`` simulates.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -211,6 +213,17 @@ def test_an_axis_that_is_on_no_mesh_in_context_is_refused() -> None:
             steps=2,
             adjoint=hg.Reversible(shard="data"),
         )
+
+
+# ---- documentation
+
+
+@pytest.mark.devices
+def test_the_page_is_right_on_eight_devices() -> None:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", Path("docs/sharding.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["mesh"].size == 8
 
 
 # ---- memory
