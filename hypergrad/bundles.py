@@ -10,7 +10,8 @@ number of low words.  ``always_true`` is explained in `hypergrad._base.compiler`
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import Array
 
 from hypergrad import exact
 from hypergrad._base.compiler import computed, in_place
+from hypergrad._base.varying import axes_of
 from hypergrad.exact import Buffer, Fixed, Growth, Ratio
 
 SMALL = 1 << 14  # arrays with fewer elements are not worth a computation of their own
@@ -54,6 +56,25 @@ def bundles(shapes: Sequence[Shape], kinds: Sequence[Hashable]) -> list[list[int
     return result
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _by_axes(function: Function) -> Function:
+    """The function of the arrays that vary over the same mesh axes at a time, so that none gets others."""
+
+    @wraps(function)
+    def apart(always_true: Array, *lists: Sequence[Any]) -> list[Any]:
+        kinds = [axes_of(each) for each in zip(*lists)]
+        result: dict[int, Any] = {}
+        for kind in dict.fromkeys(kinds):
+            places = [i for i, other in enumerate(kinds) if other == kind]
+            result |= zip(places, function(always_true, *([each[i] for i in places] for each in lists)))
+        return [result[i] for i in range(len(kinds))]
+
+    return cast(Function, apart)
+
+
+@_by_axes
 def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """`exact.shift` of every number by its amount."""
 
@@ -68,6 +89,7 @@ def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]
     return _added(always_true, exact.shift_settled, settled, amounts)
 
 
+@_by_axes
 def unshift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """`exact.unshift` of every number by its amount."""
     return _added(always_true, exact.unshift, numbers, amounts)
@@ -88,6 +110,7 @@ def _added(
     return result
 
 
+@_by_axes
 def scale(
     always_true: Array,
     numbers: Sequence[Fixed],
@@ -115,6 +138,7 @@ def scale(
     return result
 
 
+@_by_axes
 def unscale(
     always_true: Array,
     numbers: Sequence[Fixed],
@@ -163,6 +187,7 @@ def _scaled_alike(buffers: Sequence[Buffer]) -> list[list[int]]:
     return bundles([buffer.register.shape for buffer in buffers], kinds)
 
 
+@_by_axes
 def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) -> list[Array]:
     """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}

@@ -26,6 +26,12 @@ def with_little_effort(*arguments: Any, env_options_overrides: Any = None, **oth
 compiler.get_compile_options = with_little_effort
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of many devices get them; all others run on one, as most users do."""
+    if config.getoption("markexpr") == "devices":
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test that is `quick` in some cases, the others are slow."""

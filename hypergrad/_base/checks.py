@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hypergrad._base.explicit import explicit_mesh
 from hypergrad._base.trees import PyTree
+from hypergrad._base.varying import axes_of
 
 
 def is_function(x: Any) -> bool:
@@ -37,7 +39,12 @@ def is_whole(x: Any, least: int = 1) -> bool:
 def shape_of(x: Any) -> jax.ShapeDtypeStruct:
     """The shape and type that JAX would give an array, a NumPy array or a number."""
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    kind = jax.typeof(x)
+    if not axes_of(x) and explicit_mesh([kind]) is None:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=kind.sharding, manual_axis_type=kind.manual_axis_type
+    )
 
 
 def describe(tree: PyTree) -> str:

@@ -35,7 +35,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Var
 
+from hypergrad._base.explicit import on_mesh_of
 from hypergrad._base.trees import Flag, PyTree
+from hypergrad._base.varying import axes_of, cast, zeros_like
 
 
 def always_true(*given: PyTree) -> Flag:
@@ -97,11 +99,13 @@ def in_place(
         number = jnp.issubdtype(x.dtype, jnp.floating) or (x.dtype == jnp.int32 and x.ndim == 0)
         return x + count.astype(x.dtype) if number else x
 
+    axes = axes_of((state, arguments))
+
     def body(count: Array, state: PyTree) -> PyTree:
-        return function(state, *jax.tree.map(lambda x: tied(count, x), arguments))
+        return cast(function(state, *jax.tree.map(lambda x: tied(count, x), arguments)), axes)
 
     with jax.enable_x64(True):
-        return jax.lax.fori_loop(0, always_true.astype(jnp.int32), body, state)
+        return jax.lax.fori_loop(0, always_true.astype(jnp.int32), body, cast(state, axes))
 
 
 def computed(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
@@ -116,7 +120,7 @@ def computed(always_true: Array, function: Callable[..., PyTree], *arguments: Py
       arguments: pytrees of arrays.
     """
     with jax.enable_x64(True):
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+        blank = jax.tree.map(zeros_like, jax.eval_shape(function, *arguments))
         return in_place(always_true, lambda _, *given: function(*given), blank, *arguments)
 
 
@@ -151,15 +155,17 @@ def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
 
     def never(value: Array, unused: PyTree) -> Array:
         numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-        return value + sum(jnp.sum(jnp.real(x).astype(value.dtype)) for x in numbers)
+        wholes = [on_mesh_of(jnp.real(x), jax.typeof(value)) for x in numbers]
+        sums = [jnp.sum(x.astype(value.dtype)) for x in wholes]
+        return value + sum(jax.lax.psum(x, tuple(axes_of(x) - axes_of(value))) for x in sums)
 
     return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
 
 
 # Each is one correctly rounded operation per element, and fusion does not change its bits.
 ROUNDED_ALONE = {
-    "abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "max", "min", "mul", "neg", "reshape",
-    "select_n", "sign", "sqrt", "squeeze", "stop_gradient", "transpose",
+    "abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "max", "min", "mul", "neg", "pvary",
+    "reshape", "select_n", "sign", "sqrt", "squeeze", "stop_gradient", "transpose",
 }  # fmt: skip
 
 
@@ -186,8 +192,8 @@ def _rounds_alike(function: Callable[..., PyTree], *arguments: PyTree) -> bool:
 def _zeros(like: Any) -> Array:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         key = jax.random.key(0, impl=str(jax.random.key_impl(like)))
-        return jnp.broadcast_to(key, like.shape)
-    return jnp.zeros(like.shape, like.dtype)
+        return cast(jnp.broadcast_to(key, like.shape), axes_of(like))
+    return zeros_like(like)
 
 
 def same_bits(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:

@@ -18,6 +18,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from hypergrad._base.processes import on_host
+
 Feed = Callable[[str | bytes], None]
 Memo = dict[int, tuple[Any, str]]  # by id: the object, kept alive so that no other gets its id; its digest
 # Parameters that do not change what is computed.
@@ -140,7 +142,7 @@ def _array(feed: Feed, x: Any) -> None:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         feed(str(jax.random.key_impl(x)))
         x = jax.random.key_data(x)
-    x = np.asarray(x)
+    x = on_host(x)
     feed(f"{x.dtype}{x.shape}")
     feed(np.ascontiguousarray(x).tobytes())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import TqdmWarning
 
+from hypergrad._base.processes import is_first
+
 EVERY = 10.0  # seconds between lines
 
 
@@ -16,7 +18,7 @@ class Progress:
 
     Args:
       name: what works, such as ``optimize``.
-      shown: False shows nothing.
+      shown: False shows nothing, and nor do processes other than the first of several.
 
     >>> with Progress("optimize", shown=False) as progress:
     ...     progress.say("compiling the objective ...")
@@ -26,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, name: str, shown: bool = True):
-        self.name, self.shown = name, shown
+        self.name, self.shown = name, shown and is_first()
         self._bar: Any = None
         self._unit, self._note = "", ""
         self._total: int | None = None

@@ -45,7 +45,7 @@ def has_custom_rule(jaxpr: Any) -> bool:
     >>> has_custom_rule(jax.make_jaxpr(lambda w: jnp.sum(jax.nn.relu(w)))(jnp.ones(3)))
     False
     """
-    return any(_is_custom(eqn) for eqn in _equations(jaxpr))
+    return any(_is_custom(eqn) for eqn in equations(jaxpr))
 
 
 def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree, Callable[..., PyTree]]:
@@ -70,7 +70,7 @@ def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree
     (6.0, -3.0)
     """
     closed = jax.make_jaxpr(function)(at)
-    if not any(eqn.primitive.name == "custom_vjp_call" for eqn in _equations(closed)):
+    if not any(eqn.primitive.name == "custom_vjp_call" for eqn in equations(closed)):
         return jax.linearize(function, at)
     value, pull_back = jax.vjp(function, at)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), value)
@@ -89,20 +89,20 @@ def linearized(function: Callable[[PyTree], PyTree], at: PyTree) -> tuple[PyTree
     return value, forwards
 
 
-def _equations(value: Any) -> Iterator[Any]:
+def equations(value: Any) -> Iterator[Any]:
     """All equations of a jaxpr and of those within it; anything else has none."""
     if hasattr(value, "eqns"):
         for eqn in value.eqns:
             yield eqn
             if "pallas" not in eqn.primitive.name:
-                yield from _equations(eqn.params)
+                yield from equations(eqn.params)
     elif hasattr(value, "jaxpr"):
-        yield from _equations(value.jaxpr)
+        yield from equations(value.jaxpr)
     elif isinstance(value, dict):
-        yield from _equations(tuple(value.values()))
+        yield from equations(tuple(value.values()))
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from _equations(each)
+            yield from equations(each)
 
 
 def _is_custom(eqn: Any) -> bool:
@@ -124,7 +124,7 @@ def _is_of_jax(params: Any) -> bool:
     (name, path), (_, path_of_rule) = function, rule
     if name in BY_USERS or not (path.is_relative_to(ROOT) and path_of_rule.is_relative_to(ROOT)):
         return False
-    within = (e for e in _equations(params["call_jaxpr"]) if e.primitive.name == "custom_jvp_call")
+    within = (e for e in equations(params["call_jaxpr"]) if e.primitive.name == "custom_jvp_call")
     if any(_source(eqn.params["call_jaxpr"]) == function for eqn in within):
         return False
     parts = path.relative_to(ROOT).with_suffix("").parts

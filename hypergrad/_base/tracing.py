@@ -12,7 +12,9 @@ from jax import Array
 from jax.tree_util import Partial
 
 from hypergrad._base.dtypes import widened
+from hypergrad._base.explicit import with_explicit_axes
 from hypergrad._base.trees import PyTree
+from hypergrad._base.varying import zeros_like
 
 RECOVERED = "hypergrad: recovered"  # marks a program that plays a run backwards
 
@@ -30,9 +32,15 @@ class Converted:
 
     def __call__(self, consts: Sequence[Array], flat: Sequence[Array]) -> PyTree:
         """Evaluate on flat arguments; those that were `widened` are converted back."""
-        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, narrowed(consts, self.jaxpr.constvars))
-        flat = narrowed(flat, self.jaxpr.invars)
-        return jax.tree.unflatten(self.out_tree, jax.extend.core.jaxpr_as_fun(closed)(*flat))
+        variables = [*self.jaxpr.constvars, *self.jaxpr.invars]
+        arrays = narrowed([*consts, *flat], variables)
+        results = with_explicit_axes(self._evaluate, [v.aval for v in variables], *arrays)
+        return jax.tree.unflatten(self.out_tree, results)
+
+    def _evaluate(self, *arrays: Array) -> list[Array]:
+        count = len(self.jaxpr.constvars)
+        closed = jax.extend.core.ClosedJaxpr(self.jaxpr, arrays[:count])
+        return jax.extend.core.jaxpr_as_fun(closed)(*arrays[count:])
 
 
 def narrowed(arrays: Sequence[Array], variables: Sequence[Any]) -> list[Array]:
@@ -92,7 +100,7 @@ def instantiate(cotangents: PyTree) -> PyTree:
     """The cotangents with symbolic zeros made into arrays."""
     symbolic = jax.custom_derivatives.SymbolicZero
     return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, symbolic) else x,
+        lambda x: zeros_like(x.aval) if isinstance(x, symbolic) else x,
         cotangents,
         is_leaf=lambda x: isinstance(x, symbolic),
     )

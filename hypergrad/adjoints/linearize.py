@@ -29,6 +29,7 @@ from hypergrad._base.compiler import always_true as known_later
 from hypergrad._base.compiler import noinline, prevent_dce
 from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, thaw
 from hypergrad._base.trees import Flag, PyTree, Scalar, scatter, split
+from hypergrad._base.varying import axes_of
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
 from hypergrad.program import Leaf, Observed
 
@@ -129,7 +130,8 @@ class Linearized(NamedTuple):
       primal: ``(loss, observations, first)``: ``observations`` are ``∂L/∂w`` and ``S``, by leaf, and
         ``first`` is what the first linear map needs besides its argument.
       residuals: what the second linear map needs besides its argument.
-      jaxprs: two linear maps: from ``l`` to ``l ∂L/∂θ``; and from a direction ``(u_g, u_S)``, by leaf, to
+      jaxprs: two linear maps: from ``l`` to ``l ∂L/∂θ``, or to ``(l ∂L/∂w, l ∂L/∂θ)`` where that is not
+        ``l g``; and from a direction ``(u_g, u_S)``, by leaf, to
         ``(u_g ∂g/∂w + u_S ∂S/∂w,  u_g ∂g/∂θ + u_S ∂S/∂θ)``.
     """
 
@@ -161,8 +163,11 @@ class Linearized(NamedTuple):
         total = second(*jax.tree.leaves(list(direction)))
         _, observations, _ = self.primal
         if loss_cotangent is not None:
-            used = loss_cotangent != 0  # at a masked step, ∂L/∂θ need not be finite
-            along = [*(loss_cotangent * g for g in gradients(observations)), *first(loss_cotangent)]
+            # At a masked step, ∂L/∂θ need not be finite.
+            used = jax.lax.psum(jnp.int32(loss_cotangent != 0), tuple(axes_of(loss_cotangent))) > 0
+            along = first(loss_cotangent)
+            if len(along) < len(total):
+                along = [*(loss_cotangent * g for g in gradients(observations)), *along]
             total = [jnp.where(used, x, 0).astype(y.dtype) + y for x, y in zip(along, total)]
         return Products(total[: len(observations)], total[len(observations) :])
 
@@ -290,7 +295,11 @@ def linearize(
             return jax.tree.map(jnp.add, along, jax.tree.leaves(pull_back(leaf_cotangents)))
 
         first = jax.make_jaxpr(lambda bar: [bar * x for x in first_theta])(value)
-        if always_true is None and wanted:
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            # In shard_map every device may have a loss and an ``l`` of its own; ``g`` is the sum's.
+            _, pull_all = jax.vjp(loss, params, wanted)
+            first = jax.make_jaxpr(lambda bar: jax.tree.leaves(pull_all(bar)))(value)
+        elif always_true is None and wanted:
             # What is kept at every step may be smaller: of all examples' weights, those in the batch.
             _, pull = jax.vjp(lambda wanted: loss(params, wanted), wanted)
             other = jax.make_jaxpr(lambda bar: pull(bar)[0])(value)

@@ -30,13 +30,16 @@ from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.compiler import literal, noinline
+from hypergrad._base.placement import divided, whole
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
+from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
 from hypergrad.adjoints.linearize import InParts, Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
+from hypergrad.adjoints.tapes import Taped
 from hypergrad.program import PARAMS, Leaf, Observed, Record
 
 
@@ -154,6 +157,7 @@ class Player:
       constants: what is the same at every step.
       inputs: what differs from step to step.
       always_true: see `hypergrad._base.compiler`.
+      shard: the mesh axis over which the state is divided, or None.
     """
 
     run: Run
@@ -165,6 +169,7 @@ class Player:
     constants: Constants
     inputs: Inputs
     always_true: Flag
+    shard: str | None = None
 
     @property
     def taped(self) -> Any:
@@ -179,6 +184,33 @@ class Player:
         """Whether the run backwards arrived at its start."""
         return self.beginning.recovered(self.start, self.constants.exact, found, self.always_true)
 
+    def blank_tape(self, leaf: int, k: int, taping: bool) -> Array:
+        """The tape of what is scaled or kept at place ``k`` of a leaf, before a segment."""
+        taped = self.taped[leaf][k]
+        length = 0 if self.lengths is None or not taping else self.lengths[leaf][k]
+        blank = exact.blank_tape(taped.shape, taped.factor_shape, length)
+        return divided(self.shard, cast(blank, self.axes_of_taped(leaf, taped)))
+
+    # ---- over which axes of a mesh the carries vary; see `hypergrad._base.varying`
+
+    def axes(self) -> frozenset[str]:
+        """Over which anything in the run varies."""
+        return axes_of((self.start, self.constants, self.inputs))
+
+    def axes_of_taped(self, leaf: int, taped: Taped) -> frozenset[str]:
+        """Over which a buffer and its tape vary: those of what is scaled or kept."""
+        return axes_of(self.start[leaf].get(taped.variable, self.start[leaf][PARAMS]))
+
+    def varying(self, now: Forwards) -> Forwards:
+        """Where a run is, as varying as it is after a step."""
+        leaves = []
+        for i, (leaf, taped) in enumerate(zip(now.leaves, self.taped)):
+            numbers = {name: cast(x, axes_of(self.start[i][name])) for name, x in leaf.numbers.items()}
+            buffers = [cast(b, self.axes_of_taped(i, each)) for b, each in zip(leaf.buffers, taped)]
+            leaves.append(ExactLeaf(numbers, buffers))
+        guards, failed = cast((now.guards, now.failed), self.axes())
+        return Forwards(divided(self.shard, leaves), guards, failed)
+
     # ---- forwards
 
     def play(self, now: Forwards, span: Span, taping: bool) -> Played:
@@ -189,15 +221,10 @@ class Player:
           span: the steps of the segment.
           taping: whether to keep tapes; not needed if the segment will be played forwards again.
         """
-        lengths = self.lengths if taping else None
         tapes = [
-            [
-                exact.blank_tape(each.shape, each.factor_shape, 0 if lengths is None else lengths[i][k])
-                for k, each in enumerate(leaf)
-            ]
-            for i, leaf in enumerate(self.taped)
+            [self.blank_tape(i, k, taping) for k in range(len(leaf))] for i, leaf in enumerate(self.taped)
         ]
-        (now, tapes), (outputs, records) = jax.lax.scan(self.step, (now, tapes), span.steps())
+        (now, tapes), (outputs, records) = jax.lax.scan(self.step, (self.varying(now), tapes), span.steps())
         return Played(now, tapes, records, outputs)
 
     def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, list[Record]]]:
@@ -220,7 +247,8 @@ class Player:
         snapshot = run.snapshot(integers.floats(at.always_true, leaves), loss, evaluated, x.step)
         outputs = Outputs(loss, run.watched(snapshot, constants))
         guards = weighed(guards, now, (x.step, guarded), run.steps)
-        return (Forwards(now.leaves, guards, failed), now.tapes), (outputs, now.records)
+        leaves, tapes = divided(self.shard, (now.leaves, now.tapes))
+        return (Forwards(leaves, guards, failed), tapes), (outputs, now.records)
 
     def _moment(self, t: Step) -> tuple[Inputs, Moment]:
         """The inputs of a step, and the step with its hyperparameters."""
@@ -237,7 +265,8 @@ class Player:
         return loss, evaluated
 
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
-        return [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
+        params = [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
+        return whole(self.shard, params)
 
     def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized | InParts:
         theta = (self.constants.loss, x.batch)
@@ -261,6 +290,8 @@ class Player:
         def unstep(now: Backwards, at: tuple[Array, list[Record]]) -> tuple[Backwards, Any]:
             return self.unstep(now, played.tapes, cotangents, *at)
 
+        leaves, behind = divided(self.shard, (now.leaves, now.cotangents))
+        now = Backwards(leaves, behind, now.sums, cast(now.broken, self.axes()))
         return jax.lax.scan(unstep, now, (span.steps(), played.records), reverse=True)
 
     def unstep(
@@ -297,6 +328,7 @@ class Player:
             floats, now.cotangents, along_loss, along_watched
         )
         sums = [a + b for a, b in zip(now.sums, constants)]
+        leaves, before = divided(self.shard, (leaves, before))
         return Backwards(leaves, before, sums, self._broken(now.broken, before, t, x.step)), inputs
 
     def _broken(

@@ -17,10 +17,12 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
 from hypergrad._base.compiler import always_true, hidden
+from hypergrad._base.explicit import spec_of, with_automatic_axes
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
@@ -82,6 +84,9 @@ class Reversible:
         for every array when it receives its first numbers, with room to outgrow them by ``2**32`` (squares
         by ``2**50``).
       segments: number of segments in which the run is played back, in ``[1, T]``.
+      shard: an axis of the mesh in context (``jax.set_mesh``) over which integers, tapes and cotangents are
+        divided, while every device holds all parameters, as in data-parallel training; arrays of fewer
+        than 16384 elements stay whole.  By default they are placed as the compiler chooses.
 
     Raises:
       ReversalError: if the run fails or its start is not recovered; at the call or, under ``jit``, from the
@@ -99,6 +104,11 @@ class Reversible:
     bits: float | Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     segments: int = 1
+    shard: str | None = None
+
+    def __repr__(self) -> str:
+        shard = "" if self.shard is None else f", shard={self.shard!r}"
+        return f"Reversible(bits={self.bits!r}, radix={self.radix!r}, segments={self.segments!r}{shard})"
 
     def __post_init__(self) -> None:
         bits = {"all": self.bits} if isinstance(self.bits, int | float) else _by_variable("bits", self.bits)
@@ -121,6 +131,18 @@ class Reversible:
 
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `hypergrad.Adjoint`."""
+        mesh = jax.sharding.get_abstract_mesh()
+        possible = [*mesh.auto_axes, *mesh.explicit_axes]
+        if self.shard is not None and self.shard not in possible:
+            raise ValueError(
+                f"{run.call}: shard names the axis of a mesh in context, of which there are {possible}; "
+                "compile and call within jax.set_mesh(mesh), and outside jax.shard_map, where every device "
+                "has only its part already"
+            )
+        specs = partial(_specs, run, start)
+        return with_automatic_axes(partial(self._solve, run), specs, start, constants, inputs)
+
+    def _solve(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         taped = taped_of(run, start, constants, inputs)
         self._check_names(run, taped)
         length = self.length(run.steps)
@@ -212,6 +234,27 @@ class Reversible:
         return self.bits if isinstance(self.bits, int | float) else dict(self.bits).get(variable, 1.0)
 
 
+def _specs(run: Run, start: list[Leaf], solution: Solution) -> Solution:
+    """How the end of a run is sharded, if that is in its type: like the parameters."""
+    end, outputs = solution
+
+    def like(leaf: Leaf, tree: PyTree) -> PyTree:
+        kind = jax.typeof(leaf[PARAMS])
+
+        def spec(x: Array) -> PartitionSpec:
+            more = x.ndim - len(kind.shape)
+            alike = more >= 0 and x.shape[more:] == kind.shape
+            return PartitionSpec(*[None] * more, *spec_of(kind)) if alike else PartitionSpec()
+
+        return jax.tree.map(spec, tree)
+
+    watched: Any = jax.tree.structure(outputs.watched)
+    of_watched = [] if run.watch is None else [v.aval for v in run.watch.jaxpr.outvars]
+    by_step = watched.unflatten([PartitionSpec(None, *spec_of(kind)) for kind in of_watched])
+    exact_like = None if outputs.exact is None else [*map(like, start, outputs.exact)]
+    return [*map(like, start, end)], Outputs(PartitionSpec(), by_step, exact_like)
+
+
 def _present(cotangents: PyTree) -> list[Array] | None:
     """Cotangents of the arrays that have derivatives; None if all are symbolically zero."""
     leaves = inexact_leaves(cotangents)
@@ -276,9 +319,8 @@ class _Playback(NamedTuple):
         arrays = (start, constants, inputs)
         if self.run.shards is not None:  # programs for one device and for many are optimized differently
             arrays = hidden(arrays)
-        return Player(
-            self.run, self.integers, self.beginning, flags, self.lengths, *arrays, always_true(*arrays)
-        )
+        static = (self.run, self.integers, self.beginning, flags, self.lengths)
+        return Player(*static, *arrays, always_true(*arrays), self.settings.shard)
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""

@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +21,7 @@ from hypergrad._base.tracing import (
     Converted,
 )
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step
+from hypergrad._base.varying import axes_of, settled
 from hypergrad.adjoints.shards import Shards
 from hypergrad.program import (
     PARAMS,
@@ -278,6 +280,30 @@ class Run:
             new = self.optimizer.advance(at, self.layout)
         snapshot = self.snapshot(leaves, loss, observations, inputs.step)
         return new, Outputs(loss, self.watched(snapshot, constants))
+
+    def settled(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[Leaf]:
+        """The start, whose variables count as varying over all mesh axes over which steps make them vary.
+
+        Raises:
+          TypeError: steps make parameters vary that do not; the loss is another function if they do.
+        """
+        first = jax.tree.map(lambda x: x[0], inputs)
+
+        def step(leaves: list[Leaf]) -> list[Leaf]:
+            new, _ = self.step(leaves, constants, first, self.plain_gradient)
+            for name, before, after in zip(self.names, self.params_of(leaves), self.params_of(new)):
+                more = sorted(axes_of(after) - axes_of(before))
+                if more:
+                    raise TypeError(
+                        f"{self.call}: a step makes {name} vary over the mesh axis {more[0]!r}, over "
+                        "which it does not vary at the start, because a hyperparameter or the update of "
+                        "another parameter does; if every device is to train parameters of its own, pass "
+                        f"jax.lax.pcast(params, {more[0]!r}, to='varying'), else hyperparameters that are "
+                        "the same on all devices"
+                    )
+            return new
+
+        return settled(step, start)
 
     def stepped(
         self,

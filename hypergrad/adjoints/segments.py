@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from hypergrad import exact
 from hypergrad._base.trees import Flag, Step
+from hypergrad._base.varying import cast
 from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding, no_failure
 from hypergrad.adjoints.integers import ExactLeaf
 from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Played, Player, Span
@@ -63,7 +64,7 @@ def _begun(player: Player) -> Forwards:
     """Where a run forwards begins."""
     leaves, guards = player.begin()
     failed = failed_by_range([leaf.numbers for leaf in leaves], player.inputs.step[0], player.integers)
-    return Forwards(leaves, guards, failed)
+    return player.varying(Forwards(leaves, guards, failed))
 
 
 def _ended(player: Player, played: Played) -> Played:
@@ -132,7 +133,8 @@ class ManySegments(NamedTuple):
             end = played.now._replace(leaves=on_new_tapes(played.now.leaves))
             return (end, needed), (now.leaves, played.outputs)
 
-        carry = (_begun(player), [jnp.int64(0) for leaf in player.taped for _ in leaf])
+        needed = cast([jnp.int64(0) for leaf in player.taped for _ in leaf], player.axes())
+        carry = (_begun(player), needed)
         carry, (starts, outputs) = jax.lax.scan(segment, carry, self.firsts())
         outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
         recorded = [starts]
@@ -161,7 +163,9 @@ class ManySegments(NamedTuple):
             recovered = recovered & again & same_state(start, now.leaves)
             return (now._replace(leaves=start), recovered), of_inputs
 
-        carry = (now._replace(leaves=on_new_tapes(now.leaves)), jnp.asarray(True))
+        leaves, axes = on_new_tapes(now.leaves), player.axes()
+        now = now._replace(leaves=leaves, broken=cast(now.broken, axes))
+        carry = (now, cast(jnp.asarray(True), axes))
         ended = []
         if self.rest:
             carry, of_inputs = segment(carry, (recorded.starts[1], self.last()), self.rest)

@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad._base.checks import check_adjoint, is_whole
 from hypergrad._base.trees import tensordot
+from hypergrad._base.varying import axes_of, collectives, tracked
 from hypergrad.adjoints.linearize import gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
 from hypergrad.program import Leaf
@@ -208,6 +209,13 @@ class Forward:
                     f"{run.call}: {sum(sizes)} numbers are differentiated, and Forward carries a copy of "
                     f"the state for each of at most limit={self.limit}; pass adjoint=Reversible() or "
                     "Checkpointed(), or a higher limit"
+                )
+
+            if axes_of(point) or (collectives(run.loss.jaxpr) and not tracked()):
+                raise ValueError(
+                    f"{run.call}: numbers are differentiated that may differ between the devices of a mesh "
+                    "inside jax.shard_map, and Forward carries one derivative for all of them; pass "
+                    "adjoint=Reversible() or Checkpointed()"
                 )
 
             def end(values: list[Array]) -> Solution:

@@ -15,6 +15,7 @@ from jax.extend.core import Var
 from hypergrad import exact
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.tracing import closed_part
+from hypergrad._base.varying import settled
 from hypergrad.adjoints.run import Constants, Inputs, Run
 from hypergrad.program import PARAMS, Assign, Keep, Leaf, Scale
 
@@ -196,7 +197,9 @@ def _needed(
         return (grown, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, grown)]), None
 
     nothing = [jnp.int64(0) for _ in empty]
-    (_, needed), _ = jax.lax.scan(add, (empty, nothing), (scheduled, steps))
+    first = jax.tree.map(lambda x: x[0], (scheduled, steps))
+    begun = settled(lambda carry: add(carry, first)[0], (empty, nothing))
+    (_, needed), _ = jax.lax.scan(add, begun, (scheduled, steps))
     told = costs({name: x[0] for name, x in scheduled.items()}, steps[0])
     return [None if cost is None else need for cost, need in zip(told, needed)]
 

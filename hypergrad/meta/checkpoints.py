@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import files
+from hypergrad._base.placement import placed_like
+from hypergrad._base.processes import is_first, on_host, wait_for_all
 from hypergrad._base.trees import PyTree
 from hypergrad.meta.runs import (
     Evaluation,
@@ -25,8 +27,11 @@ from hypergrad.meta.runs import (
 
 
 def locked(function: str, checkpoint: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
-    """Keep other processes off the checkpoint of a call of a function, if it has one."""
-    if checkpoint is None:
+    """Keep other processes off the checkpoint of a call of a function, if it has one.
+
+    Of several processes that work together, the first one writes it, and holds the lock.
+    """
+    if checkpoint is None or not is_first():
         return contextlib.nullcontext()
     return files.locked(checkpoint, f"{function}(checkpoint={os.fspath(checkpoint)!r})")
 
@@ -41,7 +46,7 @@ def describe_leaves(tree: PyTree) -> str:
 
 def _pack(name: str, tree: PyTree) -> dict[str, np.ndarray]:
     return {
-        name + jax.tree_util.keystr(path): np.asarray(plain(leaf))
+        name + jax.tree_util.keystr(path): on_host(plain(leaf))
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
@@ -64,7 +69,7 @@ def _unpack(run: MetaRun, name: str, like: PyTree, arrays: Mapping[str, Any], *a
             )
         if is_key(old):
             return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(old))
-        return jax.device_put(array, old.sharding) if isinstance(old, jax.Array) else array
+        return placed_like(array, old) if isinstance(old, jax.Array) else array
 
     return jax.tree.map_with_path(leaf, like)
 
@@ -72,20 +77,27 @@ def _unpack(run: MetaRun, name: str, like: PyTree, arrays: Mapping[str, Any], *a
 def save_run(run: MetaRun, values: PyTree, like: PyTree, rows: list[Any], scores: Any = ()) -> int:
     """Write values, rows and scores to the checkpoint, if there is one."""
     if run.checkpoint is not None:
-        files.save(
-            run.checkpoint,
-            _pack("values", values)
-            | _pack("rows", stack_rows(like, rows))
-            | {"scores": np.reshape(scores, (-1, 2))},
-            fingerprint=run.fingerprint,
-            rows=len(rows),
-            versions=files.versions(),
-        )
+        arrays = _pack("values", values) | _pack("rows", stack_rows(like, rows))
+        arrays |= {"scores": np.reshape(scores, (-1, 2))}
+        if is_first():
+            metadata = {"fingerprint": run.fingerprint, "rows": len(rows), "versions": files.versions()}
+            files.save(run.checkpoint, arrays, **metadata)
     return len(rows)
 
 
 def restore(run: MetaRun, values: PyTree, row: PyTree) -> tuple[PyTree, list[Any], np.ndarray] | None:
-    """The checkpoint's values, rows and scores, structured like those given; None without a checkpoint."""
+    """The checkpoint's values, rows and scores, structured like those given; None without a checkpoint.
+
+    Of several processes all read it, before the first one writes it again.
+    """
+    found = _restored(run, values, row)
+    if run.checkpoint is not None:
+        wait_for_all("checkpoint read")
+    return found
+
+
+def _restored(run: MetaRun, values: PyTree, row: PyTree) -> tuple[PyTree, list[Any], np.ndarray] | None:
+    """`restore` for one process."""
     if run.checkpoint is None or not os.path.exists(run.checkpoint):
         return None
     try:

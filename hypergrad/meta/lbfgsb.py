@@ -9,6 +9,7 @@ import numpy as np
 import scipy.optimize
 
 from hypergrad._base.fingerprint import digest
+from hypergrad._base.placement import placed_like
 from hypergrad._base.trees import PyTree
 from hypergrad.meta.checkpoints import restore, save_run
 from hypergrad.meta.runs import (
@@ -194,7 +195,7 @@ def _unflat(vector: np.ndarray, like: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
     parts = np.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1])
     shaped = [
-        jax.device_put(part.reshape(leaf.shape).astype(leaf.dtype), leaf.sharding)
+        placed_like(part.reshape(leaf.shape).astype(leaf.dtype), leaf)
         for part, leaf in zip(parts, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, shaped)

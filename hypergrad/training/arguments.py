@@ -27,6 +27,7 @@ from hypergrad._base.checks import (
 from hypergrad._base.dtypes import widened
 from hypergrad._base.errors import DomainError, error_if
 from hypergrad._base.trees import PyTree
+from hypergrad._base.varying import collectives
 from hypergrad.adjoints.shards import Shards
 from hypergrad.program import EXACT, STEP, AnyOptimizer, is_optimizer, with_defaults
 
@@ -360,6 +361,18 @@ def checked_batches(call: str, batches: PyTree, steps: int) -> PyTree:
                 "and its mean would be NaN; give every step one example at least"
             )
     return batches
+
+
+def check_collectives(call: str, jaxpr: Any) -> None:
+    """Refuse a loss that sums over devices where JAX differentiates such sums wrongly."""
+    sums = [axis for name, axis in collectives(jaxpr) if name == "psum"]
+    if sums:
+        raise ValueError(
+            f"{call}: the loss sums over the mesh axis {sums[0]!r} (psum or pmean) inside "
+            "jax.shard_map(..., check_vma=False), where JAX differentiates a sum over devices as if each "
+            "device had one of its own, so that copies of the parameters would drift apart and value and "
+            "hypergradient would be wrong; leave check_vma at True, its default"
+        )
 
 
 def check_examples(call: str, optimizer: AnyOptimizer, batch: PyTree) -> None:

@@ -24,6 +24,7 @@ from hypergrad.adjoints.strategies import Adjoint
 from hypergrad.optimizers.momentum_family import momentum
 from hypergrad.program import EXACT, STEP, AnyOptimizer, Layout
 from hypergrad.training.arguments import (
+    check_collectives,
     check_examples,
     check_scalar,
     checked_batches,
@@ -167,14 +168,15 @@ def train(
     with _own_mesh(shards):
         run, captured, value = _traced(call, task, split, shapes, (layout, steps, names))
     run = replace(run, shards=shards)
-    of_watch: list[Array] = []
+    meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(task.parts.meta)]
+    constants = Constants([*captured, *meta_leaves], fixed, [], exact)
+    batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
+    inputs = Inputs(batch_leaves, scheduled, jnp.asarray(numbers))
+    start = run.settled(start, constants, inputs)
     if watch is not None:
         variables = run.state_of(jax.tree.map(shape_of, start))
         run, of_watch = _trace_watch(run, watch, _shown(task, split), (shapes[0], variables, value))
-    meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(task.parts.meta)]
-    constants = Constants([*captured, *meta_leaves], fixed, of_watch, exact)
-    batch_leaves = [jnp.asarray(x) for x in jax.tree.leaves(batches)]
-    inputs = Inputs(batch_leaves, scheduled, jnp.asarray(numbers))
+        constants = constants._replace(watch=of_watch)
     end, outputs = adjoint(run, start, constants, inputs)
     last = first + np.int32(steps)
     trained = task.users(split(layout.params.unflatten(run.params_of(end))), run.state_of(end), last)
@@ -312,6 +314,7 @@ def _traced(
 
     converted, captured, value = closure_convert(loss, *shapes)
     check_scalar(call, value)
+    check_collectives(call, converted.jaxpr)
     observe, more = _trace_observe(optimizer, split, shapes)
     run = Run(
         call=call,
