@@ -7,6 +7,7 @@ its parts are evaluated, and takes the memory of one part on each device.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,6 +72,12 @@ class Shards:
         """The axes over which the parts are spread."""
         return () if self.over is None else tuple(self.over)
 
+    def without_mesh(self) -> AbstractContextManager[Any]:
+        """The context in which a part is traced and evaluated: that of a program for one device."""
+        if self.over is None:
+            return nullcontext()
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
     def numbers(self) -> Int32[Array, " parts"]:
         """The numbers of the parts."""
         return jnp.arange(self.count, dtype=jnp.int32)
@@ -109,7 +116,8 @@ class Shards:
         scalars = [x for x in batch if not x.ndim]
 
         def of_part(number: Step, cut: list[Array], scalars: list[Array], same: PyTree) -> Any:
-            return function(_part(shapes, scalars, number, cut), same)
+            with self.without_mesh():
+                return function(_part(shapes, scalars, number, cut), same)
 
         given = (always_true, (self.numbers(), self.cut(batch)), scalars, same)
         found, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], given[1]), *given[2:])

@@ -1,7 +1,7 @@
 """``train``: a whole training run as one differentiable JAX function."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ def train(
     batches, batch = _batches(call, task.optimizer, task.parts.batches, numbers, shards)
 
     shapes = jax.tree.map(shape_of, (params, task.parts.meta, batch))
-    with _own_mesh(shards):
+    with nullcontext() if shards is None else shards.without_mesh():
         run, captured, value = _traced(call, task, split, shapes, (layout, steps, names))
     run = replace(run, shards=shards)
     meta_leaves = [widened(jnp.asarray(x)) for x in jax.tree.leaves(task.parts.meta)]
@@ -182,13 +182,6 @@ def train(
     trained = task.users(split(layout.params.unflatten(run.params_of(end))), run.state_of(end), last)
     told = _told(last, outputs) if optimizer.by_moves else {}
     return Trained(trained.params, trained.state | told, outputs.loss, outputs.watched, trained.model_state)
-
-
-def _own_mesh(shards: Shards | None) -> AbstractContextManager[Any]:
-    """The context in which the loss is traced: for a part on one of many devices, one without a mesh."""
-    if shards is None or shards.over is None:
-        return nullcontext()
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def _told(step: Any, outputs: Outputs) -> dict[str, PyTree]:
