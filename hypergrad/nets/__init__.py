@@ -6,7 +6,7 @@ layers next to its outputs.
 """
 
 from hypergrad.nets.convolutional import Conv, convnet
-from hypergrad.nets.losses import cross_entropy, error_rate
+from hypergrad.nets.losses import chunked_cross_entropy, cross_entropy, error_rate
 from hypergrad.nets.perceptrons import Dense, mlp
 from hypergrad.nets.transformers import Block, Embedding, Head, Norm, transformer
 
@@ -17,6 +17,7 @@ __all__ = [
     "Embedding",
     "Head",
     "Norm",
+    "chunked_cross_entropy",
     "convnet",
     "cross_entropy",
     "error_rate",
