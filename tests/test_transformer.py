@@ -229,13 +229,22 @@ def hessian_product(loss: Any, params: Any) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("tied", [False, True])
 def test_options_for_memory_change_no_derivative(tied: bool) -> None:
     given = tokens()
     init, apply = nets.transformer(VOCABULARY, LENGTH, width=6, depth=2, heads=2, tied=tied)
     params = parameters(init)
     _, scanned = nets.transformer(
-        VOCABULARY, LENGTH, width=6, depth=2, heads=2, tied=tied, scan_layers=True, remat=True
+        VOCABULARY,
+        LENGTH,
+        width=6,
+        depth=2,
+        heads=2,
+        tied=tied,
+        scan_layers=True,
+        remat=True,
+        query_chunk=3,
     )
 
     def plain(params: Any) -> Any:
@@ -318,3 +327,51 @@ def test_error_chunked_cross_entropy() -> None:
     for shape, labels in (((2, 4), np.zeros(2, int)), ((2, 3), np.zeros(2)), ((2, 3), np.zeros(3, int))):
         with pytest.raises(ValueError, match=r"they do not fit. Pass hidden \(n, 3\)"):
             nets.chunked_cross_entropy(jnp.ones(shape), last, labels)
+
+
+def random_heads(length: int, dtype: Any = np.float64) -> Any:
+    """Queries, keys and values."""
+    return tuple(
+        jnp.asarray(np.random.default_rng(k).normal(size=(2, length, 2, 3)), dtype) for k in range(3)
+    )
+
+
+def plain_attention(queries: Any, keys: Any, values: Any) -> Any:
+    """The whole matrix at once."""
+    scores = jnp.einsum("nqhd,nkhd->nqkh", queries, keys) / np.sqrt(queries.shape[3])
+    shares = jnp.exp(scores) * np.tri(queries.shape[1])[None, :, :, None]
+    return jnp.einsum("nqkh,nkhd->nqhd", shares / jnp.sum(shares, axis=2, keepdims=True), values)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.quick("3")
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_chunked_attention_is_plain_attention(chunk: int) -> None:
+    """Value, gradient and Hessian-vector product in float64."""
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(2, 7, 2, 3)))
+    plain = lambda x: jnp.sum(weights * plain_attention(*x) ** 2)  # noqa: E731
+    ours = lambda x: jnp.sum(weights * nets.causal_attention(*x, query_chunk=chunk) ** 2)  # noqa: E731
+    expected, found = (jax.jit(partial(hessian_product, f))(random_heads(7)) for f in (plain, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_of_chunked_attention_is_linear_in_the_length() -> None:
+    """Temporaries of a Hessian-vector product at two lengths."""
+
+    def temporaries(length: int, chunk: int | None) -> int:
+        loss = lambda x: jnp.sum(nets.causal_attention(*x, query_chunk=chunk) ** 2)  # noqa: E731
+        shapes = jax.eval_shape(partial(random_heads, length, np.float32))
+        compiled = jax.jit(partial(hessian_product, loss)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(512, None) > 3 * temporaries(256, None)
+    assert temporaries(512, 16) < 2.2 * temporaries(256, 16) < temporaries(256, None)
+
+
+def test_error_attention() -> None:
+    x = jnp.ones((1, 3, 2, 4))
+    with pytest.raises(ValueError, match=r"causal_attention\(.*query_chunk=0\): it is how many places"):
+        nets.causal_attention(x, x, x, query_chunk=0)
+    with pytest.raises(ValueError, match=r"they do not fit. Pass arrays \(n, length, heads, d\)"):
+        nets.causal_attention(x, x[:, :2], x)

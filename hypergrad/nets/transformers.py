@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypergrad._base.checks import is_whole
+from hypergrad.nets.attention import causal_attention
 from hypergrad.nets.losses import chunks_of, one_hot, widened
 from hypergrad.nets.perceptrons import Dense
 
@@ -82,6 +83,7 @@ def transformer(
     tied: bool = False,
     scan_layers: bool = False,
     remat: bool = False,
+    query_chunk: int | None = None,
 ) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., Any]]:
     """A decoder-only transformer, as a pair of pure functions ``(init, apply)``.
 
@@ -106,6 +108,7 @@ def transformer(
         differentiated one after the other share their memory.
       remat: whether a derivative computes the inside of a block again instead of keeping it, by
         `jax.checkpoint`, so that all that is kept of a block is what went into it.
+      query_chunk: of `causal_attention`, for memory that grows linearly with the length.
 
     Returns:
       ``init(key)``, which returns a tuple of an `Embedding`, ``D`` `Block` (one with `scan_layers`) and a
@@ -140,7 +143,7 @@ def transformer(
             f"{call}: every head takes an equal share of the width. Pass a width that is a multiple of "
             f"{heads}"
         )
-    layer: Callable[..., jax.Array] = partial(_block, heads=heads)
+    layer: Callable[..., jax.Array] = partial(_block, heads=heads, query_chunk=query_chunk)
     layer = jax.checkpoint(layer, prevent_cse=not scan_layers) if remat else layer
 
     def init(key: jax.Array) -> tuple[Any, ...]:
@@ -195,10 +198,10 @@ def _new_block(key: jax.Array, width: int, depth: int) -> Block:
     )
 
 
-def _block(block: Block, hidden: jax.Array, *, heads: int) -> jax.Array:
+def _block(block: Block, hidden: jax.Array, *, heads: int, query_chunk: int | None) -> jax.Array:
     """Attention and perceptron, each added to what goes in."""
     seen = _layer_norm(block.attention_norm, hidden) @ block.attention
-    hidden = hidden + _affine(block.projection, _attend(seen, heads))
+    hidden = hidden + _affine(block.projection, _attend(seen, heads, query_chunk))
     inner = jax.nn.gelu(_affine(block.expansion, _layer_norm(block.mlp_norm, hidden)), approximate=False)
     return hidden + _affine(block.contraction, inner)
 
@@ -235,11 +238,8 @@ def _layer_norm(norm: Norm, inputs: jax.Array) -> jax.Array:
     return normal.astype(inputs.dtype) * norm.scale[None, None] + norm.offset[None, None]
 
 
-def _attend(seen: jax.Array, heads: int) -> jax.Array:
+def _attend(seen: jax.Array, heads: int, query_chunk: int | None) -> jax.Array:
     """Causal attention, (n, length, 3 width) -> (n, length, width)."""
     n, length, _ = seen.shape
     queries, keys, values = jnp.moveaxis(seen.reshape(n, length, 3, heads, -1), 2, 0)
-    scores = jnp.einsum("nqhd,nkhd->nhqk", queries, keys) / math.sqrt(queries.shape[3])
-    earlier = jnp.tri(length, dtype=bool)
-    shares = jax.nn.softmax(jnp.where(earlier[None, None], scores, -jnp.inf), axis=3)
-    return jnp.einsum("nhqk,nkhd->nqhd", shares, values).reshape(n, length, -1)
+    return causal_attention(queries, keys, values, query_chunk=query_chunk).reshape(n, length, -1)
