@@ -208,3 +208,19 @@ def test_wrong_labels_are_wrong_and_the_others_as_they_were():
     assert wrong.mean() == pytest.approx(0.25, abs=1e-3) and not none.any()
     np.testing.assert_array_equal(found.labels != right.labels, wrong)
     assert len(found.clean_labels) == len(found.test_labels) == 180
+
+
+def test_what_was_computed_is_remembered_for_the_same_question(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(None)
+        return {"loss": np.array([0.1, np.float32(0.1)])}
+
+    path = tmp_path / "folder" / "found.json"
+    first = records.remembered(path, [1, np.float32(0.1)], compute)
+    again = records.remembered(path, [1, np.float32(0.1)], compute)
+    assert first == again == {"loss": [0.1, float(np.float32(0.1))]} and len(calls) == 1
+    records.remembered(path, [2, np.float32(0.1)], compute)
+    records.remembered(None, [2, np.float32(0.1)], compute)
+    assert len(calls) == 3

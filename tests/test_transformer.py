@@ -1,10 +1,12 @@
 """The decoder-only transformer, and losses of sequences."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import erf, log_softmax
 
@@ -214,3 +216,197 @@ def test_losses_of_sequences_count_every_place() -> None:
 def test_error_labels_of_sequences(function: Any, shape: tuple[int, ...], labels: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"they do not fit. Pass logits .* or \(n, length, classes\)"):
         function(np.zeros(shape), np.zeros(labels, int))
+
+
+# ---- memory: layers scanned, blocks computed again, logits in chunks
+
+
+def hessian_product(loss: Any, params: Any) -> Any:
+    """Value, gradient and a Hessian-vector product along ones."""
+    along = jax.tree.map(jnp.ones_like, params)
+    gradient = jax.value_and_grad(loss)
+    return jax.jvp(gradient, (params,), (along,))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.quick("True")
+@pytest.mark.parametrize("tied", [False, True])
+def test_options_for_memory_change_no_derivative(tied: bool) -> None:
+    given = tokens()
+    init, apply = nets.transformer(VOCABULARY, LENGTH, width=6, depth=2, heads=2, tied=tied)
+    params = parameters(init)
+    _, scanned = nets.transformer(
+        VOCABULARY,
+        LENGTH,
+        width=6,
+        depth=2,
+        heads=2,
+        tied=tied,
+        scan_layers=True,
+        remat=True,
+        query_chunk=3,
+    )
+
+    def plain(params: Any) -> Any:
+        return nets.cross_entropy(apply(params, given[:, :-1]), given[:, 1:])
+
+    def lean(params: Any) -> Any:
+        embedding, *blocks, head = params
+        params = embedding, jax.tree.map(lambda *x: jnp.stack(x), *blocks), head
+        return nets.chunked_cross_entropy(
+            *scanned(params, given[:, :-1], logits=False), given[:, 1:], chunks=5
+        )
+
+    expected, found = (jax.jit(partial(hessian_product, loss))(params) for loss in (plain, lean))
+    errors = relative_error(found, expected)
+    assert max(errors.values()) < 1e-10, errors
+
+
+def test_scanned_layers_start_alike() -> None:
+    sizes = {"width": 6, "depth": 2, "heads": 2}
+    (plain, _), (stacked, _) = (nets.transformer(7, 5, scan_layers=each, **sizes) for each in (False, True))
+    _, *expected, _ = plain(jax.random.key(0))
+    _, found, _ = stacked(jax.random.key(0))
+    np.testing.assert_array_equal(found.attention, [block.attention for block in expected])
+
+
+def test_a_large_vocabulary_is_looked_up_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    init, apply = network()
+    params, given = parameters(init), tokens()
+    expected = jax.jit(apply)(params, given)
+    monkeypatch.setattr("hypergrad.nets.transformers.ONE_HOT", 4 * VOCABULARY)
+    np.testing.assert_allclose(jax.jit(lambda *x: apply(*x))(params, given), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 100])
+def test_chunked_cross_entropy_is_that_of_optax(chunks: int) -> None:
+    rng = np.random.default_rng(0)
+    hidden, labels = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32), rng.integers(0, 7, (2, 5))
+    last = nets.Dense(jnp.asarray(rng.normal(size=(3, 7)), jnp.float32), jnp.ones(7))
+
+    def whole(at: Any) -> Any:
+        hidden, last = at
+        logits = hidden @ last.weights + last.biases[None, None]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def ours(at: Any) -> Any:
+        return nets.chunked_cross_entropy(*at, labels, chunks=chunks)
+
+    expected, found = (jax.jit(partial(hessian_product, loss))((hidden, last)) for loss in (whole, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_cross_entropy_holds_few_logits() -> None:
+    """Temporaries of a Hessian-vector product, with 64 rows of 20,000 logits at once and with 8."""
+    shapes = jax.eval_shape(
+        lambda: (jnp.zeros((64, 4)), nets.Dense(jnp.zeros((4, 20_000)), jnp.zeros(20_000)))
+    )
+    labels = np.zeros(64, int)
+
+    def temporaries(chunks: int) -> int:
+        loss = lambda at: nets.chunked_cross_entropy(*at, labels, chunks=chunks)  # noqa: E731
+        compiled = jax.jit(partial(hessian_product, loss)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    weights = 4 * 4 * 20_000
+    assert temporaries(8) < temporaries(1) / 4 + 4 * weights
+
+
+def test_a_label_out_of_range_makes_chunks_nan() -> None:
+    last = nets.Dense(jnp.ones((3, 7)), jnp.zeros(7))
+    for label, nan in ((6, False), (7, True), (-1, True)):
+        labels = np.array([0, 1, label])
+        assert bool(jnp.isnan(nets.chunked_cross_entropy(jnp.ones((3, 3)), last, labels, chunks=2))) == nan
+
+
+def test_error_chunked_cross_entropy() -> None:
+    last = nets.Dense(jnp.ones((3, 7)), jnp.zeros(7))
+    with pytest.raises(ValueError, match=r"chunked_cross_entropy\(.*chunks=0\): chunks is how many pieces"):
+        nets.chunked_cross_entropy(jnp.ones((2, 3)), last, np.zeros(2, int), chunks=0)
+    for shape, labels in (((2, 4), np.zeros(2, int)), ((2, 3), np.zeros(2)), ((2, 3), np.zeros(3, int))):
+        with pytest.raises(ValueError, match=r"they do not fit. Pass hidden \(n, 3\)"):
+            nets.chunked_cross_entropy(jnp.ones(shape), last, labels)
+
+
+def random_heads(length: int, dtype: Any = np.float64) -> Any:
+    """Queries, keys and values."""
+    return tuple(
+        jnp.asarray(np.random.default_rng(k).normal(size=(2, length, 2, 3)), dtype) for k in range(3)
+    )
+
+
+def plain_attention(queries: Any, keys: Any, values: Any) -> Any:
+    """The whole matrix at once."""
+    scores = jnp.einsum("nqhd,nkhd->nqkh", queries, keys) / np.sqrt(queries.shape[3])
+    shares = jnp.exp(scores) * np.tri(queries.shape[1])[None, :, :, None]
+    return jnp.einsum("nqkh,nkhd->nqhd", shares / jnp.sum(shares, axis=2, keepdims=True), values)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.quick("3")
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_chunked_attention_is_plain_attention(chunk: int) -> None:
+    """Value, gradient and Hessian-vector product in float64."""
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(2, 7, 2, 3)))
+    plain = lambda x: jnp.sum(weights * plain_attention(*x) ** 2)  # noqa: E731
+    ours = lambda x: jnp.sum(weights * nets.causal_attention(*x, query_chunk=chunk) ** 2)  # noqa: E731
+    expected, found = (jax.jit(partial(hessian_product, f))(random_heads(7)) for f in (plain, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_of_chunked_attention_is_linear_in_the_length() -> None:
+    """Temporaries of a Hessian-vector product at two lengths."""
+
+    def temporaries(length: int, chunk: int | None) -> int:
+        loss = lambda x: jnp.sum(nets.causal_attention(*x, query_chunk=chunk) ** 2)  # noqa: E731
+        shapes = jax.eval_shape(partial(random_heads, length, np.float32))
+        compiled = jax.jit(partial(hessian_product, loss)).lower(shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(512, None) > 3 * temporaries(256, None)
+    assert temporaries(512, 16) < 2.2 * temporaries(256, 16) < temporaries(256, None)
+
+
+def test_error_attention() -> None:
+    x = jnp.ones((1, 3, 2, 4))
+    with pytest.raises(ValueError, match=r"causal_attention\(.*query_chunk=0\): it is how many places"):
+        nets.causal_attention(x, x, x, query_chunk=0)
+    with pytest.raises(ValueError, match=r"they do not fit. Pass arrays \(n, length, heads, d\)"):
+        nets.causal_attention(x, x[:, :2], x)
+
+
+# ---- low precision inside the loss
+
+
+@pytest.mark.slow
+def test_bfloat16_inside_the_loss_is_reversed_exactly() -> None:
+    """Parameters and the optimizer in float32; exact, and near the hypergradient of float32."""
+    init, apply = nets.transformer(VOCABULARY, LENGTH, width=8, depth=1, heads=2)
+    rng, steps = np.random.default_rng(0), 10
+    given = jnp.asarray(rng.integers(0, VOCABULARY, (steps, 4, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
+
+    def final(rates: Any, dtype: Any, adjoint: Any) -> Any:
+        def loss(params: Any, meta: Any, batch: Any) -> Any:
+            params = jax.tree.map(lambda w: w.astype(dtype), params)
+            return nets.cross_entropy(apply(params, batch[:, :-1]), batch[:, 1:])
+
+        hypers = {"learning_rate": rates}
+        start = init(jax.random.key(0))
+        trained = hg.train(
+            loss, start, hypers, None, given, steps=steps, optimizer=hg.adam(), adjoint=adjoint
+        )
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained.params))
+        return jnp.mean(trained.losses)
+
+    narrow, oracle, wide = (
+        jax.grad(final)(jnp.full(steps, 0.01), dtype, adjoint)
+        for dtype, adjoint in (
+            (jnp.bfloat16, hg.Reversible()),
+            (jnp.bfloat16, hg.Checkpointed()),
+            (jnp.float32, hg.Reversible()),
+        )
+    )
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
+    assert error(narrow, oracle) < 1e-2 and error(narrow, wide) < 5e-2

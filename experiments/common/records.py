@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,24 @@ def write(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A record again, as to draw it."""
     return json.loads(Path(path).read_text())
+
+
+def remembered(
+    path: str | os.PathLike[str] | None, asked: Any, compute: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a computation gives, as `plain` makes it; from a file, where that has it for the same question.
+
+    Args:
+      path: of the file, which is written after a computation; None for no file.
+      asked: everything on which the result depends.
+      compute: called where there is no file, or the file answers another question.
+    """
+    asked = plain(asked)
+    if path is not None and Path(path).exists():
+        saved = read(path)
+        if saved["asked"] == asked:
+            return saved["found"]
+    found = plain(compute())
+    if path is not None:
+        write(path, {"asked": asked, "found": found})
+    return found
