@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
@@ -141,6 +142,7 @@ class Reversible:
             solution, record = playback.forward()(*arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
 
+        @short_traceback
         def backward(saved: Any, cotangents: Any) -> Any:
             arguments, record, frozen, lengths = saved
             flags = thaw(frozen)

@@ -16,6 +16,7 @@ from jax import Array
 from hypergrad import files
 from hypergrad._base.checks import check_callable, check_whole, checked_steps, is_function
 from hypergrad._base.errors import DomainError, readable_errors
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad._base.tracing import trace_once
 from hypergrad._base.trees import PyTree
@@ -41,6 +42,7 @@ LOOKS = 8  # how often scores are computed then
 RETRIES = 4
 
 
+@short_traceback
 def tune(
     loss: Problem | Callable[[PyTree, PyTree, PyTree], Array],
     params: PyTree = None,

@@ -39,6 +39,7 @@ from jax import Array
 
 from hypergrad._base.checks import checked_steps
 from hypergrad._base.errors import ReversalError
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.trees import PyTree, split
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
@@ -89,6 +90,7 @@ class Plan(NamedTuple):
         return "\n".join(lines)
 
 
+@short_traceback
 def plan(
     loss: Problem | Callable[..., Any],
     params: PyTree = None,
