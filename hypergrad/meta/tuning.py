@@ -158,7 +158,7 @@ def tune(
             settings,
             lambda raw: score.judge(begun.limits),
             shown,
-            "the training run and its reversal" if optimizer.reversible else "the run and its derivative",
+            "the training run and its " + ("reversal" if _reverses(begun.adjoint) else "derivative"),
         )
     return _tuned(begun, start, np.asarray(tried), result)
 
@@ -367,6 +367,10 @@ def _tuned(begun: _Begun, start: dict[str, PyTree], tried: np.ndarray, result: O
         moving=moving,
         advice=advice,
     )
+
+
+def _reverses(adjoint: Adjoint) -> bool:
+    return isinstance(adjoint, Reversible)
 
 
 def _is_none(x: Any) -> bool:
