@@ -127,6 +127,7 @@ class Reversible:
         lengths_of = partial(known_lengths, run, taped, length)
         known = lengths_of(start, constants, inputs)
         one_way = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
+        one_way.beginning.refuse_other(run.call, start, constants.exact)
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:

@@ -35,7 +35,7 @@ from hypergrad.optimizers.domains import is_rate
 from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.schedules import is_schedule
 from hypergrad.training.arguments import checked_call
-from hypergrad.training.problem import Problem
+from hypergrad.training.problem import Problem, refuse_beside
 
 HELD_KEYS = 6  # by which scores are compared, if starts or batches are drawn at random
 LOOKS = 8  # how often scores are computed then
@@ -384,11 +384,7 @@ def _is_end(x: Any) -> bool:
 def _problem(call: str, loss: Any, params: Any, meta: Any, batches: Any, validation: Any) -> Problem:
     """What is trained, checked."""
     if isinstance(loss, Problem):
-        if any(given is not None for given in (params, meta, batches, validation)):
-            raise TypeError(
-                f"{call}: a Problem has its own init, meta, batches and validation; pass them to "
-                "hypergrad.Problem, or to tune a loss instead of a Problem"
-            )
+        refuse_beside(call, params, meta, batches, validation)
         return loss
     if is_function(batches):
         check_callable(call, "batches", batches, "key")
