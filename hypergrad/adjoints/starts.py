@@ -66,7 +66,8 @@ class Start:
             raise ValueError(
                 f"{call}: state[{EXACT!r}] holds the integers of another run: its parameters, optimizer, "
                 "model_state, or which hyperparameters differ from element to element are not as here. "
-                f"Leave them out to go on from the floats: {{k: x for k, x in state.items() if k != {EXACT!r}}}"
+                "Leave them out to go on from the floats: "
+                f"{{k: x for k, x in state.items() if k != {EXACT!r}}}"
             )
 
     def begin(
