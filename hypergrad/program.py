@@ -150,11 +150,14 @@ class Assign(NamedTuple):
       variable: name of the variable that is overwritten.
       value: from a view of everything to the new variable.
       evaluate: evaluates the values of all leaves, on one or more devices (see `hypergrad._base.devices`).
+      why: of what is no variable of an optimizer, why it is overwritten, for messages that begin with its
+        path.
     """
 
     variable: str
     value: Callable[[Any], Array]
     evaluate: Evaluate = in_turn
+    why: str = ""
 
 
 Move = Scale | Shift | Remember | Total | Keep | Assign

@@ -327,7 +327,7 @@ def test_the_default_folder_is_that_of_the_same_run_or_a_new_one(here: Path) -> 
 def test_without_matplotlib_the_figure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
     run = Judged(np.ones(1), np.ones(3))
-    words = figures.draw(tmp_path, {}, {}, [], run, run)
+    words = figures.draw(tmp_path, None, [], [], run, run)
     assert words == ["no figure, because matplotlib is not installed: pip install matplotlib"]
     assert list(tmp_path.iterdir()) == []
 

@@ -175,7 +175,7 @@ def test_the_hypergradient_is_that_of_a_plain_scan(x64, kind):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
 
 
-def test_a_table_is_learned_from_raw_numbers():
+def test_a_table_is_learned_from_raw_numbers(capsys):
     """Features of very different sizes, of which one is constant, through all that a set can do."""
     scales, places = np.array([1e-3, 1.0, 1e4, 1.0]), np.array([5.0, 0.0, -1e5, 3.0])
     classes = np.arange(60) % 2
@@ -183,7 +183,10 @@ def test_a_table_is_learned_from_raw_numbers():
     rows = places + scales * unit * np.array([1, 1, 1, 0])
     network = nets.mlp((4, 2))
     recipe = hg.Recipe(steps=10, learning_rate=3.0)
-    given = hg.distill(network, rows, classes, recipe, **QUICK | {"learn": ("inputs",), "meta_steps": 1})
+    settings = QUICK | {"learn": ("inputs",), "meta_steps": 1, "progress": True}
+    given = hg.distill(network, rows, classes, recipe, **settings)
+    said = "distill: compiling a meta-step: the hypergradient through 10 steps ...\ndistill: 1/1 iterations"
+    assert capsys.readouterr().err.startswith(said)
     assert given.images.shape == (2, 4)
     assert np.abs(given.inputs).max() < 5
     np.testing.assert_allclose(given.images[:, 3], 3.0, atol=0.1)

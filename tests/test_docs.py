@@ -46,6 +46,7 @@ def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other; a later one may use the names of those before it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: None)
     names: dict[str, object] = {}
     for k, block in enumerate(blocks((ROOT / page).read_text())):
         exec(compile(block, f"{page} block {k}", "exec"), names)

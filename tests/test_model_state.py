@@ -222,3 +222,37 @@ def test_single_examples_have_no_state() -> None:
             model_state=STATE,
             optimizer=hg.filtered(),
         )
+
+
+def test_integers_of_a_run_with_another_state_are_refused() -> None:
+    """Of one without a state in a run with it, and the reverse; of other sizes, optimizers and tapes."""
+    hypers = {"learning_rate": 0.1, "momentum": 0.9}
+
+    def run(size: int = 3, given: Any = None, loss: Any = None, **settings: Any) -> hg.training.Trained:
+        loss = (lambda w, meta, step: jnp.sum(w**2)) if loss is None else loss
+        given = {"steps": 2, "state": given, "hypers": hypers} | settings
+        traced = jax.eval_shape(lambda: hg.train(loss, jnp.ones(size), **given))  # nothing is compiled
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), traced)
+
+    def averaged(w: Any, meta: Any, step: Any, state: Any) -> Any:
+        return jnp.sum(w**2), 0.5 * state + 0.5 * jnp.mean(w)
+
+    beside = {"loss": averaged, "model_state": jnp.zeros(())}
+    ours, with_state, adam = run(), run(**beside), run(hypers={"learning_rate": 0.1}, optimizer=hg.adam())
+    only = {"velocity": jnp.zeros(4), "exact": ours.state["exact"]}
+    by_element = {"hypers": hypers | {"momentum": jnp.full((1, 3), 0.9)}}
+    others = [
+        (3, ours.state, beside),
+        (3, with_state.state, {}),
+        (4, only, {}),
+        (3, ours.state | {"exact": adam.state["exact"]}, {}),
+        (3, ours.state, by_element),
+        (3, ours.state | {"exact": 1}, {}),
+    ]
+    for size, given, settings in others:
+        with pytest.raises(
+            ValueError, match=r"state\['exact'\] holds the integers of another run: .* Leave"
+        ):
+            run(size, given, **settings)
+    assert run(given=ours.state).params.shape == (3,)
+    assert run(given=with_state.state, **beside).params.shape == (3,)

@@ -104,6 +104,13 @@ def test_plans_for_a_problem_with_a_state() -> None:
     assert hg.plan(problem, **given) == hg.plan(loss, jnp.ones(3), model_state=jnp.zeros(3), **given)
 
 
+def test_refuses_parts_beside_a_problem() -> None:
+    problem = hg.Problem(jnp.ones(3), lambda w, meta, step: jnp.sum(w**2))
+    for part in ({"params": jnp.ones(2)}, {"meta": 1.0}, {"batches": jnp.ones(4)}, {"model_state": 1.0}):
+        with pytest.raises(TypeError, match=r"plan\(.*: a Problem has its own init, meta, batches"):
+            hg.plan(problem, hypers={"learning_rate": 0.1}, steps=4, budget=1e9, **part)
+
+
 def test_a_plan_can_be_pickled_and_prints_the_same() -> None:
     plan = hg.Plan(hg.Stored(), (Estimate(hg.Reversible({"velocity": 0.5}), 2**20, 3.7),), 2**21)
     assert pickle.loads(pickle.dumps(plan)) == plan

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._base.notebook import in_ipython
 from hypergrad._base.trees import PyTree
 
 
@@ -142,7 +143,7 @@ def readable_errors() -> Iterator[None]:
         found = raised_inside(error) if hidden else None
         if found is None:
             raise
-        raise found from error
+        raise found from None if in_ipython() else error  # a notebook would show both at full length
     finally:
         logger.removeFilter(quiet)
 

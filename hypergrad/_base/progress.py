@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import TqdmWarning
 
+from hypergrad._base.notebook import in_notebook
 from hypergrad._base.processes import is_first
 
 EVERY = 10.0  # seconds between lines
@@ -112,6 +113,4 @@ def clock(seconds: float) -> str:
 
 def _has_bars() -> bool:
     """Whether stderr is a terminal or belongs to a notebook, where a line can be written again."""
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
+    return sys.stderr.isatty() or in_notebook()

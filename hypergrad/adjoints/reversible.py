@@ -23,6 +23,7 @@ from hypergrad import exact
 from hypergrad._base.checks import is_whole
 from hypergrad._base.compiler import always_true, hidden
 from hypergrad._base.explicit import spec_of, with_automatic_axes
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
@@ -149,6 +150,7 @@ class Reversible:
         lengths_of = partial(known_lengths, run, taped, length)
         known = lengths_of(start, constants, inputs)
         one_way = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
+        one_way.beginning.refuse_other(run.call, start, constants.exact)
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -164,6 +166,7 @@ class Reversible:
             solution, record = playback.forward()(*arguments)
             return solution, (arguments, record, freeze(flags), Static(lengths))
 
+        @short_traceback
         def backward(saved: Any, cotangents: Any) -> Any:
             arguments, record, frozen, lengths = saved
             flags = thaw(frozen)

@@ -14,7 +14,7 @@ from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guard, Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
 from hypergrad.adjoints.tapes import Taped
-from hypergrad.program import PARAMS, Leaf, Optimizer
+from hypergrad.program import EXACT, PARAMS, Leaf, Optimizer
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,45 @@ class Start:
     program: Optimizer
     radix: Mapping[str, int]
     taped: Sequence[Sequence[Taped]]
+
+    def refuse_other(self, call: str, start: list[Leaf], earlier: PyTree) -> None:
+        """Refuse the integers of a run of other arrays, variables or tapes.
+
+        Args:
+          call: the user's call.
+          start: the float state, by leaf.
+          earlier: as given to `begin`.
+
+        Raises:
+          ValueError: they are not of a run like this one.
+        """
+        if earlier is None:
+            return
+        names = (PARAMS, *self.program.variables)
+        wanted = [
+            (
+                {name: (leaf[name].shape, self.program.words_of(name)) for name in names},
+                [(one.shape, one.factor_shape) for one in each],
+            )
+            for leaf, each in zip(start, self.taped)
+        ]
+        try:
+            found = [
+                (
+                    {name: (x.high.shape[1:], len(x.low)) for name, x in numbers.items()},
+                    [(b.register.shape, b.bits.shape[1:]) for b in buffers],
+                )
+                for numbers, buffers, _ in earlier
+            ]
+        except (AttributeError, TypeError, ValueError):
+            found = []
+        if found != wanted:
+            raise ValueError(
+                f"{call}: state[{EXACT!r}] holds the integers of another run: its parameters, optimizer, "
+                "model_state, or which hyperparameters differ from element to element are not as here. "
+                "Leave them out to go on from the floats: "
+                f"{{k: x for k, x in state.items() if k != {EXACT!r}}}"
+            )
 
     def begin(
         self, start: list[Leaf], earlier: PyTree, always_true: Flag

@@ -68,9 +68,8 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
         moves = run.leaf_moves(i, h, inputs.step[0])
         for move in moves:
             if isinstance(move, Assign):
-                what = f"{name} overwrites {move.variable!r}"
-                if run.layout.labels is not None and run.names[i].startswith("state"):
-                    what = f"{run.names[i]} is no running average of constant decay, and changes"
+                overwrites = f"{name} overwrites {move.variable!r}"
+                what = f"{run.names[i]} {move.why}" if move.why else overwrites
                 raise ReversalError(
                     f"{run.call}: {what} in a way that cannot be undone, so the run has no exact reversal; "
                     "pass adjoint=Checkpointed() or Stored()"

@@ -10,6 +10,7 @@ import numpy as np
 
 from hypergrad._base.checks import is_whole
 from hypergrad._base.errors import ReversalError
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad._base.trees import PyTree
 from hypergrad.check.chaos import look_for_chaos
@@ -20,6 +21,7 @@ from hypergrad.check.program import low_precision, recovery_of
 from hypergrad.check.report import Finding, Report
 
 
+@short_traceback
 def check_hypergradient(
     objective: Callable[..., Any],
     everything: PyTree,

@@ -84,14 +84,14 @@ def learn(task: Task, folder: Path, progress: Progress) -> Outcome:
     journal = Journal(folder / HISTORY)
     tuned = _tuned(task, start, folder / CHECKPOINT, journal, runs.seconds, progress)
     after = judged(runs, values(tuned.hypers), p.key, count, progress, "what was learned")
-    first, last = ({name: hypers[name] for name in task.names} for hypers in (start, tuned.hypers))
     lines = [
         *told,
         *str(tuned).splitlines(),
         *scores(before, after),
-        *draw(folder, first, last, journal.rows, before, after),
+        *draw(folder, tuned, task.names, journal.rows, before, after),
         *write_pastes(folder, p.optimizer, tuned.hypers, settings.steps, p.params),
     ]
+    last = {name: tuned.hypers[name] for name in task.names}
     return Outcome(_result(last, tuned, before, after), lines)
 
 

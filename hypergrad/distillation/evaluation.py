@@ -11,6 +11,7 @@ from jax import Array
 
 from hypergrad import nets
 from hypergrad._base.errors import readable_errors
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad.distillation.augment import refuse_without_pictures
 from hypergrad.distillation.baselines import class_means, rows_like
@@ -143,6 +144,7 @@ def full_recipe(examples: int, epochs: int | None, learning_rate: float) -> Reci
     return Recipe(steps=steps, learning_rate=rates, batch_size=batch, shuffled=True)
 
 
+@short_traceback
 def evaluate(
     distilled: Distilled | Sequence[Distilled],
     networks: Mapping[str, Network],

@@ -1,10 +1,10 @@
 """`distill`: a few learned examples on which a network learns what it would learn from all data."""
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ from jax import Array
 
 from hypergrad import constraints, files, nets
 from hypergrad._base.checks import is_whole
-from hypergrad._base.errors import readable_errors
+from hypergrad._base.errors import outside, readable_errors
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad._base.trees import PyTree
 from hypergrad.adjoints.reversible import Reversible
@@ -42,8 +43,8 @@ from hypergrad.distillation.recipe import (
 from hypergrad.distillation.trial import Trial
 from hypergrad.meta.checkpoints import locked
 from hypergrad.meta.lbfgsb import LBFGSB
-from hypergrad.meta.outer_loop import optimize
-from hypergrad.meta.runs import Callback, Optimized
+from hypergrad.meta.outer_loop import check_settings, minimize
+from hypergrad.meta.runs import Callback, Judge, Optimized, Settings, scorer
 
 LONG = 40  # number of steps from which chaos is checked for
 LOOK_EVERY = 20  # meta-steps between two evaluations on the held-out examples
@@ -54,6 +55,7 @@ class ChaosWarning(RuntimeWarning):
     """The hypergradient grows with the length of the inner training."""
 
 
+@short_traceback
 def distill(
     network: Network,
     images: np.ndarray | Array,
@@ -154,8 +156,18 @@ def distill(
     _check_learned(call, first, learn, bases, start)
     _check_numbers(call, first, per_class=per_class, bases=bases, window=window, real_batch=real_batch)
     check_network(call, network, first, images.shape, classes)
-
     start_key, shuffle_key, meta_key = jax.random.split(key, 3)
+    settings = Settings(
+        optimizer=optax.adam(_meta_rate) if optimizer is None else optimizer,
+        steps=meta_steps,
+        key=meta_key,
+        seeds=runs,
+        checkpoint=checkpoint,
+        checkpoint_every=10,
+        callback=callback,
+    )
+    check_settings(settings)
+
     examples = Examples.of(call, (images, labels), normalise, held_out, shuffle_key)
     hard, fixed = examples.start(per_class, start, start_key)
     teller = Progress("distill", progress and not _resumed(checkpoint))
@@ -164,24 +176,14 @@ def distill(
     task = _Task(network, recipe, fixed, hard, examples, real_batch, *windowed, meta_key)
     learned = _start(recipe, fixed, hard, learn, bases, *examples.real)
     _look_for_chaos_first(call, task, learned, meta_key, checkpoint)
-    teller.say(f"compiling a meta-step: the hypergradient through {recipe.steps} steps")
     words = {"bases": bases, "window": window, "real_batch": real_batch, "held out": held_out}
-    result = optimize(
-        task.objective,
-        learned,
-        optimizer=optax.adam(_meta_rate) if optimizer is None else optimizer,
-        steps=meta_steps,
+    settings = settings._replace(
         constraints={name: NUMBERS.get(name, constraints.real) for name in learned},
-        key=meta_key,
-        seeds=runs,
-        checkpoint=checkpoint,
-        checkpoint_every=10,
-        progress=progress,
-        callback=callback,
-        select=task.error if held_out > 0 and not isinstance(optimizer, LBFGSB) else None,
-        select_every=LOOK_EVERY,
         about=task.in_words(learn) | {name: str(x) for name, x in words.items()},
     )
+    what = f"a meta-step: the hypergradient through {recipe.steps} steps"
+    with Progress("distill", progress) as shown:
+        result = minimize(task.objective, learned, settings, partial(task.judge, settings), shown, what)
     return task.distilled(result, {"learned": [*learn], "runs": runs, "window": window, "key": _bits(key)})
 
 
@@ -252,6 +254,12 @@ class _Task(NamedTuple):
 
         key = jax.random.fold_in(self.key, _UNSEEN)
         return jnp.mean(jax.lax.map(one, jax.random.split(key, 1 if self.recipe.inits == 1 else 4)))
+
+    def judge(self, settings: Settings, raw: PyTree) -> Judge | None:
+        """What chooses the set that is returned; None for the last one."""
+        if not len(self.examples.unseen[0]) or isinstance(settings.optimizer, LBFGSB):
+            return None
+        return Judge(*scorer(self.error, settings.constraints, raw), LOOK_EVERY)
 
     def in_words(self, learn: Sequence[str]) -> dict[str, str]:
         """What decides the result besides numbers, in words for people to compare."""
@@ -398,7 +406,7 @@ def _check_numbers(call: str, recipe: Recipe, **numbers: int | None) -> None:
 def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, steps: int) -> None:
     """Warn if the hypergradient of a run is far larger than that of its first half."""
 
-    @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
+    @partial(jax.jit, compiler_options=UNOPTIMIZED)
     def evaluated(learned: PyTree, length: Array) -> tuple[Array, Array]:
         loss, gradient = jax.value_and_grad(objective)(learned, key, length)
         return loss, optax.tree.norm(gradient)
@@ -417,7 +425,7 @@ def _look_for_chaos(call: str, objective: Any, learned: PyTree, key: Array, step
             f"after {steps}: training is chaotic, and what is learned will be noise. Begin with lower "
             "learning rates, or pass fewer steps or a window",
             ChaosWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
 

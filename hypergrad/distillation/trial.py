@@ -11,6 +11,7 @@ from jax import Array
 
 from hypergrad import nets
 from hypergrad._base.errors import readable_errors
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad.adjoints.strategies import Stored
 from hypergrad.distillation.distilled import standardised
@@ -142,6 +143,7 @@ def best_rate(real: np.ndarray) -> int:
     return 1 + int(np.argmax(gains >= best - NEAR * abs(best))) if np.isfinite(best) else 0
 
 
+@short_traceback
 def recipe_for(
     network: Network,
     images: np.ndarray | Array,

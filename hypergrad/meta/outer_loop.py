@@ -17,6 +17,7 @@ import optax
 from hypergrad._base.checks import check_callable
 from hypergrad._base.errors import outside, readable_errors
 from hypergrad._base.fingerprint import digest
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad._base.tracing import closure_convert
 from hypergrad._base.trees import PyTree
@@ -44,6 +45,7 @@ from hypergrad.meta.runs import (
 from hypergrad.meta.signs import SignWatch
 
 
+@short_traceback
 def optimize(
     objective: Objective,
     hypers: PyTree,

@@ -16,6 +16,7 @@ from jax import Array
 from hypergrad import files
 from hypergrad._base.checks import check_callable, check_whole, checked_steps, is_function
 from hypergrad._base.errors import DomainError, readable_errors
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.progress import Progress
 from hypergrad._base.tracing import trace_once
 from hypergrad._base.trees import PyTree
@@ -34,13 +35,14 @@ from hypergrad.optimizers.domains import is_rate
 from hypergrad.program import AnyOptimizer, with_defaults
 from hypergrad.schedules import is_schedule
 from hypergrad.training.arguments import checked_call
-from hypergrad.training.problem import Problem
+from hypergrad.training.problem import Problem, refuse_beside
 
 HELD_KEYS = 6  # by which scores are compared, if starts or batches are drawn at random
 LOOKS = 8  # how often scores are computed then
 RETRIES = 4
 
 
+@short_traceback
 def tune(
     loss: Problem | Callable[[PyTree, PyTree, PyTree], Array],
     params: PyTree = None,
@@ -156,7 +158,7 @@ def tune(
             settings,
             lambda raw: score.judge(begun.limits),
             shown,
-            "the training run and its reversal" if optimizer.reversible else "the run and its derivative",
+            "the training run and its " + ("reversal" if _reverses(begun.adjoint) else "derivative"),
         )
     return _tuned(begun, start, np.asarray(tried), result)
 
@@ -367,6 +369,10 @@ def _tuned(begun: _Begun, start: dict[str, PyTree], tried: np.ndarray, result: O
     )
 
 
+def _reverses(adjoint: Adjoint) -> bool:
+    return isinstance(adjoint, Reversible)
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 
@@ -378,11 +384,7 @@ def _is_end(x: Any) -> bool:
 def _problem(call: str, loss: Any, params: Any, meta: Any, batches: Any, validation: Any) -> Problem:
     """What is trained, checked."""
     if isinstance(loss, Problem):
-        if any(given is not None for given in (params, meta, batches, validation)):
-            raise TypeError(
-                f"{call}: a Problem has its own init, meta, batches and validation; pass them to "
-                "hypergrad.Problem, or to tune a loss instead of a Problem"
-            )
+        refuse_beside(call, params, meta, batches, validation)
         return loss
     if is_function(batches):
         check_callable(call, "batches", batches, "key")

@@ -14,6 +14,7 @@ from hypergrad import schedules
 from hypergrad._base.checks import check_arrays, check_callable, checked_steps, shape_of
 from hypergrad._base.dtypes import widened
 from hypergrad._base.modules import Opened, opened
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.rules import has_custom_rule
 from hypergrad._base.tracing import Converted, closure_convert
 from hypergrad._base.trees import PyTree
@@ -67,6 +68,7 @@ class Trained(NamedTuple):
         return f"Trained: {count:,} parameters in {len(arrays)} arrays, {steps} steps{losses}; {kept}"
 
 
+@short_traceback
 def train(
     loss: Callable[..., Array | tuple[Array, PyTree]],
     params: PyTree,

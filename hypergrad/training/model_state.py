@@ -51,6 +51,7 @@ from hypergrad.training.dependence import Form, forms_of
 
 FIXED, GIVEN, AVERAGE, CARRIED = "fixed", "given", "average", "carried"
 SMALLEST_FACTOR = 2.0**-7  # of a `Scale`
+CHANGES = "is no running average of constant decay, and changes"  # why it is overwritten, for messages
 RUNNING, NEXT = "model_average", "next_model_state"  # the variable of an average; what is observed for it
 
 
@@ -200,7 +201,7 @@ def _beside(inner: Any, state: ModelState) -> AnyOptimizer:
         if kind is None:
             return inner.moves(h, t)
         if kind.name == CARRIED:
-            return [Assign(PARAMS, lambda s: getattr(s, NEXT))]
+            return [Assign(PARAMS, lambda s: getattr(s, NEXT), why=CHANGES)]
         factor = jnp.asarray(kind.factor, jnp.result_type(float))
         return [Scale(RUNNING, factor), Shift(RUNNING, lambda s: getattr(s, NEXT))]
 

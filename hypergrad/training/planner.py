@@ -39,6 +39,7 @@ from jax import Array
 
 from hypergrad._base.checks import checked_steps
 from hypergrad._base.errors import ReversalError
+from hypergrad._base.notebook import short_traceback
 from hypergrad._base.trees import PyTree, split
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
@@ -47,7 +48,7 @@ from hypergrad.adjoints.tapes import destroyed_bits
 from hypergrad.program import AnyOptimizer, Leaf
 from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
-from hypergrad.training.problem import Problem
+from hypergrad.training.problem import Problem, refuse_beside
 
 TIMES = {"Stored": 2.9, "Reversible": 3.7, "Checkpointed": 3.9, "Reversible in segments": 4.8}
 SHORT = 4  # steps of the runs that are measured
@@ -89,6 +90,7 @@ class Plan(NamedTuple):
         return "\n".join(lines)
 
 
+@short_traceback
 def plan(
     loss: Problem | Callable[..., Any],
     params: PyTree = None,
@@ -123,6 +125,7 @@ def plan(
       A `Plan`; print it for a table, and pass its ``adjoint`` to `hypergrad.train`.
 
     Raises:
+      TypeError: parts of a problem are given beside a `hypergrad.Problem`.
       ValueError: no adjoint fits; the message says how much the smallest needs.
 
     >>> import hypergrad as hg
@@ -152,6 +155,7 @@ def plan(
     settings: Any = {"steps": steps, "optimizer": optimizer, "adjoint": spy}
     hypers = {} if hypers is None else hypers
     if isinstance(loss, Problem):
+        refuse_beside(call, params, meta, batches, model_state)
         loss.train(hypers, **settings)
     else:
         train(loss, params, hypers, meta, batches, model_state=model_state, **settings)

@@ -133,3 +133,20 @@ class Problem:
           settings: of `train`: steps, optimizer, adjoint.
         """
         return lambda hypers, key: self.score(self.train(hypers, key, **settings))
+
+
+def refuse_beside(call: str, *given: PyTree) -> None:
+    """Refuse parts of a problem that are given beside one.
+
+    Args:
+      call: the user's call.
+      given: the parts, None where they are not given.
+
+    Raises:
+      TypeError: one is given.
+    """
+    if any(part is not None for part in given):
+        raise TypeError(
+            f"{call}: a Problem has its own init, meta, batches, validation and model_state; pass them to "
+            "hypergrad.Problem, or give a loss instead of a Problem"
+        )
