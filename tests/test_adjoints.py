@@ -473,3 +473,22 @@ def test_first_numbers_that_say_nothing_of_later_ones_are_refused_until_a_radix_
     assert "radix={'params': r}) with the largest r for which |params| < 2**(62 - r)" in message
     moved = hg.Reversible(radix={"params": 40})  # below 2**22
     assert float(end(hypers, moved, far)) == pytest.approx(2e5, rel=1e-3)
+
+
+@pytest.mark.parametrize("adjoint", [hg.Reversible, hg.Checkpointed])
+def test_starts_of_segments_may_wait_on_the_host(adjoint: Any) -> None:
+    """Where there is such a memory; on a processor it is the same, and so are the numbers."""
+
+    def outer(rates: Any, offload: bool) -> Any:
+        hypers = {"learning_rate": rates, "momentum": 0.9}
+        return jnp.sum(end(hypers, adjoint(segments=3, offload=offload)) ** 3)
+
+    rates = jnp.full(50, 0.05)
+    slopes = [jax.jit(jax.grad(outer), static_argnums=1)(rates, offload) for offload in (False, True)]
+    assert np.any(slopes[0] != 0)
+    np.testing.assert_array_equal(*slopes)
+    moved = [
+        str(jax.make_jaxpr(jax.grad(outer), static_argnums=1)(rates, x)).count("<host>")
+        for x in (False, True)
+    ]
+    assert moved[0] == 0 and moved[1] > 0

@@ -40,6 +40,16 @@ def whole(axis: str | None, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
+def on_host(offload: bool, tree: PyTree) -> PyTree:
+    """Arrays in the memory of the host, if they are to be offloaded; inside of a compiled program."""
+    return jax.device_put(tree, jax.memory.Space.Host) if offload else tree
+
+
+def on_device(offload: bool, tree: PyTree) -> PyTree:
+    """Undo `on_host`."""
+    return jax.device_put(tree, jax.memory.Space.Device) if offload else tree
+
+
 def placed_like(x: Any, old: Array) -> Array:
     """An array on the devices of another; on those of what it is used with if that is on none for good."""
     return jax.device_put(x, old.sharding) if getattr(old, "committed", True) else jnp.asarray(x)

@@ -22,6 +22,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Var
 
@@ -33,6 +34,7 @@ from hypergrad._base.varying import axes_of
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
 from hypergrad.program import Leaf, Observed
 
+START = "hypergrad: start of a segment"
 Gradient = Callable[..., tuple[Scalar, list[Observed]]]
 
 
@@ -83,6 +85,8 @@ def in_segments(
     constants: Constants,
     inputs: Inputs,
     gradient: Gradient | None = None,
+    *,
+    offload: bool = False,
 ) -> Solution:
     """A run in segments, each of which is computed again on the way back (rematerialization).
 
@@ -93,13 +97,22 @@ def in_segments(
       constants: what is the same at every step.
       inputs: what differs from step to step.
       gradient: as for `Run.step`; by default `gradient_of` the run.
+      offload: whether the starts of segments are kept in the memory of the host.
     """
     gradient = gradient_of(run) if gradient is None else gradient
     length = -(-run.steps // max(1, min(segments, run.steps)))
     whole = run.steps // length
 
-    @partial(jax.checkpoint, prevent_cse=False)
+    to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[START],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    @partial(jax.checkpoint, prevent_cse=False, policy=to_host if offload else None)
     def segment(leaves: list[Leaf], x: Inputs) -> Solution:
+        leaves = checkpoint_name(leaves, START) if offload else leaves
         return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient), leaves, x)
 
     cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)

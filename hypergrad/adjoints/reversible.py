@@ -88,6 +88,7 @@ class Reversible:
       shard: an axis of the mesh in context (``jax.set_mesh``) over which integers, tapes and cotangents are
         divided, while every device holds all parameters, as in data-parallel training; arrays of fewer
         than 16384 elements stay whole.  By default they are placed as the compiler chooses.
+      offload: keep the starts of segments in the memory of the host, from where each is fetched once.
 
     Raises:
       ReversalError: if the run fails or its start is not recovered; at the call or, under ``jit``, from the
@@ -106,10 +107,12 @@ class Reversible:
     radix: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     segments: int = 1
     shard: str | None = None
+    offload: bool = False
 
     def __repr__(self) -> str:
-        shard = "" if self.shard is None else f", shard={self.shard!r}"
-        return f"Reversible(bits={self.bits!r}, radix={self.radix!r}, segments={self.segments!r}{shard})"
+        more = "" if self.shard is None else f", shard={self.shard!r}"
+        more += ", offload=True" if self.offload else ""
+        return f"Reversible(bits={self.bits!r}, radix={self.radix!r}, segments={self.segments!r}{more})"
 
     def __post_init__(self) -> None:
         bits = {"all": self.bits} if isinstance(self.bits, int | float) else _by_variable("bits", self.bits)
@@ -311,7 +314,11 @@ class _Playback(NamedTuple):
         integers = Exact(run.moves, variables, dtypes, run.x64, run.shards is not None)
         beginning = Start(run.program, dict(settings.radix), taped)
         return _Playback(
-            run, integers, beginning, strategy_of(run.steps, settings.length(run.steps)), settings
+            run,
+            integers,
+            beginning,
+            strategy_of(run.steps, settings.length(run.steps), settings.offload),
+            settings,
         )
 
     def player(self, start: list[Leaf], constants: Constants, inputs: Inputs) -> Player:

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from hypergrad import exact
+from hypergrad._base.placement import on_device, on_host
 from hypergrad._base.trees import Flag, Step
 from hypergrad._base.varying import cast
 from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding, no_failure
@@ -55,9 +56,9 @@ class Strategy(Protocol):
         """
 
 
-def strategy_of(steps: int, length: int) -> Strategy:
-    """The strategy for a run of so many steps in segments of this length."""
-    return OneSegment(steps) if length == steps else ManySegments(*divmod(steps, length), length)
+def strategy_of(steps: int, length: int, offload: bool) -> Strategy:
+    """The strategy for a run in segments of this length, whose starts may be offloaded."""
+    return OneSegment(steps) if length == steps else ManySegments(*divmod(steps, length), length, offload)
 
 
 def _begun(player: Player) -> Forwards:
@@ -109,11 +110,13 @@ class ManySegments(NamedTuple):
       full: number of segments of full length.
       rest: steps of the shorter segment at the end; 0 for none.
       length: steps of a segment of full length.
+      offload: whether the starts of segments are kept in the memory of the host.
     """
 
     full: int
     rest: int
     length: int
+    offload: bool
 
     def firsts(self) -> Int[Array, " full"]:
         """The first steps of the segments of full length."""
@@ -131,7 +134,7 @@ class ManySegments(NamedTuple):
             played = player.play(now, Span(first, length), taping=False)
             needed = [jnp.maximum(*pair) for pair in zip(needed, _tape_needed(played.now.leaves))]
             end = played.now._replace(leaves=on_new_tapes(played.now.leaves))
-            return (end, needed), (now.leaves, played.outputs)
+            return (end, needed), (on_host(self.offload, now.leaves), played.outputs)
 
         needed = cast([jnp.int64(0) for leaf in player.taped for _ in leaf], player.axes())
         carry = (_begun(player), needed)
@@ -154,7 +157,7 @@ class ManySegments(NamedTuple):
 
         def segment(carry: Any, at: Any, length: int = self.length) -> Any:
             now, recovered = carry
-            start, first = at
+            start, first = on_device(self.offload, at[0]), at[1]
             span = Span(first, length)
             played = player.play(Forwards(start, fresh, no_failure()), span, taping=True)
             again = same_state(now.leaves, on_new_tapes(played.now.leaves))

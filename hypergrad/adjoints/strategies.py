@@ -72,6 +72,7 @@ class Checkpointed:
     Args:
       segments: number of segments, whose starts are kept, in ``[1, T]``; None for ``√T``, which takes the
         least memory.
+      offload: keep the starts of segments in the memory of the host, from where each is fetched once.
 
     Raises:
       ValueError: if segments is not a whole number of at least 1.
@@ -84,6 +85,10 @@ class Checkpointed:
     """
 
     segments: int | None = None
+    offload: bool = False
+
+    def __repr__(self) -> str:
+        return f"Checkpointed(segments={self.segments!r}{', offload=True' if self.offload else ''})"
 
     def __post_init__(self) -> None:
         if self.segments is not None and not is_whole(self.segments):
@@ -95,7 +100,7 @@ class Checkpointed:
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
         segments = math.isqrt(run.steps) if self.segments is None else self.segments
-        return in_segments(run, segments, start, constants, inputs)
+        return in_segments(run, segments, start, constants, inputs, offload=self.offload)
 
 
 @dataclass(frozen=True)
