@@ -333,3 +333,33 @@ def test_error_labels(function, logits_shape, labels_shape, dtype):
     message = str(caught.value)
     assert message.startswith(f"{function.__name__}(logits, labels) with logits {logits_shape}")
     assert f"labels {labels_shape} of {dtype}" in message
+
+
+@pytest.mark.slow
+def test_bfloat16_inside_the_loss_is_reversed_exactly():
+    """Parameters and the optimizer in float32; exact, and near the hypergradient of float32."""
+    (init, apply), steps = nets.mlp((8, 32, 4)), 20
+    x = jax.random.normal(jax.random.key(0), (steps, 64, 8))
+    y = jnp.argmax(x[..., :4] + x[..., 4:] ** 2, axis=2)
+
+    def final(rates, dtype, adjoint):
+        def loss(params, meta, batch):
+            params = jax.tree.map(lambda w: w.astype(dtype), params)
+            return nets.cross_entropy(apply(params, batch[0].astype(dtype)), batch[1])
+
+        given = {"steps": steps, "optimizer": hg.adam(), "adjoint": adjoint}
+        start = init(jax.random.key(1))
+        trained = hg.train(loss, start, {"learning_rate": rates}, None, (x, y), **given)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained.params))
+        return jnp.mean(trained.losses)
+
+    narrow, oracle, wide = (
+        jax.grad(final)(jnp.full(steps, 0.02), dtype, adjoint)
+        for dtype, adjoint in (
+            (jnp.bfloat16, hg.Reversible()),
+            (jnp.bfloat16, hg.Checkpointed()),
+            (jnp.float32, hg.Reversible()),
+        )
+    )
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
+    assert error(narrow, oracle) < 1e-5 and 1e-5 < error(narrow, wide) < 1e-2

@@ -229,9 +229,10 @@ def hessian_product(loss: Any, params: Any) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.quick("True")
+@pytest.mark.quick("value-True")
 @pytest.mark.parametrize("tied", [False, True])
-def test_options_for_memory_change_no_derivative(tied: bool) -> None:
+@pytest.mark.parametrize("compared", ["value", "derivatives"])
+def test_options_for_memory_change_nothing(tied: bool, compared: str) -> None:
     given = tokens()
     init, apply = nets.transformer(VOCABULARY, LENGTH, width=6, depth=2, heads=2, tied=tied)
     params = parameters(init)
@@ -257,7 +258,8 @@ def test_options_for_memory_change_no_derivative(tied: bool) -> None:
             *scanned(params, given[:, :-1], logits=False), given[:, 1:], chunks=5
         )
 
-    expected, found = (jax.jit(partial(hessian_product, loss))(params) for loss in (plain, lean))
+    of = (lambda f: f) if compared == "value" else (lambda f: partial(hessian_product, f))
+    expected, found = (jax.jit(of(loss))(params) for loss in (plain, lean))
     errors = relative_error(found, expected)
     assert max(errors.values()) < 1e-10, errors
 
@@ -377,36 +379,13 @@ def test_error_attention() -> None:
         nets.causal_attention(x, x[:, :2], x)
 
 
-# ---- low precision inside the loss
-
-
-@pytest.mark.slow
-def test_bfloat16_inside_the_loss_is_reversed_exactly() -> None:
-    """Parameters and the optimizer in float32; exact, and near the hypergradient of float32."""
-    init, apply = nets.transformer(VOCABULARY, LENGTH, width=8, depth=1, heads=2)
-    rng, steps = np.random.default_rng(0), 10
-    given = jnp.asarray(rng.integers(0, VOCABULARY, (steps, 4, 1)) + np.arange(LENGTH + 1)) % VOCABULARY
-
-    def final(rates: Any, dtype: Any, adjoint: Any) -> Any:
-        def loss(params: Any, meta: Any, batch: Any) -> Any:
-            params = jax.tree.map(lambda w: w.astype(dtype), params)
-            return nets.cross_entropy(apply(params, batch[:, :-1]), batch[:, 1:])
-
-        hypers = {"learning_rate": rates}
-        start = init(jax.random.key(0))
-        trained = hg.train(
-            loss, start, hypers, None, given, steps=steps, optimizer=hg.adam(), adjoint=adjoint
-        )
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trained.params))
-        return jnp.mean(trained.losses)
-
-    narrow, oracle, wide = (
-        jax.grad(final)(jnp.full(steps, 0.01), dtype, adjoint)
-        for dtype, adjoint in (
-            (jnp.bfloat16, hg.Reversible()),
-            (jnp.bfloat16, hg.Checkpointed()),
-            (jnp.float32, hg.Reversible()),
-        )
+def test_transformer_in_bfloat16() -> None:
+    """Narrow numbers in and out; softmax and normalization inside are wider."""
+    init, apply = network()
+    params = init(jax.random.key(0))
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    found, expected = (jax.jit(apply)(x, tokens()) for x in (narrow, params))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected, atol=0.05 * float(jnp.abs(expected).max())
     )
-    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
-    assert error(narrow, oracle) < 1e-2 and error(narrow, wide) < 5e-2
