@@ -30,21 +30,23 @@ rng = np.random.default_rng(0)
 def on_mesh(x):
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("data")), lambda part: x[part])
 x, y = on_mesh(rng.normal(size=(16, 3)).astype("f")), on_mesh(rng.normal(size=16).astype("f"))
+stored = hg.Stored()  # compiles fastest
 loss = lambda w, meta, step: jnp.mean((x @ w - y) ** 2)
 def objective(hypers, key):
-    return loss(hg.train(loss, jnp.zeros(3), {**hypers, "momentum": 0.5}, steps=4).params, None, 0)
+    hypers = {**hypers, "momentum": 0.5}
+    return loss(hg.train(loss, jnp.zeros(3), hypers, steps=4, adjoint=stored).params, None, 0)
 with jax.set_mesh(mesh):
     best = hg.meta.optimize(
         objective, {"learning_rate": np.full(4, 0.1, "f")}, steps=steps, checkpoint=folder + "/optimize.npz"
     )
     tuned = hg.tune(
         loss, np.zeros(3, "f"), {"learning_rate": 0.1}, steps=4, meta_steps=steps, trials=0,
-        optimizer=hg.sgd(), checkpoint=folder + "/tune.npz",
+        optimizer=hg.sgd(), adjoint=stored, checkpoint=folder + "/tune.npz",
     )
 images, labels = rng.normal(size=(40, 4)).astype("f"), np.arange(40) % 2
 made = hg.distill(
     hg.nets.mlp((4, 2)), images, labels, hg.Recipe(steps=3), meta_steps=steps,
-    checkpoint=folder + "/distill.npz",
+    adjoint=stored, checkpoint=folder + "/distill.npz",
 )
 rates = best.hypers["learning_rate"].tolist()
 print(json.dumps([rates, float(tuned.hypers["learning_rate"]), made.images.tolist()]))
