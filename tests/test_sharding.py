@@ -174,6 +174,31 @@ def test_automatic_axes(layout: str) -> None:
     np.testing.assert_allclose(numbers(ours), numbers(theirs), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.devices
+def test_gradients_and_results_by_column_of_parameters_by_row() -> None:
+    mesh = mesh_of(AxisType.Auto)
+    rows, columns = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P(None, "data"))
+    start = (0.1 * RNG.normal(size=(32, 16))).astype("f")
+    inputs = RNG.normal(size=(8, 32)).astype("f")
+
+    def evaluated(train: Train, params: Any, constrain: Any, **settings: Any) -> Any:
+        def loss(w: Any, meta: Any, step: Any) -> Any:
+            return jnp.mean(jnp.exp(meta) * (jnp.tanh(inputs @ constrain(w)) - 0.5) ** 2)
+
+        def objective(params: Any, rate: Any) -> Any:
+            w, losses = train(loss, params, rate, jnp.float32(0.2))
+            return loss(w, 0.0, 0) + jnp.sum(losses)
+
+        return jax.jit(jax.value_and_grad(objective, (0, 1)), **settings)(params, RATE)
+
+    by_column = partial(jax.lax.with_sharding_constraint, shardings=columns)
+    whole = NamedSharding(mesh, P())
+    placed = {"out_shardings": (whole, (columns, whole))}
+    ours = evaluated(trained(hg.Reversible()), jax.device_put(start, rows), by_column, **placed)
+    theirs = evaluated(plain, start, lambda w: w)
+    np.testing.assert_allclose(numbers(ours), numbers(theirs), rtol=2e-5, atol=2e-6)
+
+
 # ---- messages
 
 

@@ -95,7 +95,7 @@ def optimize(
       checkpoint: file to resume from if it exists, and to write atomically during the run.  It identifies
         the objective with everything it closes over, the optimizer and every argument that decides the
         result, and is refused by a call in which any of them differs.  Only one process at a time can use
-        it.
+        it, or several joined by ``jax.distributed.initialize``, of which the first one writes it.
       checkpoint_every: write the checkpoint every this many iterations (evaluations for LBFGSB), >= 1.
       progress: show on stderr what is compiled, and then a progress bar with the time left; without a
         terminal or notebook, a line every ten seconds.
