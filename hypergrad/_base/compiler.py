@@ -56,26 +56,50 @@ def hidden(tree: PyTree) -> PyTree:
     return jax.lax.optimization_barrier(tree)
 
 
+MOVING = {
+    "broadcast_in_dim", "concatenate", "conv_general_dilated", "copy", "dot_general", "dynamic_slice",
+    "dynamic_update_slice", "gather", "iota", "pad", "reshape", "rev", "scatter", "scatter-add", "slice",
+    "squeeze", "transpose",
+}  # fmt: skip
+CALLS = {
+    "jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}  # fmt: skip
+
+
 def literal(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
-    """Evaluate a function operation by operation: the compiler sees none together with another.
+    """Evaluate a function with every operation of arithmetic as it is written, `hidden` from the others.
+
+    What moves numbers may still be put together with what multiplies matrices, and functions that are
+    called are written out.
 
     Args:
       function: a pure function of its arguments.
       arguments: pytrees of arrays.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    jaxpr = closed.jaxpr
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *jax.tree.leaves(arguments)]))
 
-    def read(v: Any) -> Any:
-        return values[v] if isinstance(v, Var) else v.val
+    def run(jaxpr: Any, given: list[Any]) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], given))
 
-    for eqn in jaxpr.eqns:
-        given = hidden([read(v) for v in eqn.invars])
-        with eqn.ctx.manager:
-            found = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
-        values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found]))
-    return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in jaxpr.outvars])
+        def read(v: Any) -> Any:
+            return values[v] if isinstance(v, Var) else v.val
+
+        for eqn in jaxpr.eqns:
+            name, operands = eqn.primitive.name, [read(v) for v in eqn.invars]
+            if name in CALLS:
+                called = eqn.params[CALLS[name]]
+                found = run(called.jaxpr, [*called.consts, *operands])
+            else:
+                operands = operands if name in MOVING else hidden(operands)
+                with eqn.ctx.manager:
+                    found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+                found = found if eqn.primitive.multiple_results else [found]
+            values.update(zip(eqn.outvars, found))
+        return [read(v) for v in jaxpr.outvars]
+
+    found = run(closed.jaxpr, [*closed.consts, *jax.tree.leaves(arguments)])
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 def in_place(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Int32
 
 from hypergrad import sums
 from hypergrad._base.checks import is_whole
-from hypergrad._base.compiler import noinline
+from hypergrad._base.compiler import literal, noinline
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step
 from hypergrad.bundles import bundles
 
@@ -126,7 +127,7 @@ class Shards:
         def of_device(always_true: Flag, at: Any, *others: PyTree) -> Any:
             def add(totals: list[sums.Sum], at: Any) -> Any:
                 # In isolation, so that a part has the same bits whatever surrounds it.
-                found, apart = noinline(always_true, of_part, *at, *others)
+                found, apart = noinline(always_true, partial(literal, of_part), *at, *others)
                 return [sums.add(total, x) for total, x in zip(totals, rows.joined(_real(found)))], apart
 
             return jax.lax.scan(add, [sums.zero(x) for x in jax.eval_shape(rows.joined, rows.like)], at)
