@@ -74,13 +74,13 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "784-50-50-50-10, batch 200": Workload(nets.mlp((784, 50, 50, 50, 10)), (784,), 10, 200, 100),
-    "784-100-100-10, batch 64": Workload(nets.mlp((784, 100, 100, 10)), (784,), 10, 64, 100),
-    "784-512-512-10, batch 128": Workload(nets.mlp((784, 512, 512, 10)), (784,), 10, 128, 36),
+    "784-50-50-50-10, batch 200": Workload(nets.mlp((784, 50, 50, 50, 10)), (784,), 10, 200, 400),
+    "784-100-100-10, batch 64": Workload(nets.mlp((784, 100, 100, 10)), (784,), 10, 64, 400),
+    "784-512-512-10, batch 128": Workload(nets.mlp((784, 512, 512, 10)), (784,), 10, 128, 100),
     "transformer": Workload(
-        nets.transformer(64, 32, width=64, depth=2, heads=4), (32,), 64, 16, 64, tokens=True
+        nets.transformer(64, 32, width=64, depth=2, heads=4), (32,), 64, 16, 100, tokens=True
     ),
-    "ConvNet": Workload(nets.convnet((16, 16, 3), 10, width=32, depth=2), (16, 16, 3), 10, 32, 36),
+    "ConvNet": Workload(nets.convnet((16, 16, 3), 10, width=32, depth=2), (16, 16, 3), 10, 32, 100),
 }
 FAST = {"64-30-10, batch 20": Workload(nets.mlp((64, 30, 10)), (64,), 10, 20, 9)}
 
@@ -220,11 +220,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", choices=list(WORKLOADS), help="networks (default all)")
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--brief", action="store_true", help="only Reversible and the rival")
-    parser.add_argument("--rounds", type=int, help="calls of each (default 7)")
+    parser.add_argument("--rounds", type=int, help="calls of each (default 5)")
     parser.add_argument("--core", type=int, default=0, help="the core that everything runs on (default 0)")
     parser.add_argument("--output", type=Path, help=f"where the report goes (default {RESULTS.name})")
     args = parser.parse_args(arguments)
-    args.rounds = args.rounds or (1 if args.fast else 7)
+    args.rounds = args.rounds or (1 if args.fast else 5)
     args.output = args.output or (None if args.fast or args.brief or args.problems else RESULTS)
     return args
 

@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
+from hypergrad._base.compiler import compiled_once
 from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
@@ -307,7 +308,7 @@ class _Playback(NamedTuple):
     def _forward(self, *arguments: Any) -> tuple[Solution, _Record]:
         with jax.enable_x64(True):
             # Compiled as one program even if the caller does not use jit.
-            solution, record = jax.jit(self._forward_unchecked, inline=True)(*arguments)
+            solution, record = compiled_once(self._forward_unchecked, *arguments)
         return self.refuse(solution, record.health), record
 
     def _forward_unchecked(self, *arguments: Any) -> tuple[Solution, _Record]:
@@ -352,7 +353,7 @@ class _Playback(NamedTuple):
 
     def _backward(self, *given: Any) -> tuple[list[Leaf], list[Array]]:
         with jax.enable_x64(True):
-            result, health = jax.jit(self._backward_unchecked, inline=True)(*given)
+            result, health = compiled_once(self._backward_unchecked, *given)
         # Failures of the run forwards are raised here too: under jit the compiler drops a check if only an
         # unused value depends on it, and without jit nobody may have looked at the result.
         return self.refuse(result, health)
