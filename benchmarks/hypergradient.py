@@ -72,6 +72,7 @@ AGREEMENT = 1e-3  # relative difference of hypergradients below which contestant
 AFFORDABLE = 8_000  # steps: all calls of a contestant together, and the longest run of one not in `LONG`
 
 Params = tuple[nets.Dense, ...]
+Loss = Callable[..., Array]  # loss(params, data, rows)
 
 
 # ---- the problem
@@ -205,12 +206,14 @@ OPTIMIZERS = {
 Contestant = Callable[[Training, Array, Arrays], Params]
 
 
-def plain_loop(training: Training, rates: Array, arrays: Arrays) -> tuple[Any, Any, Any]:
+def plain_loop(
+    training: Training, rates: Array, arrays: Arrays, inner: Loss = loss
+) -> tuple[Any, Any, Any]:
     """Step, start and inputs of a scan that trains in plain JAX; parameters come first in its carry."""
 
     def step(carry: tuple[Params, ...], x: tuple[Array, Array, Array]) -> Any:
         rate, n, rows = x
-        gradient = jax.grad(loss)(carry[0], (arrays.inputs, arrays.labels), rows)
+        gradient = jax.grad(inner)(carry[0], (arrays.inputs, arrays.labels), rows)
         leaves = zip(*map(jax.tree.leaves, (gradient, *carry)))
         moved = zip(*(training.update(rate, n, *leaf) for leaf in leaves))
         return tuple(map(jax.tree.structure(gradient).unflatten, moved)), None
@@ -220,17 +223,17 @@ def plain_loop(training: Training, rates: Array, arrays: Arrays) -> tuple[Any, A
     return step, start, (rates, 1 + jnp.arange(rates.shape[0]), arrays.indices)
 
 
-def scanned(training: Training, rates: Array, arrays: Arrays) -> Params:
+def scanned(training: Training, rates: Array, arrays: Arrays, inner: Loss = loss) -> Params:
     """Plain training."""
-    return jax.lax.scan(*plain_loop(training, rates, arrays))[0][0]
+    return jax.lax.scan(*plain_loop(training, rates, arrays, inner))[0][0]
 
 
-def hypergrad_with(make: Callable[[Training, Array, Arrays], hg.Adjoint]) -> Contestant:
+def hypergrad_with(make: Callable[[Training, Array, Arrays], hg.Adjoint], inner: Loss = loss) -> Contestant:
     """Training with hypergrad."""
 
     def run(training: Training, rates: Array, arrays: Arrays) -> Params:
         return hg.train(
-            loss,
+            inner,
             arrays.params,
             {"learning_rate": rates, **training.hypers},
             (arrays.inputs, arrays.labels),
@@ -256,14 +259,14 @@ def in_segments(training: Training, rates: Array, arrays: Arrays) -> hg.Reversib
     return hg.Reversible(segments=min(divisors, key=lambda S: S * start + steps / S * step))
 
 
-def rematerialised(checkpoint_steps: bool) -> Contestant:
+def rematerialised(checkpoint_steps: bool, inner: Loss = loss) -> Contestant:
     """√T rematerialisation as a user of plain JAX writes it: a scan of checkpointed scans."""
 
     def run(training: Training, rates: Array, arrays: Arrays) -> Params:
         steps = rates.shape[0]
         # Many short segments: a step inside one keeps more than a state between two.
         segments = next(n for n in range(math.isqrt(steps - 1) + 1, steps + 1) if steps % n == 0)
-        step, start, xs = plain_loop(training, rates, arrays)
+        step, start, xs = plain_loop(training, rates, arrays, inner)
         if checkpoint_steps:
             step = jax.checkpoint(step, prevent_cse=False)
 

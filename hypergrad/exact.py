@@ -155,21 +155,24 @@ def _digits(
     x: Floats, radix: Int32[Array, ""], words: int
 ) -> tuple[Int64[Array, "*leaf"], tuple[Words, ...]]:
     """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
-    wide = jnp.asarray(x, jnp.float64) * _power(jnp.where(radix == UNSET, 0, radix))
+    # In digits of 47 bits, two in all, or of 42 bits, three: fewer than in words.
+    digit = {1: 47, 2: 42}[words]
+    below = DIGITS * words - digit * words  # where the first one ends, as seen from the last digit of high
+    wide = x.astype(jnp.float64) * (_power(jnp.where(radix == UNSET, 0, radix)) * 2.0**below)
     # A NaN is not below the limit and saturates too, so that `fits` sees it.
-    limit = 2.0 * LIMIT - 1024
-    wide = jnp.maximum(jnp.where(wide < limit, wide, limit), -limit)
-    signed, wide = [], wide * (1.0 / BASE)
+    limit = (2.0 * LIMIT - 1024) * 2.0**below
+    rest = jnp.where(wide < limit, wide, limit)
+    rest = jnp.where(rest > -limit, rest, -limit)
+    signed: list[Array] = []
     for _ in range(words + 1):
-        whole = jnp.trunc(wide)
-        signed.append(_to_integer(whole))
-        wide = (wide - whole) * BASE  # exact: both floats begin with the same digits
-    carry = _to_integer(wide)
-    low: list[Array] = []
-    for digit in reversed(signed[1:]):
-        low.insert(0, carry.astype(jnp.uint32))
-        carry = digit + (carry >> DIGITS)
-    return (signed[0] << DIGITS) + carry, tuple(low)
+        signed.append(_to_integer(rest))
+        rest = (rest - jnp.round(rest)) * 2.0**digit  # exact: both floats begin with the same digits
+    first, *others, last = signed
+    if not others:
+        return (first << 15) + (last >> DIGITS), (last.astype(jnp.uint32),)
+    (middle,) = others
+    low = ((middle << 10) + (last >> DIGITS)).astype(jnp.uint32), last.astype(jnp.uint32)
+    return (first << 20) + ((middle + (last >> 42)) >> 22), low
 
 
 def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
@@ -216,7 +219,9 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
 def fits(number: Fixed) -> Bool[Array, ""]:
     """Whether every element lies inside the range: ``all(|high| < 2**62)``."""
     with jax.enable_x64(True):
-        return jnp.all((number.high < LIMIT) & (number.high > -LIMIT))
+        # Both are at least 0 inside the range, and then the first bit of all of them is 0.
+        signs = (LIMIT - 1 + number.high) | (LIMIT - 1 - number.high)
+        return jax.lax.reduce(signs, np.int64(0), jax.lax.bitwise_or, range(signs.ndim)) >= 0
 
 
 def shift(number: Fixed, amount: Floats) -> Fixed:
@@ -523,19 +528,22 @@ def unscale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[F
 
 def scaled(number: Fixed, register: Words, ratio: Ratio) -> tuple[Fixed, Words, Bytes]:
     """`scale` without the tape: the number, the register, and the byte that left it, if one did."""
+    # A compiler computes anew, in the loop for each array, what several arrays come from, unless it is one
+    # of them and made of two.  So what is costly is computed for one array alone, and read off that for
+    # the others, modulo 2**32.
     with jax.enable_x64(True):
         n, full, old, new = ratio
+        n32 = n.astype(jnp.uint32)
         q = number.low[-1].astype(jnp.uint64) * old + register.astype(jnp.uint64)
-        digit = _quotient(q, new)
-        register, byte = _cut(q - digit * new, full)
-        # The upper digits times n, plus the new digit; carry + word * n < 2**64.
-        carry = digit
-        low: list[Array] = []
-        for word in reversed([_lower(number.high), *(w.astype(jnp.uint64) for w in number.low[:-1])]):
-            total = word * n + carry
-            low.insert(0, total.astype(jnp.uint32))
-            carry = (total - low[0].astype(jnp.uint64)) >> DIGITS  # read off the new word, as in `shift`
+        # The upper digits times n, plus the new digit; carry + word * n < 2**64, and the carry is below n.
+        carry, digits, low = _quotient(q, new), [], list[Array]()
+        for word in reversed([number.high.astype(jnp.uint32), *number.low[:-1]]):
+            low.insert(0, word * n32 + carry)
+            digits.append(low[0] - word * n32)
+            carry = _upper(word.astype(jnp.uint64) * n + digits[-1].astype(jnp.uint64))
         high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
+        byte = (q.astype(jnp.uint32) - digits[0] * new.astype(jnp.uint32)).astype(jnp.uint8)
+        register = _cut(q - digits[0].astype(jnp.uint64) * new, full)
         return Fixed(high, tuple(low), number.radix), register, byte
 
 
@@ -543,23 +551,25 @@ def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple
     """Undo `scaled`."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
+        n32 = n.astype(jnp.uint32)
         # Long division by n, in base 2**32.  The top digit of the scaled number is below n in size and
         # hence its own remainder, or its remainder minus n.
         top = number.high >> DIGITS
-        remainder = jnp.where(top < 0, top + n.astype(jnp.int64), top).astype(jnp.uint64)
-        quotients = []
-        for word in [_lower(number.high), *(w.astype(jnp.uint64) for w in number.low)]:
-            dividend = (remainder << DIGITS) | word
-            quotients.append(_quotient(dividend, n))
-            remainder = dividend - quotients[-1] * n
-        high = (quotients[0] << DIGITS | quotients[1]).astype(jnp.int64)
-        # The remainder once more, from the new words.
-        lowest = [high, *quotients[2:]][-1].astype(jnp.uint32)
-        last = number.low[-1] - lowest * n.astype(jnp.uint32)
-        q = last.astype(jnp.uint64) * new + _uncut(register, byte, full)
-        word = _quotient(q, old)
-        low = (*(q.astype(jnp.uint32) for q in quotients[2:]), word.astype(jnp.uint32))
-        return Fixed(high, low, number.radix), (q - word * old).astype(jnp.uint32)
+        remainder = jnp.where(top < 0, top + n.astype(jnp.int64), top).astype(jnp.uint32)
+        word = number.high.astype(jnp.uint32)
+        first = _quotient(_word(remainder, word), n)
+        second = _quotient(_word(word - first * n32, number.low[0]), n)
+        high = (first.astype(jnp.int64) << DIGITS) | second.astype(jnp.int64)
+        # What remains is read off the new words, as in `scaled`.
+        last, low = number.low[0] - high.astype(jnp.uint32) * n32, list[Array]()
+        for word in number.low[1:]:
+            low.append(_quotient(_word(last, word), n))
+            last = word - low[-1] * n32
+        long = _uncut(register, byte, full)
+        q = last.astype(jnp.uint64) * new + long
+        low.append(_quotient(q, old))
+        register = q.astype(jnp.uint32) - low[-1] * old.astype(jnp.uint32)
+        return Fixed(high, tuple(low), number.radix), register
 
 
 def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) -> tuple[Buffer, Tape]:
@@ -582,8 +592,8 @@ def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) 
         bits = buffer.bits + cost_of_levels(levels)
         full = spilled(bits) > spilled(buffer.bits)
         longer = buffer.register.astype(jnp.uint64) * levels + digit.astype(jnp.uint64)
-        register, byte = _cut(longer, full)
-        return Buffer(register, bits), written(tape, byte, full, buffer.bits)
+        tape = written(tape, longer.astype(jnp.uint8), full, buffer.bits)
+        return Buffer(_cut(longer, full), bits), tape
 
 
 def pop(levels: int, buffer: Buffer, tape: Tape) -> tuple[Int32[Array, "*leaf"], Buffer]:
@@ -605,17 +615,25 @@ def pop(levels: int, buffer: Buffer, tape: Tape) -> tuple[Int32[Array, "*leaf"],
         return (longer - register * levels).astype(jnp.int32), Buffer(register.astype(jnp.uint32), bits)
 
 
-def _quotient(dividend: UInt64[Array, "*leaf"], divisor: Numerators) -> UInt64[Array, "*leaf"]:
+def _quotient(dividend: UInt64[Array, "*leaf"], divisor: Numerators) -> Words:
     """A quotient below ``2**32`` of unsigned 64-bit integers, with a divisor below ``2**62``.
 
-    Processors have no fast integer division.  The quotient of floats is off by at most one and then
-    corrected.
+    Processors have no fast integer division.  The quotient of floats, rounded to the nearest integer, is
+    the right one or one more.
     """
     quotient = _to_integer(_from_word(dividend) / divisor.astype(jnp.float64))
-    signed = divisor.astype(jnp.int64)
-    remainder = dividend.astype(jnp.int64) - quotient * signed  # wraps twice, so the result is right
-    quotient += (remainder >= signed).astype(jnp.int64) - (remainder < 0).astype(jnp.int64)
-    return quotient.astype(jnp.uint64)
+    remainder = dividend.astype(jnp.int64) - quotient * divisor.astype(jnp.int64)  # wraps twice: right
+    return quotient.astype(jnp.uint32) - (remainder < 0).astype(jnp.uint32)
+
+
+def _word(upper: Words, lower: Words) -> UInt64[Array, "*leaf"]:
+    """The 64-bit word of two halves."""
+    return (upper.astype(jnp.uint64) << DIGITS) | lower.astype(jnp.uint64)
+
+
+def _upper(word: UInt64[Array, "..."]) -> Words:
+    """The upper half of a word."""
+    return (word >> DIGITS).astype(jnp.uint32)
 
 
 def _lower(word: UInt64[Array, "..."]) -> UInt64[Array, "..."]:
@@ -623,10 +641,9 @@ def _lower(word: UInt64[Array, "..."]) -> UInt64[Array, "..."]:
     return word.astype(jnp.uint64) & jnp.uint64(BASE - 1)
 
 
-def _cut(register: Words, full: Flags) -> tuple[Array, Array]:
-    """Cut a byte off registers that have become too long; returns the registers and the byte."""
-    byte = register.astype(jnp.uint8)
-    return jnp.where(full, register >> 8, register).astype(jnp.uint32), byte
+def _cut(register: UInt64[Array, "*leaf"], full: Flags) -> Words:
+    """Cut the last byte off registers that have become too long."""
+    return jnp.where(full, register >> 8, register).astype(jnp.uint32)
 
 
 def _uncut(register: Words, byte: Bytes, full: Flags) -> Words:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import hypergradient as bench
+from benchmarks import time as times
 
 STEPS = 12
 TINY = bench.Problem(sizes=(8, 4), rows=40, batch=5, outer_rows=10)
@@ -180,3 +181,23 @@ def test_exactness_is_not_claimed_where_reversal_fails(monkeypatch):
     monkeypatch.setattr(bench.hg, "train", other)
     with pytest.raises(jax.errors.JaxRuntimeError):
         bench.check_exactness(TINY, "momentum", STEPS)
+
+
+@pytest.mark.slow
+def test_times_are_compared_with_plain_training_and_the_rival():
+    work = times.FAST["64-30-10, batch 20"]
+    everyone = times.runners("small", work, "momentum", brief=False)
+    times.timed(everyone, rounds=2)
+    rows = [runner.row for runner in everyone]
+    times.compared(rows)
+    names = [row["contestant"] for row in rows]
+    assert names[:3] == [bench.PLAIN, bench.REMAT, bench.REVERSIBLE] and len(names) == len(set(names)) == 6
+    assert [row["promised"] is None for row in rows] == [True, True, False, False, False, False]
+    for row in rows:
+        assert row["seconds"] == min(row["times"]) > 0 and len(row["times"]) == 2
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / rows[0]["seconds"])
+    assert rows[1]["rival_ratio"] == rows[1]["compile_ratio"] == 1
+    assert len(times.table(rows).splitlines()) == 7
+    found = [np.asarray(runner.call(*runner.arguments)) for runner in everyone[1:]]
+    for gradient in found[1:]:
+        np.testing.assert_allclose(gradient, found[0], rtol=0, atol=1e-4 * np.abs(found[0]).max())

@@ -71,6 +71,66 @@ def test_what_many_use_is_computed_once(evaluate: Callable[..., Any]) -> None:
     assert (sines > 1) if evaluate is plainly else (sines == 1)
 
 
+def compiled_in(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and how many programs it compiled."""
+    found: list[str] = []
+
+    def listen(name: str, *_: Any, **__: Any) -> None:
+        found.extend([name] if "backend_compile" in name else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        return call(), len(found)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_equal_programs_are_compiled_once() -> None:
+    def scaled(factor: float, add: bool) -> Any:
+        return lambda x, y: {"sum": factor * (x + y)} if add else {"sum": factor * x}
+
+    def evaluate(factor: float, add: bool, x: Any = A) -> Any:
+        return jax.block_until_ready(compiler.compiled_once(scaled(factor, add), x, B)["sum"])
+
+    compiler._COMPILED.clear()
+    for factor, add, expected in [(3.0, True, 1), (3.0, True, 0), (5.0, True, 1), (3.0, False, 1)]:
+        found, count = compiled_in(lambda factor=factor, add=add: evaluate(factor, add))
+        np.testing.assert_array_equal(found, factor * (A + B) if add else factor * A)
+        assert count == expected
+    # Only one argument is used, and it is another one.
+    other, count = compiled_in(lambda: compiler.compiled_once(lambda x, y: {"sum": 3.0 * y}, A, B)["sum"])
+    np.testing.assert_array_equal(other, 3.0 * B)
+    assert count == 1
+    for constant in (np.arange(5000.0), 2 * np.arange(5000.0), jnp.arange(5000.0)):
+        shifted = compiler.compiled_once(lambda x, c=constant: x + jnp.float32(c), jnp.zeros(5000))
+        np.testing.assert_array_equal(shifted, constant)
+    for k in range(compiler.MOST_COMPILED):
+        evaluate(10.0 + k, True)
+    assert len(compiler._COMPILED) == compiler.MOST_COMPILED
+
+
+def test_a_program_that_calls_python_is_its_own() -> None:
+    def calling(number: float) -> Any:
+        answer = lambda x: np.float32(number) * x  # noqa: E731
+        return lambda x: jax.pure_callback(answer, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    one = jnp.float32(1)
+    assert [float(compiler.compiled_once(calling(k), one)) for k in (2.0, 3.0)] == [2.0, 3.0]
+
+
+@pytest.mark.slow
+def test_a_hypergradient_outside_of_jit_is_compiled_once() -> None:
+    def outer(rate: Any) -> Any:
+        loss = lambda w, meta, step: jnp.sum(jnp.tanh(w) ** 2)  # noqa: E731
+        return jnp.sum(hg.train(loss, A, {"learning_rate": rate, "momentum": 0.9}, steps=5).params)
+
+    first, compiled = compiled_in(lambda: jax.grad(outer)(0.1))
+    again, none = compiled_in(lambda: jax.grad(outer)(0.1))
+    assert compiled > 0 and none == 0 and first == again
+    other, _ = compiled_in(lambda: jax.grad(lambda rate: outer(2 * rate))(0.05))
+    assert float(other) == pytest.approx(2 * float(first))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [True, False])
 def test_integers_stay_where_they_are(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from hypergrad import exact
 from hypergrad._base.checks import is_whole
-from hypergrad._base.compiler import always_true, hidden
+from hypergrad._base.compiler import always_true, compiled_once, hidden
 from hypergrad._base.explicit import spec_of, with_automatic_axes
 from hypergrad._base.notebook import short_traceback
 from hypergrad._base.opaque import with_rule
@@ -363,7 +363,7 @@ class _Playback(NamedTuple):
     def _forward(self, *arguments: Any) -> tuple[Solution, _Record]:
         with jax.enable_x64(True):
             # Compiled as one program even if the caller does not use jit.
-            solution, record = jax.jit(self._forward_unchecked, inline=True)(*arguments)
+            solution, record = compiled_once(self._forward_unchecked, *arguments)
         return self.refuse(solution, record.health), record
 
     def _forward_unchecked(self, *arguments: Any) -> tuple[Solution, _Record]:
@@ -408,7 +408,7 @@ class _Playback(NamedTuple):
 
     def _backward(self, *given: Any) -> tuple[list[Leaf], list[Array]]:
         with jax.enable_x64(True):
-            result, health = jax.jit(self._backward_unchecked, inline=True)(*given)
+            result, health = compiled_once(self._backward_unchecked, *given)
         # Failures of the run forwards are raised here too: under jit the compiler drops a check if only an
         # unused value depends on it, and without jit nobody may have looked at the result.
         return self.refuse(result, health)
