@@ -246,8 +246,8 @@ def learn(config: Config, s: Setting, start: Hypers, checkpoint: Path | None) ->
     return {"hypers": found.hypers, "loss": found.history.loss}
 
 
-def judge(config: Config, s: Setting, hypers: Hypers) -> dict[str, np.ndarray]:
-    """Train with given hyperparameters from unseen seeds: the losses on some windows of the test files."""
+def judge(config: Config, s: Setting) -> Callable[[Hypers], dict[str, np.ndarray]]:
+    """A function that trains with hyperparameters from unseen seeds: losses on some windows of test files."""
     run = trainer(config, s, hg.Stored())
 
     @jax.jit
@@ -256,7 +256,7 @@ def judge(config: Config, s: Setting, hypers: Hypers) -> dict[str, np.ndarray]:
 
     keys = [jax.random.key(UNSEEN + k) for k in range(config.judged_on)]
     few = s.test[:: max(1, len(s.test) // config.judged_windows)][: config.judged_windows]
-    return {"loss": np.array([loss(s.train, few, hypers, key) for key in keys], np.float64)}
+    return lambda hypers: {"loss": np.array([loss(s.train, few, hypers, key) for key in keys], np.float64)}
 
 
 # ---- what is reported
@@ -284,10 +284,10 @@ def main(config: Config, checkpoints: str | None = None, output: str | None = No
         "best cosine": warmup_cosine(best, config.steps),
         "learned": expanded(hypers, config.steps),
     }
-    losses = {}
+    losses, judging = {}, judge(config, s)
     for name, hypers in contestants.items():
         place = saved and saved / f"judged {name}.json"
-        judged = records.remembered(place, [config, hypers], lambda h=hypers: judge(config, s, h))
+        judged = records.remembered(place, [config, hypers], lambda h=hypers: judging(h))
         losses[name] = np.asarray(judged["loss"])
     differences = {
         name: statistics.paired(losses["learned"], each)
