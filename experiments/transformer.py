@@ -247,7 +247,7 @@ def learn(config: Config, s: Setting, start: Hypers, checkpoint: Path | None) ->
 
 
 def judge(config: Config, s: Setting) -> Callable[[Hypers], dict[str, np.ndarray]]:
-    """A function that trains with hyperparameters from unseen seeds: losses on some windows of test files."""
+    """A function of hyperparameters: the test losses of runs with them from unseen seeds."""
     run = trainer(config, s, hg.Stored())
 
     @jax.jit
