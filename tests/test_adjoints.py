@@ -475,7 +475,7 @@ def test_first_numbers_that_say_nothing_of_later_ones_are_refused_until_a_radix_
     assert float(end(hypers, moved, far)) == pytest.approx(2e5, rel=1e-3)
 
 
-@pytest.mark.parametrize("adjoint", [hg.Reversible, hg.Checkpointed])
+@pytest.mark.parametrize("adjoint", [pytest.param(hg.Reversible, marks=pytest.mark.slow), hg.Checkpointed])
 def test_starts_of_segments_may_wait_on_the_host(adjoint: Any) -> None:
     """Where there is such a memory; on a processor it is the same, and so are the numbers."""
 

@@ -100,7 +100,7 @@ def adjoints_of(optimizer: Any) -> list[Any]:
     return [hg.Reversible(), hg.Stored()] if optimizer.reversible else [hg.Stored(), hg.Checkpointed()]
 
 
-@pytest.mark.quick("adam-first")
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 @every("adam")

@@ -169,6 +169,7 @@ def test_two_runs_are_one_bit_for_bit() -> None:
     jax.tree.map(np.testing.assert_array_equal, whole[::4], second[::4])
 
 
+@pytest.mark.slow
 def test_an_average_over_a_hundred_steps_is_undone_bit_for_bit() -> None:
     """The library compares the start; value and slope are those of the sum in closed form."""
 

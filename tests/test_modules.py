@@ -171,6 +171,7 @@ def test_rates_may_be_shaped_like_a_module() -> None:
     np.testing.assert_array_equal(found[2], found[3])
 
 
+@pytest.mark.slow
 def test_modules_in_a_tree_and_in_a_problem() -> None:
     parts = {"body": eqx.nn.MLP(3, 4, 4, 1, key=jax.random.key(0)), "head": jnp.ones((4, 2))}
 

@@ -55,6 +55,7 @@ def unscaled_adam(steps: int, dtype: Any = np.float64) -> Any:
     return jax.value_and_grad(outer)(bench.ones("adam", dtype))
 
 
+@pytest.mark.slow
 def test_adam_is_right_in_all_units():
     rows = bench.measure("adam", 20, EXTREME)
     assert [r["result"] for r in rows] == [bench.RIGHT] * len(EXTREME)

@@ -31,7 +31,7 @@ def of(numbers: Any, dtype: Any) -> Any:
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_sums_are_exact_to_one_rounding_in_any_order(name: str, data: Any) -> None:
     dtype, width = KINDS[name]
     floats = st.floats(width=width, allow_nan=False, allow_infinity=False, allow_subnormal=False)

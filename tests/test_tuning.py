@@ -35,7 +35,9 @@ def trained_by_optax(transformation: Any) -> float:
     return float(loss(params, None, 0))
 
 
-@pytest.mark.parametrize("optimizer", [hg.adam(), hg.nesterov()], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(hg.adam(), marks=pytest.mark.slow), hg.nesterov()], ids=lambda x: x.name
+)
 def test_the_tuned_optimizer_trains_better_in_optax(optimizer: Any) -> None:
     start = {"learning_rate": 2e-3}
     settings = {"steps": STEPS, "meta_steps": 10, "progress": False}

@@ -202,7 +202,8 @@ def compiled_once(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree
 
     Args:
       function: a pure function.
-      arguments: pytrees of arrays; if any is traced, the function becomes part of what is traced.
+      arguments: pytrees of arrays; if any is traced, or what the function closes over is, the function becomes
+        part of what is traced.
     """
     leaves: list[Any]
     structure: Any
@@ -218,6 +219,8 @@ def compiled_once(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree
 
     # Were unused arguments dropped, programs could be equal that use different ones.
     traced = jax.jit(flat, keep_unused=True).trace(*leaves)
+    if len(traced.jaxpr.in_avals) > len(leaves):  # it closes over what is traced
+        return jax.jit(function, inline=True)(*arguments)
     lowered = traced.lower()
     text = lowered.as_text()
     if "callback" in text or "CustomSPMDPartitioning" in text:

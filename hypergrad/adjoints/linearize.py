@@ -78,29 +78,38 @@ def _gradient(
     return evaluate(params, (loss_constants, batch))
 
 
+class Segments(NamedTuple):
+    """The segments of a run, each of which is computed again on the way back.
+
+    Attributes:
+      number: how many, at least 1.
+      offload: whether their starts are kept in the memory of the host.
+    """
+
+    number: int
+    offload: bool = False
+
+
 def in_segments(
     run: Run,
-    segments: int,
+    segments: Segments,
     start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
     gradient: Gradient | None = None,
-    *,
-    offload: bool = False,
 ) -> Solution:
     """A run in segments, each of which is computed again on the way back (rematerialization).
 
     Args:
       run: the run.
-      segments: how many, at least 1.
+      segments: how many, and where their starts are kept.
       start: the float state before the first step.
       constants: what is the same at every step.
       inputs: what differs from step to step.
       gradient: as for `Run.step`; by default `gradient_of` the run.
-      offload: whether the starts of segments are kept in the memory of the host.
     """
     gradient = gradient_of(run) if gradient is None else gradient
-    length = -(-run.steps // max(1, min(segments, run.steps)))
+    length = -(-run.steps // max(1, min(segments.number, run.steps)))
     whole = run.steps // length
 
     to_host = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -110,9 +119,9 @@ def in_segments(
         offload_dst="pinned_host",
     )
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=to_host if offload else None)
+    @partial(jax.checkpoint, prevent_cse=False, policy=to_host if segments.offload else None)
     def segment(leaves: list[Leaf], x: Inputs) -> Solution:
-        leaves = checkpoint_name(leaves, START) if offload else leaves
+        leaves = checkpoint_name(leaves, START) if segments.offload else leaves
         return jax.lax.scan(lambda leaves, x: run.step(leaves, constants, x, gradient), leaves, x)
 
     cut = jax.tree.map(lambda x: x[: whole * length].reshape(whole, length, *x.shape[1:]), inputs)

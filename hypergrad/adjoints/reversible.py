@@ -29,7 +29,7 @@ from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, pert
 from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
-from hypergrad.adjoints.linearize import in_segments
+from hypergrad.adjoints.linearize import Segments, in_segments
 from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, inexact_leaves
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
@@ -40,7 +40,7 @@ from hypergrad.program import PARAMS, Leaf
 
 def in_floats(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
     """The whole run in floats and in segments, differentiated by JAX alone: for higher derivatives."""
-    return in_segments(run, math.isqrt(run.steps), start, constants, inputs, run.plain_gradient)
+    return in_segments(run, Segments(math.isqrt(run.steps)), start, constants, inputs, run.plain_gradient)
 
 
 def _by_variable(name: str, given: Any) -> dict[str, Any]:

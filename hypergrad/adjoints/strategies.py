@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from hypergrad._base.checks import check_adjoint, is_whole
 from hypergrad._base.trees import tensordot
 from hypergrad._base.varying import axes_of, collectives, tracked
-from hypergrad.adjoints.linearize import gradient_of, in_segments
+from hypergrad.adjoints.linearize import Segments, gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
 from hypergrad.program import Leaf
 
@@ -100,7 +100,7 @@ class Checkpointed:
     def __call__(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
         """See `Adjoint`."""
         segments = math.isqrt(run.steps) if self.segments is None else self.segments
-        return in_segments(run, segments, start, constants, inputs, offload=self.offload)
+        return in_segments(run, Segments(segments, self.offload), start, constants, inputs)
 
 
 @dataclass(frozen=True)
