@@ -202,7 +202,7 @@ def compiled_once(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree
 
     Args:
       function: a pure function.
-      arguments: pytrees of arrays; if any is traced, or what the function closes over is, the function becomes
+      arguments: pytrees of arrays; if any is traced, or what the function closes over, the function becomes
         part of what is traced.
     """
     leaves: list[Any]
