@@ -4,6 +4,7 @@ The oracle is a loop in plain JAX on whole batches in float64; what must be the 
 bytes.  What needs several devices runs in processes of its own.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -155,22 +156,31 @@ def test_a_state_of_the_model_is_refused() -> None:
         )  # fmt: skip
 
 
+printed = functools.cache(elsewhere)  # what one device finds is compared with several others
+
+
 @pytest.mark.devices
-@pytest.mark.parametrize("model", ["mlp", "transformer"])
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize(
+    ("model", "optimizer", "devices"),
+    [
+        ("mlp", "adamw", 2),
+        ("mlp", "adamw", 8),
+        ("transformer", "momentum", 2),
+        pytest.param("mlp", "momentum", 8, marks=pytest.mark.slow),
+        pytest.param("transformer", "adamw", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_training_and_its_reversal_have_the_same_bits_on_any_number_of_devices(
-    model: str, optimizer: str
+    model: str, optimizer: str, devices: int
 ) -> None:
-    one, *others = (elsewhere(devices, model, optimizer) for devices in (1, 2, 8))
-    assert len(one) > 4
-    for other in others:
-        assert other == one
+    one = printed(1, model, optimizer)
+    assert len(one) == 7
+    assert elsewhere(devices, model, optimizer) == one
 
 
 @pytest.mark.devices
 def test_two_processes_find_the_same_bits() -> None:
-    one = elsewhere(1, "mlp", "adamw")
-    assert elsewhere(2, "mlp", "adamw", "--processes", "2") == one
+    assert elsewhere(2, "mlp", "adamw", "--processes", "2") == printed(1, "mlp", "adamw")
 
 
 @pytest.mark.devices
@@ -183,7 +193,11 @@ def test_a_run_goes_on_with_the_same_bits_on_other_devices(tmp_path: Path) -> No
 
 # Of 2 devices and 12 steps, with a loss and 6 arrays: the way forwards has 168 collectives.
 @pytest.mark.devices
-@pytest.mark.parametrize("flags", [["50"], ["250"], ["250", "--unchecked"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(["50"], marks=pytest.mark.slow), ["250"], ["250", "--unchecked"]],
+    ids=" ".join,
+)
 def test_one_wrong_collective_is_an_error(flags: list[str]) -> None:
     (said,) = elsewhere(2, "mlp", "momentum", "--spoil", *flags)
     assert said.startswith("ReversalError")
