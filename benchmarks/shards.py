@@ -11,7 +11,7 @@ One run by itself prints its digests:
 
     python -m benchmarks.shards mlp adamw                    # on the devices that there are
     python -m benchmarks.shards mlp adamw --processes 2      # on one device in each of two processes
-    python -m benchmarks.shards mlp momentum --spoil 50      # with a collective that goes wrong
+    python -m benchmarks.shards mlp momentum --spoil 31      # with a collective that goes wrong
 """
 
 import argparse
@@ -97,13 +97,13 @@ def spoil(call: int, checked: bool) -> None:
 
     def bad(_: Any) -> Any:
         count[0] += 1
-        return np.int64((count[0] == call) << 50)
+        return np.int32(count[0] == call)
 
     def wrong(limbs: Any, axes: Any) -> Any:
         received = right(limbs, axes)
-        number = jax.ShapeDtypeStruct((), np.int64)
-        added = jax.pure_callback(bad, number, received[0][0].ravel()[0])
-        first = received[0][0].ravel().at[0].add(added).reshape(received[0][0].shape)
+        number = jax.ShapeDtypeStruct((), np.int32)
+        added = jax.pure_callback(bad, number, received[0][0].ravel()[0]).astype(jnp.int64) << 50
+        first = received[0][0].ravel().at[-1].add(added).reshape(received[0][0].shape)
         return ((first, *received[0][1:]), *received[1:])
 
     sums._exchanged = wrong

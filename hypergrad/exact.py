@@ -221,7 +221,7 @@ def fits(number: Fixed) -> Bool[Array, ""]:
     with jax.enable_x64(True):
         # Both are at least 0 inside the range, and then the first bit of all of them is 0.
         signs = (LIMIT - 1 + number.high) | (LIMIT - 1 - number.high)
-        return jax.lax.reduce(signs, np.int64(0), jax.lax.bitwise_or, range(signs.ndim)) >= 0
+        return jnp.min(signs, initial=0) >= 0
 
 
 def shift(number: Fixed, amount: Floats) -> Fixed:

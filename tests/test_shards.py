@@ -185,19 +185,22 @@ def test_two_processes_find_the_same_bits() -> None:
 
 @pytest.mark.devices
 def test_a_run_goes_on_with_the_same_bits_on_other_devices(tmp_path: Path) -> None:
-    whole = elsewhere(1, "mlp", "momentum", "--forward")
-    state = str(tmp_path / "state.npz")
-    elsewhere(8, "mlp", "momentum", "--forward", "--until", "7", "--state", state)
-    assert elsewhere(2, "mlp", "momentum", "--forward", "--since", "7", "--state", state) == whole
+    run, state = ("mlp", "momentum", "--forward"), str(tmp_path / "state.npz")
+    elsewhere(8, *run, "--until", "7", "--state", state)
+    one, two = (elsewhere(devices, *run, "--since", "7", "--state", state) for devices in (1, 2))
+    assert one == two and one[0] == elsewhere(1, *run)[0]
 
 
-# Of 2 devices and 12 steps, with a loss and 6 arrays: the way forwards has 168 collectives.
+# Of 2 devices and 12 steps, the way forwards has 24 collectives; each step back has 2 for the gradient and
+# then 2 for its products.  Without a check, a wrong gradient is found because the start is not recovered.
+@pytest.mark.slow
 @pytest.mark.devices
-@pytest.mark.parametrize(
-    "flags",
-    [pytest.param(["50"], marks=pytest.mark.slow), ["250"], ["250", "--unchecked"]],
-    ids=" ".join,
-)
-def test_one_wrong_collective_is_an_error(flags: list[str]) -> None:
-    (said,) = elsewhere(2, "mlp", "momentum", "--spoil", *flags)
-    assert said.startswith("ReversalError")
+@pytest.mark.parametrize("flags", [["10"], ["31"], ["29", "--unchecked"]], ids=" ".join)
+def test_one_wrong_collective_gives_no_number(flags: list[str]) -> None:
+    """The device that finds it raises a ReversalError; others that wait for it are ended by the runtime."""
+    try:
+        said = elsewhere(2, "mlp", "momentum", "--spoil", *flags)
+    except RuntimeError as error:
+        assert "waiting for" in str(error) or "Termination timeout" in str(error)
+    else:
+        assert len(said) == 1 and said[0].startswith("ReversalError")
