@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hypergrad as hg
-from hypergrad.adjoints.linearize import gradient_of, in_segments
+from hypergrad.adjoints.linearize import Segments, gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution
 
 STEPS = 7
@@ -76,7 +76,9 @@ def test_segments_change_nothing(segments: int) -> None:
 
     def end(rates: Any) -> Any:
         scheduled = [leaf | {"learning_rate": rates} for leaf in inputs.hypers]
-        leaves, outputs = in_segments(run, segments, start, constants, inputs._replace(hypers=scheduled))
+        leaves, outputs = in_segments(
+            run, Segments(segments), start, constants, inputs._replace(hypers=scheduled)
+        )
         return jnp.sum(run.params_of(leaves)[0] ** 2), (leaves, outputs)
 
     rates = jnp.linspace(0.1, 0.2, STEPS)
