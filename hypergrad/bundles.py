@@ -104,7 +104,7 @@ def _added(
     result = [*numbers]
     for bundle in bundles([x.shape for x in amounts], [x.dtype for x in amounts]):
         of_bundle = [numbers[i] for i in bundle]
-        moved = in_place(always_true, move, _together(of_bundle), _joined([amounts[i] for i in bundle]))
+        moved = in_place(always_true, move, _together(of_bundle), joined([amounts[i] for i in bundle]))
         for i, number in zip(bundle, _apart(moved, of_bundle)):
             result[i] = number
     return result
@@ -128,10 +128,10 @@ def scale(
     for bundle in _scaled_alike(buffers):
         before, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
-        register = _joined([buffers[i].register for i in bundle])
+        register = joined([buffers[i].register for i in bundle])
         state = (_together(before), register, jnp.zeros(register.shape, jnp.uint8))
         number, register, byte = in_place(always_true, scaled, state, ratio)
-        parts = zip(_apart(number, before), _parted(register, shapes), _parted(byte, shapes))
+        parts = zip(_apart(number, before), parted(register, shapes), parted(byte, shapes))
         for i, state in zip(bundle, parts):
             tape = exact.written(tapes[i], state[2], grown[i].ratio.full, grown[i].before)
             result[i] = (state[0], Buffer(state[1], grown[i].after), tape)
@@ -156,11 +156,11 @@ def unscale(
     for bundle in _scaled_alike(buffers):
         after, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
-        register = _joined([buffers[i].register for i in bundle])
+        register = joined([buffers[i].register for i in bundle])
         rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
-        byte = _joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
+        byte = joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
         number, register = in_place(always_true, unscaled, (_together(after), register), byte, ratio)
-        for i, x, held in zip(bundle, _apart(number, after), _parted(register, shapes)):
+        for i, x, held in zip(bundle, _apart(number, after), parted(register, shapes)):
             result[i] = (x, Buffer(held, grown[i].before))
     return result
 
@@ -198,8 +198,8 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
             return exact.to_float(number, dtype)
 
         together = _together([numbers[i] for i in bundle])
-        joined = converted(together) if len(bundle) == 1 else computed(always_true, converted, together)
-        result |= zip(bundle, _parted(joined, [shapes[i] for i in bundle]))
+        row = converted(together) if len(bundle) == 1 else computed(always_true, converted, together)
+        result |= zip(bundle, parted(row, [shapes[i] for i in bundle]))
     return [result[i] for i in range(len(numbers))]
 
 
@@ -228,13 +228,13 @@ def coarseness(
 
     for bundle in bundles(shapes, [x.dtype for x in amounts]):
         radices = _repeated([numbers[i].radix for i in bundle], [shapes[i] for i in bundle])
-        joined = _joined([amounts[i] for i in bundle])
+        row = joined([amounts[i] for i in bundle])
         of_one = len(bundle) == 1
         with jax.enable_x64(True):
-            like = jax.eval_shape(_by_row, joined) if of_one else joined
+            like = jax.eval_shape(_by_row, row) if of_one else row
             nothing = jnp.zeros(like.shape, jnp.float64)
-            found = in_place(wanted, summed if of_one else lost, nothing, joined, radices)
-            parts = [found] if of_one else map(_by_row, _parted(found, [shapes[i] for i in bundle]))
+            found = in_place(wanted, summed if of_one else lost, nothing, row, radices)
+            parts = [found] if of_one else map(_by_row, parted(found, [shapes[i] for i in bundle]))
         result |= zip(bundle, parts)
     return [result[i] for i in range(len(amounts))]
 
@@ -274,25 +274,25 @@ def _by_row(x: Array) -> Array:
 
 def _together(numbers: Sequence[Fixed]) -> Fixed:
     """Numbers end to end, each element with the radix of its array."""
-    low = tuple(_joined(words) for words in zip(*(x.low for x in numbers)))
+    low = tuple(joined(words) for words in zip(*(x.low for x in numbers)))
     radix = _repeated([x.radix for x in numbers], [x.high.shape for x in numbers])
-    return Fixed(_joined([x.high for x in numbers]), low, radix)
+    return Fixed(joined([x.high for x in numbers]), low, radix)
 
 
 def _apart(number: Fixed, like: Sequence[Fixed]) -> list[Fixed]:
     """Undo `_together`; shapes and radices are those of ``like``."""
     shapes = [x.high.shape for x in like]
-    low = zip(*(_parted(word, shapes) for word in number.low))
-    return [Fixed(high, words, x.radix) for high, words, x in zip(_parted(number.high, shapes), low, like)]
+    low = zip(*(parted(word, shapes) for word in number.low))
+    return [Fixed(high, words, x.radix) for high, words, x in zip(parted(number.high, shapes), low, like)]
 
 
-def _joined(arrays: Sequence[Array]) -> Array:
+def joined(arrays: Sequence[Array]) -> Array:
     """Arrays of one dtype end to end; a single array as it is."""
     return arrays[0] if len(arrays) == 1 else jnp.concatenate([jnp.ravel(x) for x in arrays])
 
 
-def _parted(array: Array, shapes: Sequence[Shape]) -> list[Array]:
-    """Undo `_joined`."""
+def parted(array: Array, shapes: Sequence[Shape]) -> list[Array]:
+    """Undo `joined`."""
     if len(shapes) == 1:
         return [array]
     result, end = [], 0
@@ -303,7 +303,7 @@ def _parted(array: Array, shapes: Sequence[Shape]) -> list[Array]:
 
 
 def _repeated(values: Sequence[Any], shapes: Sequence[Shape]) -> Any:
-    """Scalars to go with `_joined` arrays of these shapes: those of each array for all its elements."""
+    """Scalars to go with `joined` arrays of these shapes: those of each array for all its elements."""
 
     def repeat(*scalars: Array) -> Array:
         return jnp.concatenate([jnp.broadcast_to(x, (math.prod(s),)) for x, s in zip(scalars, shapes)])

@@ -41,7 +41,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Integer, UInt8, UInt32, UInt64
+from jaxtyping import Bool, Float, Float64, Int32, Int64, Integer, UInt8, UInt32, UInt64
+
+from hypergrad._base.dtypes import power_of_two
 
 # Shapes: "*leaf" is the shape of an array; "*factor" is the same, or () if the whole array has one factor.
 Floats = Float[Array, "*leaf"]
@@ -122,12 +124,6 @@ def largest(x: Floats) -> Float64[Array, ""]:
         return jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
 
 
-def _power(exponent: Int[Array, "..."]) -> Float64[Array, "..."]:
-    """``2**exponent`` in float64, for ``|exponent| < 1023``, assembled from its bits."""
-    biased = (exponent.astype(jnp.int64) + 1023) << 52
-    return jax.lax.bitcast_convert_type(biased, jnp.float64)
-
-
 MAGIC = 1.5 * 2.0**52  # the last bit of a float of this size counts ones
 
 
@@ -158,7 +154,7 @@ def _digits(
     # In digits of 47 bits, two in all, or of 42 bits, three: fewer than in words.
     digit = {1: 47, 2: 42}[words]
     below = DIGITS * words - digit * words  # where the first one ends, as seen from the last digit of high
-    wide = x.astype(jnp.float64) * (_power(jnp.where(radix == UNSET, 0, radix)) * 2.0**below)
+    wide = x.astype(jnp.float64) * (power_of_two(jnp.where(radix == UNSET, 0, radix)) * 2.0**below)
     # A NaN is not below the limit and saturates too, so that `fits` sees it.
     limit = (2.0 * LIMIT - 1024) * 2.0**below
     rest = jnp.where(wide < limit, wide, limit)
@@ -213,7 +209,7 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
         total = _from_word(number.high)
         for k, word in enumerate(number.low, start=1):
             total += _from_integer(word.astype(jnp.int64)) * 2.0 ** (-DIGITS * k)
-        return (total * _power(-radix)).astype(dtype)
+        return (total * power_of_two(-radix)).astype(dtype)
 
 
 def fits(number: Fixed) -> Bool[Array, ""]:
@@ -276,7 +272,7 @@ def coarseness(radix: Int32[Array, ""], words: int, amount: Floats, part: float)
       float64, the shape of the amount; negative if rounding takes less.
     """
     with jax.enable_x64(True):
-        half = _power(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
+        half = power_of_two(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
         size = jnp.abs(amount.astype(jnp.float64))
         return jnp.minimum(size, half) - part * size
 

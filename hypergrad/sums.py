@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32, Int64
 
+from hypergrad._base.dtypes import power_of_two
+
 WIDTH = 32  # exponents in a bin
 LIMB = 24  # bits of a mantissa in a limb; shifted by an exponent in a bin, it has 55
 MOST = 1 << (63 - LIMB - WIDTH + 1)  # numbers in a sum, so that no limb overflows
@@ -161,7 +163,7 @@ def value(
                 result += kept[i].astype(jnp.float64) * 2.0 ** (LIMB * i - WIDTH * k)
         exponent = WIDTH * total.top - kind.bias
         half = exponent >> 1
-        result = result / divisor * _power(half) * _power(exponent - half)
+        result = result / divisor * power_of_two(half) * power_of_two(exponent - half)
         return jnp.where(total.top > _highest(kind), jnp.nan, result).astype(dtype)
 
 
@@ -212,8 +214,3 @@ def _trace(arrays: object) -> Int64[Array, ""]:
     leaves = jax.tree.leaves(arrays)
     parts = [(2 * k + 1) * jnp.sum(x, dtype=jnp.int64) for k, x in enumerate(leaves)]
     return sum(parts, start=jnp.zeros((), jnp.int64))
-
-
-def _power(exponent: Int32[Array, "*leaf"]) -> Float[Array, "*leaf"]:
-    """``2**exponent`` in float64, for ``|exponent| < 1023``, assembled from its bits."""
-    return jax.lax.bitcast_convert_type((exponent.astype(jnp.int64) + 1023) << 52, jnp.float64)

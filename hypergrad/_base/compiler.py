@@ -26,12 +26,16 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
                  ``a / (b c)`` in one program and ``(1 / b) a / c`` in another.
 ===============  ==============================================================================
 
-``tests/test_compiler.py`` tests each of them, with and without.
+`same_bits_everywhere` is `noinline` with `literal`.
+
+``tests/test_compiler.py`` tests them, with and without; the last two need devices, and are tested in
+``tests/test_shards.py``.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -268,6 +272,11 @@ def _zeros(like: Any) -> Array:
         key = jax.random.key(0, impl=str(jax.random.key_impl(like)))
         return cast(jnp.broadcast_to(key, like.shape), axes_of(like))
     return zeros_like(like)
+
+
+def same_bits_everywhere(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """`same_bits` in every program, such as those for one device and for many."""
+    return noinline(always_true, partial(literal, function), *arguments)
 
 
 def same_bits(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float64, Int
 
 
 def lenient() -> AbstractContextManager[None]:
@@ -30,3 +31,12 @@ def widened(x: Array) -> Array:
     """Floats of 16 bits or fewer converted to 32 bits, in which derivatives are summed over the steps."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if narrow else x
+
+
+def power_of_two(exponent: Int[Array, "..."]) -> Float64[Array, "..."]:
+    """``2**exponent`` in float64, for ``|exponent| < 1023``, assembled from its bits.
+
+    It is called where JAX's 64-bit mode is on.
+    """
+    biased = (exponent.astype(jnp.int64) + 1023) << 52
+    return jax.lax.bitcast_convert_type(biased, jnp.float64)

@@ -67,6 +67,16 @@ def norm(tree: PyTree) -> Array:
     return scale * jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
+def real_parts(x: Array) -> list[Array]:
+    """The real numbers of an array: itself, or real and imaginary parts."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def of_real_parts(parts: Sequence[Array]) -> Array:
+    """Undo `real_parts`."""
+    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
+
+
 def floats(call: str, name: str, tree: PyTree) -> PyTree:
     """The tree as arrays without weak types; refused if it is not one of floats."""
     structure: Any

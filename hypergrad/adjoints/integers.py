@@ -25,7 +25,6 @@ learning", ICML 2015, Algorithms 1 to 3.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
-from hypergrad._base.compiler import literal, noinline, same_bits
+from hypergrad._base.compiler import same_bits, same_bits_everywhere
 from hypergrad._base.trees import Flag, PyTree, Step
 from hypergrad.exact import Floats, Numerators
 from hypergrad.program import (
@@ -135,7 +134,7 @@ class Exact(NamedTuple):
     def alike(self, always_true: Flag, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
         """Evaluate floats to the same bits forwards and backwards."""
         if self.everywhere:
-            return noinline(always_true, partial(literal, function), *arguments)
+            return same_bits_everywhere(always_true, function, *arguments)
         return same_bits(always_true, function, *arguments)
 
     def troubles(self) -> list[Trouble]:

@@ -14,7 +14,6 @@ symbol    name                  meaning
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -221,7 +220,7 @@ class InParts(NamedTuple):
 
         def of_part(part: list[Array], same: PyTree) -> tuple[list[Array], list[Array]]:
             params, constants = same
-            loss, observations = replace(run, shards=None).plain_gradient(params, constants, part)
+            loss, observations = run.of_part.plain_gradient(params, constants, part)
             return [loss, *gradients(observations)], []
 
         (loss, *gradient), _ = run.shards.evaluate(always_true, of_part, batch, (params, constants))
@@ -235,7 +234,6 @@ class InParts(NamedTuple):
     def transposed(self, loss_cotangent: Scalar | None, direction: Sequence[Observed]) -> Products:
         """Pull cotangents back through every part; see `Linearized.transposed`."""
         assert self.run.shards is not None
-        part_of_run = replace(self.run, shards=None)
         constants, batch = self.theta
         of_constants, of_batch = self.flags
         cut = [flag and x.ndim > 0 for flag, x in zip(of_batch, batch)]
@@ -243,7 +241,7 @@ class InParts(NamedTuple):
 
         def of_part(part: list[Array], same: PyTree) -> tuple[list[Array], list[Array]]:
             params, constants, loss_cotangent, direction = same
-            linearized = linearize(part_of_run, params, (constants, part), self.flags)
+            linearized = linearize(self.run.of_part, params, (constants, part), self.flags)
             products = linearized.transposed(loss_cotangent, direction)
             first = sum(jax.tree.leaves(of_constants))
             of_part = products.wanted[first:]

@@ -29,7 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Int
 
 from hypergrad import exact
-from hypergrad._base.compiler import literal, noinline
+from hypergrad._base.compiler import same_bits_everywhere
 from hypergrad._base.placement import divided, whole
 from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
 from hypergrad._base.varying import axes_of, cast
@@ -410,8 +410,8 @@ class _InFloats(NamedTuple):
         if player.run.shards is None:
             before, of_loss, direction, of_hypers, of_watch = pulled(*given)
         else:  # to the same bits in programs for one device and for many
-            before, of_loss, direction, of_hypers, of_watch = noinline(
-                self.at.always_true, lambda *x: literal(pulled, *x), *given
+            before, of_loss, direction, of_hypers, of_watch = same_bits_everywhere(
+                self.at.always_true, pulled, *given
             )
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
         # dw <- dw - (1 - γ) dv ∇w∇w L;  dθ <- dθ - (1 - γ) dv ∇θ∇w L: Hessian-vector products.

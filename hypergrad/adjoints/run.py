@@ -16,7 +16,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad._base.compiler import literal, noinline
+from hypergrad._base.compiler import noinline, same_bits_everywhere
 from hypergrad._base.tracing import (
     Converted,
 )
@@ -147,6 +147,11 @@ class Run:
     shards: Shards | None = None
 
     @property
+    def of_part(self) -> "Run":
+        """The run as one part of a batch has it."""
+        return replace(self, shards=None)
+
+    @property
     def program(self) -> Optimizer:
         """The optimizer as a program of moves; a `ReversalError` if it is none."""
         return self.optimizer.program(self.call)
@@ -191,13 +196,13 @@ class Run:
         """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
         if self.optimizer.transform is None:
             return list(observations)
-        transformed = self.transformed if self.shards is None else partial(literal, self.transformed)
-        return noinline(always_true, transformed, hypers, list(observations))
+        apart = noinline if self.shards is None else same_bits_everywhere
+        return apart(always_true, self.transformed, hypers, list(observations))
 
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
         """The inner loss at flat parameters: a mean over parts, or over examples if those are looked at."""
         if self.shards is not None:
-            part = replace(self, shards=None)
+            part = self.of_part
             return self.shards.mean(lambda batch: part.loss_at(params, loss_constants, batch), batch)
         loss = self.examples(loss_constants, batch).loss
         if not self.optimizer.per_example:
@@ -287,9 +292,9 @@ class Run:
         Raises:
           TypeError: steps make parameters vary that do not; the loss is another function if they do.
         """
-        first = jax.tree.map(lambda x: x[0], inputs)
 
         def step(leaves: list[Leaf]) -> list[Leaf]:
+            first = jax.tree.map(lambda x: x[0], inputs)
             new, _ = self.step(leaves, constants, first, self.plain_gradient)
             for name, before, after in zip(self.names, self.params_of(leaves), self.params_of(new)):
                 more = sorted(axes_of(after) - axes_of(before))

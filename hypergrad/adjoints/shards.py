@@ -5,25 +5,22 @@ finds is added up by `hypergrad.sums`, whose bits do not depend on the order.  S
 its parts are evaluated, and takes the memory of one part on each device.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 
 from hypergrad import sums
 from hypergrad._base.checks import is_whole
-from hypergrad._base.compiler import literal, noinline
-from hypergrad._base.trees import Flag, PyTree, Scalar, Step
-from hypergrad.bundles import bundles
+from hypergrad._base.compiler import same_bits_everywhere
+from hypergrad._base.trees import Flag, PyTree, Scalar, Step, of_real_parts, real_parts
+from hypergrad.bundles import bundles, joined, parted
 
 # From a part of the batch and what all parts have in common: what is averaged over the parts, and what is
 # put side by side.
@@ -122,12 +119,12 @@ class Shards:
 
         given = (always_true, (self.numbers(), self.cut(batch)), scalars, same)
         found, _ = jax.eval_shape(of_part, *jax.tree.map(lambda x: x[0], given[1]), *given[2:])
-        rows = _Rows(_real(found))
+        rows = _Rows(jax.eval_shape(_real, found))
 
         def of_device(always_true: Flag, at: Any, *others: PyTree) -> Any:
             def add(totals: list[sums.Sum], at: Any) -> Any:
                 # In isolation, so that a part has the same bits whatever surrounds it.
-                found, apart = noinline(always_true, partial(literal, of_part), *at, *others)
+                found, apart = same_bits_everywhere(always_true, of_part, *at, *others)
                 return [sums.add(total, x) for total, x in zip(totals, rows.joined(_real(found)))], apart
 
             return jax.lax.scan(add, [sums.zero(x) for x in jax.eval_shape(rows.joined, rows.like)], at)
@@ -150,7 +147,7 @@ class Shards:
         means = [sums.value(total, dtype, self.count) for total, dtype in zip(totals, rows.dtypes())]
         if sound is not None:
             means = [jnp.where(ok, x, jnp.nan) for ok, x in zip(sound, means)]
-        return _joined(rows.parted(means), found), apart
+        return _unreal(rows.parted(means), found), apart
 
 
 class _Rows(NamedTuple):
@@ -172,16 +169,13 @@ class _Rows(NamedTuple):
 
     def joined(self, arrays: Sequence[Array]) -> list[Array]:
         """The arrays end to end; a single one as it is."""
-        members = [[arrays[i] for i in group] for group in self.groups()]
-        return [x[0] if len(x) == 1 else jnp.concatenate([jnp.ravel(y) for y in x]) for x in members]
+        return [joined([arrays[i] for i in group]) for group in self.groups()]
 
     def parted(self, rows: Sequence[Array]) -> list[Array]:
         """Undo `joined`."""
         found: dict[int, Array] = {}
         for group, row in zip(self.groups(), rows):
-            ends = np.cumsum([math.prod(self.like[i].shape) for i in group])
-            parts = [row] if len(group) == 1 else jnp.split(row, ends[:-1])
-            found |= {i: part.reshape(self.like[i].shape) for i, part in zip(group, parts)}
+            found |= zip(group, parted(row, [self.like[i].shape for i in group]))
         return [found[i] for i in range(len(self.like))]
 
 
@@ -207,21 +201,12 @@ def _own(x: Array, number: Step) -> Array:
     return jax.random.fold_in(x, number) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-def _real(arrays: Sequence[Any]) -> list[Any]:
-    """Arrays, or their shapes, with complex ones as real and imaginary parts."""
-    real: list[Any] = []
-    for x in arrays:
-        if not jnp.issubdtype(x.dtype, jnp.complexfloating):
-            real.append(x)
-        elif isinstance(x, jax.ShapeDtypeStruct):
-            real += [jax.ShapeDtypeStruct(x.shape, jnp.finfo(x.dtype).dtype)] * 2
-        else:
-            real += [x.real, x.imag]
-    return real
+def _real(arrays: Sequence[Array]) -> list[Array]:
+    """Arrays, with complex ones as real and imaginary parts."""
+    return [part for x in arrays for part in real_parts(x)]
 
 
-def _joined(real: Sequence[Array], like: Sequence[Any]) -> list[Array]:
+def _unreal(parts: Sequence[Array], like: Sequence[Any]) -> list[Array]:
     """Undo `_real`."""
-    parts = iter(real)
-    complex_ones = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in like]
-    return [jax.lax.complex(next(parts), next(parts)) if z else next(parts) for z in complex_ones]
+    rest = iter(parts)
+    return [of_real_parts([next(rest) for _ in range(1 + jnp.iscomplexobj(x))]) for x in like]

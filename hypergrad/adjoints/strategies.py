@@ -24,7 +24,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from hypergrad._base.checks import check_adjoint, is_whole
-from hypergrad._base.trees import tensordot
+from hypergrad._base.trees import of_real_parts, real_parts, tensordot
 from hypergrad._base.varying import axes_of, collectives, tracked
 from hypergrad.adjoints.linearize import Segments, gradient_of, in_segments
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, closures_refused
@@ -207,7 +207,7 @@ class Forward:
         def rule(flat: Any, given: Any) -> Any:
             wanted = [k for k, x in enumerate(given) if not isinstance(x, SymbolicZero)]
             # A complex number counts as two: the end is not a holomorphic function of it.
-            point = [part for k in wanted for part in _real(flat[k])]
+            point = [part for k in wanted for part in real_parts(flat[k])]
             sizes = [part.size for part in point]
             if sum(sizes) > self.limit:
                 raise ValueError(
@@ -225,7 +225,7 @@ class Forward:
 
             def end(values: list[Array]) -> Solution:
                 parts = iter(values)
-                replaced = {k: _joined([next(parts) for _ in _real(flat[k])]) for k in wanted}
+                replaced = {k: of_real_parts([next(parts) for _ in real_parts(flat[k])]) for k in wanted}
                 return plain(*(replaced.get(k, x) for k, x in enumerate(flat)))
 
             def column(k: Array) -> Any:
@@ -245,23 +245,13 @@ class Forward:
                     "holds a jax.custom_vjp, whose rule JAX cannot differentiate forwards; pass "
                     "adjoint=Reversible() or Checkpointed(), or give it a jax.custom_jvp"
                 ) from error
-            direction = jnp.concatenate([jnp.ravel(part) for k in wanted for part in _real(given[k])])
+            direction = jnp.concatenate([jnp.ravel(part) for k in wanted for part in real_parts(given[k])])
             return solution, jax.tree.map(lambda x: _combined(direction, x), columns)
 
         solve = jax.custom_jvp(plain)
         solve.defjvp(rule, symbolic_zeros=True)
         with closures_refused(run.call):
             return solve(*once.values())
-
-
-def _real(x: Array) -> list[Array]:
-    """The real numbers of an array: itself, or real and imaginary parts."""
-    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-
-
-def _joined(parts: list[Array]) -> Array:
-    """Undo `_real`."""
-    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
 
 
 def _combined(weights: Array, columns: Array) -> Array | np.ndarray:

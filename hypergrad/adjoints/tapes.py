@@ -196,8 +196,11 @@ def _needed(
         return (grown, [jnp.maximum(n, exact.tape_length(b)) for n, b in zip(needed, grown)]), None
 
     nothing = [jnp.int64(0) for _ in empty]
-    first = jax.tree.map(lambda x: x[0], (scheduled, steps))
-    begun = settled(lambda carry: add(carry, first)[0], (empty, nothing))
+
+    def one(carry: Any) -> Any:
+        return add(carry, jax.tree.map(lambda x: x[0], (scheduled, steps)))[0]
+
+    begun = settled(one, (empty, nothing))
     (_, needed), _ = jax.lax.scan(add, begun, (scheduled, steps))
     told = costs({name: x[0] for name, x in scheduled.items()}, steps[0])
     return [None if cost is None else need for cost, need in zip(told, needed)]
