@@ -5,6 +5,7 @@ Nearly all of it needs eight devices, which ``pytest -m devices`` simulates.
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,28 @@ def test_an_axis_that_is_on_no_mesh_in_context_is_refused() -> None:
             steps=2,
             adjoint=hg.Reversible(shard="data"),
         )
+
+
+# ---- errors
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_run_that_diverges_is_an_error_on_every_device(kind: AxisType | None) -> None:
+    """If one device alone raised it, the others would wait for that one until the process is ended."""
+    mesh = mesh_of(kind or AxisType.Auto)
+    inputs = jax.device_put(INPUTS, NamedSharding(mesh, P("data")))
+
+    def objective(rate: Any, inputs: Any) -> Any:
+        loss = lambda w, meta, step: jnp.mean((inputs @ w["first"]) ** 4)  # noqa: E731
+        trained = hg.train(loss, {"first": PARAMS["first"]}, {"learning_rate": rate}, steps=20)
+        return jnp.sum(trained.params["first"]) + jnp.mean(inputs)
+
+    with nullcontext() if kind is None else jax.set_mesh(mesh), hg.readable_errors():
+        compiled = jax.jit(jax.grad(objective))
+        assert np.isfinite(jax.block_until_ready(compiled(1e-3, inputs)))
+        with pytest.raises((hg.ReversalError, jax.errors.JaxRuntimeError), match="training has diverged"):
+            jax.block_until_ready(compiled(1e3, inputs))
 
 
 # ---- documentation

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hypergrad._base.everywhere import call_everywhere
 from hypergrad._base.notebook import in_ipython
 from hypergrad._base.trees import PyTree
 
@@ -59,24 +60,28 @@ def error_if(
     """
 
     def check(*numbers: Any) -> np.ndarray:
+        """Of every run, whether it failed, from what each of the devices says of it, on the last axis."""
         columns = np.broadcast_arrays(*numbers)
-        shape = columns[0].shape
-        messages = [explain(*row) for row in zip(*(column.ravel().tolist() for column in columns))]
-        failed = {k: message for k, message in enumerate(messages) if message is not None}
-        if failed and len(failed) == len(messages):
-            raise error(failed[0])
-        for k, message in failed.items():
+        shape = columns[0].shape[:-1]
+        rows = zip(*(column.reshape(-1, columns[0].shape[-1]).tolist() for column in columns))
+        failed = {}
+        for k, row in enumerate(rows):
+            messages = (explain(*said) for said in zip(*row))
+            failed[k] = next((message for message in messages if message is not None), None)
+        refused = {k: message for k, message in failed.items() if message is not None}
+        if refused and len(refused) == len(failed):
+            raise error(refused[0])
+        for k, message in refused.items():
             lane = [int(i) for i in np.unravel_index(k, shape)]
             warnings.warn(LaneWarning(f"run {lane} of {list(shape)} under vmap: {message}"), stacklevel=2)
-        return np.reshape([message is not None for message in messages], shape)
+        return np.reshape([message is not None for message in failed.values()], shape)
 
     if not numbers:
         return result
     if not any(isinstance(x, jax.core.Tracer) for x in numbers):
-        check(*numbers)
+        check(*(np.reshape(x, 1) for x in numbers))
         return result
-    shape = jax.ShapeDtypeStruct((), bool)
-    refused = jax.pure_callback(check, shape, *numbers, vmap_method="broadcast_all")
+    refused = call_everywhere(check, *map(jnp.asarray, numbers))
     # A product, so that derivatives become NaN too.
     return jax.tree.map(
         lambda x: (
