@@ -108,5 +108,7 @@ def test_errors_show_the_line_of_the_user_and_end_with_the_message(
     shown = traceback_in(outputs[name])
     assert re.search(rf"^-+> \d+ .*{re.escape(line)}", shown, re.MULTILINE), shown
     assert shown.rstrip().splitlines()[-1].startswith(message), shown
-    ours = re.findall(rf"^File {re.escape(str(Path(hypergrad.__file__).parent))}\S*\.py", shown, re.MULTILINE)
+    ours = re.findall(
+        rf"^File {re.escape(str(Path(hypergrad.__file__).parent))}\S*\.py", shown, re.MULTILINE
+    )
     assert len(ours) <= 1, shown  # where it was raised
