@@ -15,6 +15,7 @@ from hypergrad import (
     plots,
     problems,
     schedules,
+    smoothing,
 )
 from hypergrad._base import errors
 from hypergrad._base.errors import LaneWarning, ReversalError, readable_errors
@@ -95,6 +96,7 @@ from hypergrad.optimizers import (
     yogi,
 )
 from hypergrad.optimizers.kfac import layers
+from hypergrad.smoothing import smoothed
 from hypergrad.training import Estimate, Plan, Problem, Trained, accumulated, plan, train
 
 __version__ = version("hypergrad-jax")
@@ -192,6 +194,8 @@ __all__ = [
     "shampoo",
     "signum",
     "sm3",
+    "smoothed",
+    "smoothing",
     "sophia",
     "spectra",
     "train",

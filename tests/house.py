@@ -22,7 +22,7 @@ FLOORS = (
     ("optimizers",),
     ("adjoints", "exports"),
     ("training",),
-    ("implicit", "bilevel", "check"),
+    ("implicit", "bilevel", "check", "smoothing"),
     ("meta",),
     ("distillation",),
     ("plots",),

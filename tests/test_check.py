@@ -22,7 +22,8 @@ def square(w: Any, meta: Any, step: Any) -> Any:
 
 
 def trained(hypers: Any, steps: int = 20, loss: Any = square, adjoint: Any = None) -> Any:
-    return hg.train(loss, START, hypers, steps=steps, adjoint=adjoint).params
+    start = START.copy()  # JAX may remember the type that an array had in another mode
+    return hg.train(loss, start, hypers, steps=steps, adjoint=adjoint).params
 
 
 def quadratic(e: Any, steps: int = 20, adjoint: Any = None) -> Any:

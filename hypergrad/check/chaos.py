@@ -9,6 +9,7 @@ import numpy as np
 from hypergrad._base.errors import ReversalError
 from hypergrad.check.objective import Leaves, program_of
 from hypergrad.check.report import Finding
+from hypergrad.check.roughness import Advice
 
 
 def look_for_chaos(
@@ -17,9 +18,13 @@ def look_for_chaos(
     leaves: Leaves,
     steps: Sequence[int] | None,
     last: Leaves | None,
+    advise: Callable[[], Advice],
     advance: Callable[[str], None],
 ) -> Finding:
-    """Fits of ``log |g|`` by ``rate T`` and by ``exponent log T``; `last` is ``g`` of the longest run."""
+    """Fits of ``log |g|`` by ``rate T`` and by ``exponent log T``; `last` is ``g`` of the longest run.
+
+    Where the run is chaotic, `advise` says what to do.
+    """
     name = "chaos"
     if steps is None:
         meaning = (
@@ -57,9 +62,11 @@ def look_for_chaos(
     measured |= {"rate": float(rate), "exponent": float(exponent)}
     span = f"From T = {lengths[0]} to {lengths[-1]} the norm goes from {norms[0]:.2g} to {norms[-1]:.2g}"
     if folds > 3 and (exponent > 4 or np.sum(exponential_misfit) < np.sum(power_misfit)):
+        advice = advise()
+        measured["sigma"] = advice.sigma
         meaning = (
             f"{span} and doubles every {math.log(2) / rate:.3g} steps: the run is chaotic, and its "
-            "hypergradient true but useless. Lower the learning rate, or shorten the run."
+            f"hypergradient true but useless. {advice.words}"
         )
         return Finding(name, "failed", measured, meaning)
     if folds > 1 and exponent > 1.5:

@@ -19,6 +19,7 @@ from hypergrad.check.metasmoothness import metasmoothness
 from hypergrad.check.objective import Leaves, Point, float_leaves, noise_of, program_of, sizes_of
 from hypergrad.check.program import low_precision, recovery_of
 from hypergrad.check.report import Finding, Report
+from hypergrad.check.roughness import Advice, advise
 
 
 @short_traceback
@@ -40,7 +41,8 @@ def check_hypergradient(
       fourth order.  Their step balances truncation against rounding, which is measured, so an objective
       too rough to tell is not mistaken for a wrong hypergradient.
     - Exact recovery: runs under `hypergrad.Reversible` return to their start bit for bit.
-    - Chaos: how its norm grows with the length of the run, as ``exp(rate T)`` or as ``T**exponent``.
+    - Chaos: how its norm grows with the length of the run, as ``exp(rate T)`` or as ``T**exponent``; and
+      if exponentially, with what ``sigma`` `hypergrad.smoothed` helps.
     - Metasmoothness: whether it describes the objective over a meta-step ``-step d sign(g)``.
     - Precision: types of 16 bits or fewer in ``everything`` and in the program.
 
@@ -100,7 +102,9 @@ def check_hypergradient(
 
     with Progress("check_hypergradient", not quiet if progress is None else progress) as shown:
         shown.say("compiling the objective and its hypergradient ...")
-        report = _inspected(call, at, (names, leaves), (steps, directions, step, tolerance), key, shown)
+        report = _inspected(
+            call, at, (names, leaves, merge), (steps, directions, step, tolerance), key, shown
+        )
     if not quiet:
         print(report)
     return report
@@ -109,14 +113,19 @@ def check_hypergradient(
 def _inspected(
     call: str,
     at: Callable[[int | None], Callable[[Sequence[Any]], Any]],
-    named: tuple[list[str], Leaves],
+    named: tuple[list[str], Leaves, Callable[[Sequence[Any]], PyTree]],
     settings: tuple[Sequence[int] | None, int, float, float | None],
     key: jax.Array,
     shown: Progress,
 ) -> Report:
     """Every check."""
-    (names, leaves), (steps, directions, step, tolerance) = named, settings
-    program, gradient = None, None
+    (names, leaves, merge), (steps, directions, step, tolerance) = named, settings
+    program, gradient, point = None, None, None
+
+    def advice() -> Advice:
+        assert point is not None  # a run without hypergradients is not called chaotic
+        return advise(point, merge, key)
+
     try:
         program = program_of(call, at(None if steps is None else int(steps[-1])), leaves)
         gradient = program.gradient(leaves)
@@ -143,7 +152,7 @@ def _inspected(
         f"Hypergradient in {count:,} number{'s' * (count > 1)} of {kinds}",
         differences,
         recovery,
-        look_for_chaos(call, at, leaves, steps, gradient, shown.advance),
+        look_for_chaos(call, at, leaves, steps, gradient, advice, shown.advance),
         smoothness,
         low_precision(names, leaves, None if program is None else program.jaxpr),
     )
