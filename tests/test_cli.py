@@ -215,7 +215,11 @@ def test_distills(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("images.npz", images=images, labels=labels)
     command = ["distill", "images.npz", "--network", "logistic", "--steps", "3", "--meta-steps", "2"]
     assert entry.main([*command, "--judge", "2", "--out", "run", "--quiet"]) == 0
-    assert "learned: 2 examples in place of 32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "learned: 2 examples in place of 32" in said
+    assert re.search(
+        r"^ranking: logistic: HLR -?[\d.]+ points \(plain SGD\), IOR .* LRS 0\.\d+$", said, re.M
+    )
     assert hg.load_distilled("run/distilled.npz").images.shape == (2, 4, 4)
     pasted = (here / "run" / "paste_use.py").read_text()
     names: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.runs import Job, Outcome
 from hypergrad.cli.settings import check_choice, check_least, option
-from hypergrad.distillation.evaluation import Evaluation, evaluate
+from hypergrad.distillation.evaluation import Evaluation, evaluate, plain_recipe
 from hypergrad.distillation.outer_loop import distill
 from hypergrad.distillation.recipe import Network, Recipe, in_words
 
@@ -50,6 +50,7 @@ class Distill:
     steps: int | None = option(None, "of the training on the learned examples; default found by a trial")
     meta_steps: int = option(300, "steps of the learning")
     judge: int = option(5, "networks that are trained on what was learned, and tested")
+    full: int = option(1, "networks that are trained on all the data, to rank what was learned; 0 for none")
     seed: int = option(0, "of the learning")
 
 
@@ -76,6 +77,7 @@ def prepare(settings: Distill) -> Job:
     for flag in ("per_class", "width", "steps", "meta_steps", "judge"):
         if getattr(settings, flag) is not None:
             check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
+    check_least("--full", settings.full, 0)
     examples = _examples(settings.data)
     shape = examples.train[0].shape[1:]
     kind = settings.network or ("convnet" if len(shape) > 1 else "mlp")
@@ -132,7 +134,7 @@ def _run(
         callback=partial(note, total=total, journal=journal, progress=progress),
     )
     journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
-    made.save(folder / DISTILLED)
+    count = len(made.images)
     progress.begin(f"training {settings.judge} networks on what was learned, and on real examples")
     table = evaluate(
         made,
@@ -140,18 +142,20 @@ def _run(
         examples.train,
         examples.test,
         seeds=settings.judge,
-        recipes={},
-        full_seeds=0,
+        recipes={"plain SGD": plain_recipe(count)} if settings.full else {},
+        full_seeds=settings.full,
         key=jax.random.fold_in(jax.random.key(settings.seed), 2**31),
     )
+    table.noted(made).save(folder / DISTILLED)
     result = {
         "images": np.asarray(made.images),
         "labels": np.asarray(made.labels),
         "history": dict(made.history),
         "accuracies": {name: table.score(name, "own").accuracies for name in SETS},
+        "ranking": np.array([(r.recovery, r.improvement, r.score) for r in table.rankings]),
     }
     lines = [
-        f"learned: {len(made.images)} examples in place of {len(examples.train[1]):,}",
+        f"learned: {count} examples in place of {len(examples.train[1]):,}",
         f"trained by: {in_words(made.recipe)}",
         *_scores(table),
         *draw_distilled(folder, made),
@@ -169,6 +173,10 @@ def _scores(table: Evaluation) -> list[str]:
         for name, what in SETS.items()
     ]
     lines = [f"test accuracy of {count} new networks: {', '.join(told)}"]
+    if table.rankings:
+        all_data = next(s for s in table.scores if s.examples == "full data")
+        lines.append(f"test accuracy of networks trained on all the data: {100 * all_data.mean:.1f} %")
+        lines += [f"ranking: {each}" for each in table.rankings]
     if found["distilled"].mean <= found["random real"].mean:
         lines.append("nothing was gained: try more --meta-steps, more --steps, or another --network")
     return lines

@@ -28,6 +28,7 @@ from hypergrad.distillation.evaluation import (
     plain_recipe,
 )
 from hypergrad.distillation.outer_loop import ChaosWarning, distill
+from hypergrad.distillation.ranking import Ranking
 from hypergrad.distillation.recipe import Network, Recipe
 from hypergrad.distillation.trial import recipe_for
 
@@ -37,6 +38,7 @@ __all__ = [
     "Distilled",
     "Evaluation",
     "Network",
+    "Ranking",
     "Recipe",
     "Score",
     "centred",
