@@ -31,6 +31,7 @@ from hypergrad.distillation.outer_loop import ChaosWarning, distill
 from hypergrad.distillation.ranking import Ranking
 from hypergrad.distillation.recipe import Network, Recipe
 from hypergrad.distillation.trial import recipe_for
+from hypergrad.distillation.windows import WindowCosines, window_cosines
 
 __all__ = [
     "Augmentation",
@@ -41,6 +42,7 @@ __all__ = [
     "Ranking",
     "Recipe",
     "Score",
+    "WindowCosines",
     "centred",
     "class_means",
     "condensation_recipe",
@@ -52,4 +54,5 @@ __all__ = [
     "recipe_for",
     "rows_like",
     "standardised",
+    "window_cosines",
 ]
