@@ -39,9 +39,9 @@ class Config:
     learning_rate: float = option(0.3, "of the inner training, in every step")
     windows: tuple[int, ...] = option((20, 40, 80), "lengths that are compared")
     window: int = option(40, "that is learned in")
-    meta_steps: int = option(100, "of learning in windows")
+    meta_steps: int = option(60, "of learning in windows")
     meta_step: float = option(0.02, "of Adam, decayed to 0")
-    ends: int = option(10, "positions of a window")
+    ends: int = option(7, "positions of a window")
     runs: int = option(2, "initial weights, for the comparison")
     real: int = option(1000, "real images in the loss")
     seed: int = 0

@@ -1,10 +1,11 @@
 """``hypergrad distill``: a few learned examples in place of a data set."""
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from hypergrad.cli.pasting import write_use_of_distilled
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.runs import Job, Outcome
-from hypergrad.cli.settings import check_choice, check_least, option
+from hypergrad.cli.settings import check_choice, check_least, option, words
 from hypergrad.distillation.evaluation import Evaluation, evaluate, plain_recipe
 from hypergrad.distillation.outer_loop import distill
 from hypergrad.distillation.recipe import Network, Recipe, in_words
@@ -44,6 +45,12 @@ class Distill:
         "an .npz or .csv file, a folder of images, or the name of a data set; see hypergrad.data.load",
         positional=True,
     )
+    label: str | None = option(None, "column of a .csv file that holds the classes, default the last one")
+    one_hot: str | None = option(
+        None, "columns of a .csv file that hold kinds and not amounts: color,shape"
+    )
+    size: str | None = option(None, "of images from a folder, if they differ, as HEIGHTxWIDTH: 32x32")
+    channels: int | None = option(None, "of images from a folder: 1 makes them gray, 3 colored")
     per_class: int = option(1, "learned examples for each class")
     network: str | None = option(None, "default convnet for images and mlp for tables", choices=NETWORKS)
     width: int = option(32, "channels of the convnet")
@@ -78,7 +85,7 @@ def prepare(settings: Distill) -> Job:
         if getattr(settings, flag) is not None:
             check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
     check_least("--full", settings.full, 0)
-    examples = _examples(settings.data)
+    examples = _examples(settings)
     shape = examples.train[0].shape[1:]
     kind = settings.network or ("convnet" if len(shape) > 1 else "mlp")
     network = _network(kind, shape, examples.classes, settings.width)
@@ -89,10 +96,18 @@ def prepare(settings: Distill) -> Job:
     return Job(settings, digests, name, partial(_run, settings, examples, kind, network))
 
 
-def _examples(given: str) -> Examples:
-    loaded = data.load(given)
+def _examples(settings: Distill) -> Examples:
+    """The data, read as the flags say."""
+    one_hot = None if settings.one_hot is None else words(settings.one_hot)
+    read: dict[str, Any] = {"label": settings.label, "one_hot": one_hot, "channels": settings.channels}
+    if settings.size is not None:
+        found = re.fullmatch(r"(\d+)x(\d+)", settings.size)
+        if found is None:
+            raise RefusedError(f"--size {settings.size}: it is not HEIGHTxWIDTH, such as 32x32")
+        read["size"] = (int(found[1]), int(found[2]))
+    loaded = data.load(settings.data, **{name: x for name, x in read.items() if x is not None})
     if isinstance(loaded, data.Text):
-        raise RefusedError(f"{given}: a text has no classes; give images or a table with labels")
+        raise RefusedError(f"{settings.data}: a text has no classes; give images or a table with labels")
     inputs = "images" if isinstance(loaded, data.Dataset) else "inputs"
     train, test = (
         (getattr(loaded, f"{part}_{inputs}"), getattr(loaded, f"{part}_labels"))
