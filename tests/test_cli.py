@@ -215,12 +215,45 @@ def test_distills(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("images.npz", images=images, labels=labels)
     command = ["distill", "images.npz", "--network", "logistic", "--steps", "3", "--meta-steps", "2"]
     assert entry.main([*command, "--judge", "2", "--out", "run", "--quiet"]) == 0
-    assert "learned: 2 examples in place of 32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "learned: 2 examples in place of 32" in said
+    assert re.search(
+        r"^ranking: logistic: HLR -?[\d.]+ points \(plain SGD\), IOR .* LRS 0\.\d+$", said, re.M
+    )
     assert hg.load_distilled("run/distilled.npz").images.shape == (2, 4, 4)
     pasted = (here / "run" / "paste_use.py").read_text()
     names: dict[str, Any] = {}
     exec(pasted.partition("# Without this library")[2].partition("\n")[2], names)
     assert names["examples"].shape == (2, 4, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["photos", "fruit.csv"])
+def test_distills_a_folder_of_color_images_and_a_table(
+    here: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Photos of two sizes, and a table with a column of kinds whose classes are not in the last column."""
+    rng = np.random.default_rng(0)
+    if kind == "photos":
+        image = pytest.importorskip("PIL.Image")
+        for k in range(20):
+            folder, tone = here / "photos" / ("sea", "wood")[k % 2], ((0, 0, 200), (0, 200, 0))[k % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = rng.integers(0, 50, (8 + 2 * (k % 3), 8, 3))
+            image.fromarray((noise + tone).astype(np.uint8)).save(folder / f"{k}.png")
+        flags, shape = ["--size", "4x4"], (2, 4, 4, 3)
+    else:
+        kinds, colors = ("apple", "cherry"), ("red", "green")
+        grams = np.where(np.arange(40) % 2, 8, 150) + rng.normal(size=40)
+        rows = [f"{kinds[k % 2]},{grams[k]:.1f},{rng.choice(colors)}" for k in range(40)]
+        (here / "fruit.csv").write_text("\n".join(["fruit,grams,color", *rows]))
+        flags, shape = ["--label", "fruit", "--one-hot", "color"], (2, 3)
+    command = ["distill", kind, *flags, "--network", "logistic", "--meta-steps", "5", "--judge", "2"]
+    assert entry.main([*command, "--out", "run", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"test accuracy of 2 new networks: .* 100.0 ± 0.0 % on the learned examples", said)
+    assert "ranking: logistic: HLR " in said
+    assert hg.load_distilled("run/distilled.npz").images.shape == shape
 
 
 FAULTS = [
@@ -265,6 +298,9 @@ FAULTS = [
     (["replay", "other.toml"], "other.toml: 'name' is missing or not what a run writes"),
     (["distill", "text.txt"], "text.txt: a text has no classes; give images or a table with labels"),
     (["distill", "rows.npz", "--network", "convnet"], "the data are rows of a table; take mlp or logistic"),
+    (["distill", "rows.npz", "--size", "4"], "--size 4: it is not HEIGHTxWIDTH, such as 32x32"),
+    (["distill", "rows.npz", "--label", "kind"], "read_npz reads this, which does not take 'label'"),
+    (["distill", "rows.npz", "--full", "-1"], "--full -1: it must be at least 0"),
     (["distill", "nowhere"], "there is no such file or folder"),
 ]
 

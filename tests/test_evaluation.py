@@ -11,6 +11,7 @@ import hypergrad as hg
 from hypergrad import nets
 from hypergrad.distillation.baselines import rows_like
 from hypergrad.distillation.evaluation import Score, condensation_recipe, full_recipe, plain_recipe
+from hypergrad.distillation.ranking import Ranking
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.normal(size=(3, 4, 4))
@@ -66,13 +67,62 @@ def test_accuracies_are_those_of_the_networks_trained(table):
 
 def test_the_table_and_the_file_have_it_all(table, tmp_path):
     lines = str(table).splitlines()
-    assert len(lines) == 1 + len(table.scores)
+    assert len(lines) == 1 + len(table.scores) + 1
+    assert lines[-1] == str(table.rankings[0])
     assert lines[1].split() == ["logistic", "distilled", "own", "fixed", "50.00", "±", "50.00", "(4)"]
     table.noted(GOOD).save(tmp_path / "set.npz")
-    metrics = hg.load_distilled(tmp_path / "set.npz").about["metrics"]
-    assert metrics[0]["accuracies"] == [1, 1, 0, 0]
+    about = hg.load_distilled(tmp_path / "set.npz").about
+    assert about["metrics"][0]["accuracies"] == [1, 1, 0, 0]
+    assert about["rankings"][0]["score"] == table.rankings[0].score
     with pytest.raises(KeyError, match="no score of any network on noise by own"):
         table.score("noise", "own")
+
+
+def test_the_ranking_in_closed_form():
+    """``(e^α - e^-1) / (e - e^-1)`` at its ends, in the middle, and as DD-Ranking computes it."""
+    assert Ranking("n", recovery=-1.0, improvement=1.0).score == pytest.approx(1)
+    assert Ranking("n", recovery=1.0, improvement=-1.0).score == pytest.approx(0, abs=1e-12)
+    assert Ranking("n", recovery=0.2, improvement=0.2).score == pytest.approx(1 / (np.e + 1))
+    found = Ranking("n", recovery=0.109, improvement=0.470)
+    assert found.alpha == pytest.approx(0.5 * 0.470 - 0.5 * 0.109)
+    expected = (np.exp(found.alpha) - np.exp(-1)) / (np.exp(1) - np.exp(-1))
+    assert found.score == pytest.approx(expected)
+
+
+def scored(*rows):
+    return hg.Evaluation([Score("net", *row[:3], np.array(row[3])) for row in rows])
+
+
+def test_the_ranking_takes_the_right_rows():
+    rows = [
+        ("distilled", "own", "fixed", [0.9]),
+        ("random real", "own", "fixed", [0.3, 0.5]),
+        ("distilled", "own", "random", [0.6]),
+        ("random real", "own", "random", [0.1]),
+        ("full data", "SGD at 1", "random", [1.0]),
+    ]
+    assert not scored(*rows[:-1]).rankings
+    (own,) = scored(*rows).rankings
+    assert own[1:] == (pytest.approx(0.4), pytest.approx(0.5), "own", "fixed", "own")
+    rows[4:4] = [("distilled", "plain SGD", "random", [0.8]), ("distilled", "other", "random", [0.95])]
+    (plain,) = scored(*rows).rankings
+    assert (plain.recovery, plain.hard_recipe) == (pytest.approx(0.2), "plain SGD")
+    rows[5:5] = [("hard labels", "plain SGD", "random", [0.7])]
+    assert scored(*rows).rankings[0].recovery == pytest.approx(0.3)
+
+
+@pytest.mark.slow
+def test_soft_labels_are_made_hard_once():
+    soft = np.full((3, 3), 0.3, np.float32) + 0.1 * np.eye(3, dtype=np.float32)
+    made = dataclasses.replace(GOOD, labels=soft, recipe=hg.Recipe(steps=10, learning_rate=1.0))
+    data = {"networks": {"net": NETWORK}, "train": TRAIN, "test": TEST, "progress": False}
+    table = hg.evaluate(made, **data, seeds=1, recipes={}, full_epochs=20, full_seeds=1)
+    assert [s.examples for s in table.scores].count("hard labels") == 1
+    hard = dataclasses.replace(made, labels=np.arange(3))
+    expected = hg.evaluate(hard, **data, seeds=1, recipes={}, full_epochs=20, full_seeds=1)
+    found = table.score("hard labels", "own").accuracies
+    np.testing.assert_array_equal(found, expected.score("distilled", "own").accuracies)
+    assert table.rankings[0].recovery == expected.rankings[0].recovery
 
 
 def test_mean_and_deviation_of_a_score():

@@ -1,10 +1,11 @@
 """``hypergrad distill``: a few learned examples in place of a data set."""
 
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +20,8 @@ from hypergrad.cli.pasting import write_use_of_distilled
 from hypergrad.cli.progress import Progress
 from hypergrad.cli.refusals import RefusedError
 from hypergrad.cli.runs import Job, Outcome
-from hypergrad.cli.settings import check_choice, check_least, option
-from hypergrad.distillation.evaluation import Evaluation, evaluate
+from hypergrad.cli.settings import check_choice, check_least, option, words
+from hypergrad.distillation.evaluation import Evaluation, evaluate, plain_recipe
 from hypergrad.distillation.outer_loop import distill
 from hypergrad.distillation.recipe import Network, Recipe, in_words
 
@@ -44,12 +45,19 @@ class Distill:
         "an .npz or .csv file, a folder of images, or the name of a data set; see hypergrad.data.load",
         positional=True,
     )
+    label: str | None = option(None, "column of a .csv file that holds the classes, default the last one")
+    one_hot: str | None = option(
+        None, "columns of a .csv file that hold kinds and not amounts: color,shape"
+    )
+    size: str | None = option(None, "of images from a folder, if they differ, as HEIGHTxWIDTH: 32x32")
+    channels: int | None = option(None, "of images from a folder: 1 makes them gray, 3 colored")
     per_class: int = option(1, "learned examples for each class")
     network: str | None = option(None, "default convnet for images and mlp for tables", choices=NETWORKS)
     width: int = option(32, "channels of the convnet")
     steps: int | None = option(None, "of the training on the learned examples; default found by a trial")
     meta_steps: int = option(300, "steps of the learning")
     judge: int = option(5, "networks that are trained on what was learned, and tested")
+    full: int = option(1, "networks that are trained on all the data, to rank what was learned; 0 for none")
     seed: int = option(0, "of the learning")
 
 
@@ -76,7 +84,8 @@ def prepare(settings: Distill) -> Job:
     for flag in ("per_class", "width", "steps", "meta_steps", "judge"):
         if getattr(settings, flag) is not None:
             check_least(f"--{flag.replace('_', '-')}", getattr(settings, flag), 1)
-    examples = _examples(settings.data)
+    check_least("--full", settings.full, 0)
+    examples = _examples(settings)
     shape = examples.train[0].shape[1:]
     kind = settings.network or ("convnet" if len(shape) > 1 else "mlp")
     network = _network(kind, shape, examples.classes, settings.width)
@@ -87,10 +96,18 @@ def prepare(settings: Distill) -> Job:
     return Job(settings, digests, name, partial(_run, settings, examples, kind, network))
 
 
-def _examples(given: str) -> Examples:
-    loaded = data.load(given)
+def _examples(settings: Distill) -> Examples:
+    """The data, read as the flags say."""
+    one_hot = None if settings.one_hot is None else words(settings.one_hot)
+    read: dict[str, Any] = {"label": settings.label, "one_hot": one_hot, "channels": settings.channels}
+    if settings.size is not None:
+        found = re.fullmatch(r"(\d+)x(\d+)", settings.size)
+        if found is None:
+            raise RefusedError(f"--size {settings.size}: it is not HEIGHTxWIDTH, such as 32x32")
+        read["size"] = (int(found[1]), int(found[2]))
+    loaded = data.load(settings.data, **{name: x for name, x in read.items() if x is not None})
     if isinstance(loaded, data.Text):
-        raise RefusedError(f"{given}: a text has no classes; give images or a table with labels")
+        raise RefusedError(f"{settings.data}: a text has no classes; give images or a table with labels")
     inputs = "images" if isinstance(loaded, data.Dataset) else "inputs"
     train, test = (
         (getattr(loaded, f"{part}_{inputs}"), getattr(loaded, f"{part}_labels"))
@@ -132,7 +149,7 @@ def _run(
         callback=partial(note, total=total, journal=journal, progress=progress),
     )
     journal.complete(zip(made.history["loss"], made.history["gradient_norm"]))
-    made.save(folder / DISTILLED)
+    count = len(made.images)
     progress.begin(f"training {settings.judge} networks on what was learned, and on real examples")
     table = evaluate(
         made,
@@ -140,18 +157,20 @@ def _run(
         examples.train,
         examples.test,
         seeds=settings.judge,
-        recipes={},
-        full_seeds=0,
+        recipes={"plain SGD": plain_recipe(count)} if settings.full else {},
+        full_seeds=settings.full,
         key=jax.random.fold_in(jax.random.key(settings.seed), 2**31),
     )
+    table.noted(made).save(folder / DISTILLED)
     result = {
         "images": np.asarray(made.images),
         "labels": np.asarray(made.labels),
         "history": dict(made.history),
         "accuracies": {name: table.score(name, "own").accuracies for name in SETS},
+        "ranking": np.array([(r.recovery, r.improvement, r.score) for r in table.rankings]),
     }
     lines = [
-        f"learned: {len(made.images)} examples in place of {len(examples.train[1]):,}",
+        f"learned: {count} examples in place of {len(examples.train[1]):,}",
         f"trained by: {in_words(made.recipe)}",
         *_scores(table),
         *draw_distilled(folder, made),
@@ -169,6 +188,10 @@ def _scores(table: Evaluation) -> list[str]:
         for name, what in SETS.items()
     ]
     lines = [f"test accuracy of {count} new networks: {', '.join(told)}"]
+    if table.rankings:
+        all_data = next(s for s in table.scores if s.examples == "full data")
+        lines.append(f"test accuracy of networks trained on all the data: {100 * all_data.mean:.1f} %")
+        lines += [f"ranking: {each}" for each in table.rankings]
     if found["distilled"].mean <= found["random real"].mean:
         lines.append("nothing was gained: try more --meta-steps, more --steps, or another --network")
     return lines

@@ -28,8 +28,10 @@ from hypergrad.distillation.evaluation import (
     plain_recipe,
 )
 from hypergrad.distillation.outer_loop import ChaosWarning, distill
+from hypergrad.distillation.ranking import Ranking
 from hypergrad.distillation.recipe import Network, Recipe
 from hypergrad.distillation.trial import recipe_for
+from hypergrad.distillation.windows import WindowCosines, window_cosines
 
 __all__ = [
     "Augmentation",
@@ -37,8 +39,10 @@ __all__ = [
     "Distilled",
     "Evaluation",
     "Network",
+    "Ranking",
     "Recipe",
     "Score",
+    "WindowCosines",
     "centred",
     "class_means",
     "condensation_recipe",
@@ -50,4 +54,5 @@ __all__ = [
     "recipe_for",
     "rows_like",
     "standardised",
+    "window_cosines",
 ]

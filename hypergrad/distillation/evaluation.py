@@ -16,6 +16,7 @@ from hypergrad._base.progress import Progress
 from hypergrad.distillation.augment import refuse_without_pictures
 from hypergrad.distillation.baselines import class_means, rows_like
 from hypergrad.distillation.distilled import Distilled
+from hypergrad.distillation.ranking import Ranking
 from hypergrad.distillation.recipe import Network, Recipe, in_words, numbers_of, with_numbers
 
 FULL_BATCH = 256
@@ -29,7 +30,8 @@ class Score(NamedTuple):
 
     Attributes:
       network: its name.
-      examples: what it was trained on: "distilled", "random real", "class means" or "full data".
+      examples: what it was trained on: "distilled", "hard labels" (the distilled images, each with its most
+        probable label), "random real", "class means" or "full data".
       recipe: the name of the recipe.
       inits: origin of the initial weights: "fixed", "pool of n" or "random".
       accuracies: shares in [0, 1], one for every training run.
@@ -53,7 +55,7 @@ class Score(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` returns; prints as a table in percent.
+    """What `evaluate` returns; prints as a table in percent, with the ranking of every network below.
 
     Attributes:
       scores: one for every network, training set and recipe.
@@ -67,7 +69,25 @@ class Evaluation(NamedTuple):
         for s in self.scores:
             number = f"{100 * s.mean:.2f} ± {100 * s.std:.2f} ({len(s.accuracies)})"
             lines.append(f"{s.network:<{width}}  {s.examples:<12} {s.recipe:<13} {s.inits:<11} {number}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.rankings)])
+
+    @property
+    def rankings(self) -> list[Ranking]:
+        """The label-robust score on every network that was also trained on the full data.
+
+        Hard labels are learned by the first recipe that is not the set's own, plain SGD by default, from
+        new initial weights; by the set's own if there is no other.
+        """
+        found = []
+        for full in (s for s in self.scores if s.examples == "full data"):
+            own, random = (self.score(x, "own", full.network) for x in ("distilled", "random real"))
+            mine = [s for s in self.scores if s.network == full.network]
+            hard = [s for s in mine if s.examples == "hard labels"]
+            hard = hard or [s for s in mine if s.examples == "distilled"]
+            chosen = next((s for s in hard if s.recipe != "own"), hard[-1])
+            recovery, improvement = full.mean - chosen.mean, own.mean - random.mean
+            found.append(Ranking(full.network, recovery, improvement, "own", own.inits, chosen.recipe))
+        return found
 
     def score(
         self, examples: str, recipe: str, network: str | None = None, inits: str | None = None
@@ -98,7 +118,9 @@ class Evaluation(NamedTuple):
         metrics = [
             s._asdict() | {"accuracies": np.asarray(s.accuracies, float).tolist()} for s in self.scores
         ]
-        return dataclasses.replace(distilled, about={**distilled.about, "metrics": metrics})
+        rankings = [r._asdict() | {"alpha": r.alpha, "score": r.score} for r in self.rankings]
+        noted = {"metrics": metrics, "rankings": rankings}
+        return dataclasses.replace(distilled, about={**distilled.about, **noted})
 
 
 def plain_recipe(examples: int) -> Recipe:
@@ -164,7 +186,8 @@ def evaluate(
     recipe from new ones too), by 300 steps of plain SGD, and by the protocol of dataset condensation.  Each
     of these uses the distilled images, random real ones with the same labels (different ones in every
     training run), and the class means with the same labels.  Every network is also trained on the full data
-    by SGD, at the best of four rates on a held-out tenth.
+    by SGD, at the best of four rates on a held-out tenth.  From these come the scores of the field, hard
+    label recovery and improvement over random; soft labels are made hard for the first of them.
 
     Args:
       distilled: a set, or several of the same size and recipe, whose scores are pooled.
@@ -175,7 +198,7 @@ def evaluate(
       seeds: training runs on every set, from keys that were not used in learning.
       recipes: recipes by name, in place of plain SGD and condensation's.
       full_epochs: number of epochs on the full data; by default 5, or as many as make 300 steps.
-      full_seeds: training runs on the full data, 0 for none.
+      full_seeds: training runs on the full data, 0 for none, and for no `Evaluation.rankings`.
       key: PRNG key, by default ``jax.random.key(1)``.
       progress: say on stderr what is trained.
 
@@ -185,7 +208,7 @@ def evaluate(
     Raises:
       ValueError: the sets differ in size, or the data does not fit them.
 
-    Source: for the protocol, B. Zhao, K. Mopuri, H. Bilen, ICLR 2021.
+    Source: for the protocol, B. Zhao, K. Mopuri, H. Bilen, ICLR 2021; for the ranking, see `Ranking`.
 
     >>> import hypergrad as hg
     >>> digits = hg.data.digits()
@@ -216,24 +239,31 @@ def evaluate(
     rows = [rows_like(labels.argmax(1), np.asarray(train[1]), jax.random.fold_in(k, 1)) for k in keys]
     means = class_means(np.asarray(train[0]), np.asarray(train[1]), labels.shape[1])
     repeated = lambda inputs: jnp.broadcast_to(inputs[None], (len(keys), *inputs.shape))  # noqa: E731
-    baselines = {
-        "distilled": jnp.concatenate([jnp.stack([d.inputs] * seeds) for d in sets]),
-        "random real": jnp.stack([first.normalised(train[0][r]) for r in rows]),
-        "class means": repeated(first.normalised(means[labels.argmax(1)].astype(np.float32))),
-    }
+    learned = jnp.concatenate([jnp.stack([d.inputs] * seeds) for d in sets])
     own_labels = jnp.concatenate([jnp.stack([_probabilities(d.labels, train[1])] * seeds) for d in sets])
+    compared = {
+        "distilled": (learned, own_labels),
+        "random real": (jnp.stack([first.normalised(train[0][r]) for r in rows]), repeated(labels)),
+        "class means": (
+            repeated(first.normalised(means[labels.argmax(1)].astype(np.float32))),
+            repeated(labels),
+        ),
+    }
+    hard = {"hard labels": (learned, jax.nn.one_hot(own_labels.argmax(-1), labels.shape[1]))}
+    soft = any(np.ndim(d.labels) == 2 for d in sets)
 
     full = first.normalised(train[0]), jnp.asarray(train[1])
     teller = Progress("evaluate", progress)
     scores = []
     for name, network in networks.items():
         trainer = _Trainer(network, (test_inputs, test_labels), {})
-        for recipe_name, recipe in plans:
-            runs = f"{len(baselines)} x {len(keys)} trainings: {in_words(recipe)}"
+        for k, (recipe_name, recipe) in enumerate(plans):
+            # Those by which `rankings` judges hard labels: the last of the own ones, and the others.
+            these = compared | (hard if soft and k >= len(own) - 1 else {})
+            runs = f"{len(these)} x {len(keys)} trainings: {in_words(recipe)}"
             teller.say(f"{name}, recipe {recipe_name!r}, {runs}")
-            for examples, inputs in baselines.items():
-                targets = own_labels if examples == "distilled" else repeated(labels)
-                found = trainer.accuracies(recipe, inputs, targets, keys)
+            for examples, given in these.items():
+                found = trainer.accuracies(recipe, *given, keys)
                 scores.append(Score(name, examples, recipe_name, _inits(recipe), found))
         if full_seeds:
             teller.say(
