@@ -1,8 +1,8 @@
 """Hypergradients against searches for hyperparameters, on the same noisy objective and at equal cost.
 
 A network is trained by AdamW from weights and minibatches that are drawn anew for every run, and the loss
-on held-out data is to become small.  `hypergrad.tune` is given the middle of the ranges, and the searches of
-Optuna the ranges.  Run it with
+on held-out data is to become small.  `hypergrad.tune` is given the middle of the ranges, and Optuna's
+searches the ranges.  Run it with
 
     pip install "hypergrad-jax[bench-tuning]"
     python -m benchmarks.tuning            # about an hour
@@ -18,8 +18,8 @@ ten times     ten times either, whatever is spent first
 
 Times are processor time of a single core, without compilation.  Every trial of a search is one run of new
 random numbers; at the end of a budget its best trials are run again with keys that all of them share, as
-`tune` does it, and this is part of the budget.  Everyone's result is then judged on 20 seeds and on examples
-that nobody has seen.
+`tune` does it, and this is part of the budget.  The results are then judged on 20 seeds and on examples that
+nobody has seen.
 """
 
 import argparse
@@ -366,15 +366,13 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
     def judged(hypers: Hypers) -> list[float]:
         return [runs.judge(hypers, key) for key in keys]
 
-    row: dict[str, Any] = {
-        "hyperparameters": space.count, "seconds_of_a_run": runs.seconds, "runs_of_a_hypergradient": runs.ratio,
-        "runs": [], "losses": {TUNE: [], "middle of the ranges": [judged(space.hypers(jnp.full(space.count, 0.5)))]},
-        "trials": {},
-    }  # fmt: skip
+    losses: dict[str, Any] = {TUNE: []}
+    spent_on: dict[str, Any] = {name: [] for name in SEARCHES}
+    spent_by_us = []
     for repeat in range(settings.repeats):
         hypers, spent = tuned(task, space, settings, runs, repeat)
-        row["runs"].append(spent)
-        row["losses"][TUNE].append(judged(hypers))
+        spent_by_us.append(spent)
+        losses[TUNE].append(judged(hypers))
         time_spent = spent * runs.seconds
         limits = {
             "equal runs": (spent, np.inf),
@@ -385,13 +383,21 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
             progress(f"{name}, {space.count} hyperparameters, repeat {repeat}")
             most = (10 * spent, 10 * time_spent)
             trials = searched(name, space, runs, most, repeat)
-            row["trials"].setdefault(name, []).append([len(trials), trials[-1].seconds / time_spent])
+            spent_on[name].append([len(trials), trials[-1].seconds / time_spent])
             for budget, limit in limits.items():
                 enough = trials[-1].runs >= limit[0] or trials[-1].seconds >= limit[1]
                 place = best_of(trials, runs, limit)
                 found = judged(space.hypers(jnp.asarray(place))) if enough else None
-                row["losses"].setdefault(f"{name}, {budget}", []).append(found)
-    return row
+                losses.setdefault(f"{name}, {budget}", []).append(found)
+    return {
+        "hyperparameters": space.count,
+        "seconds_of_a_run": runs.seconds,
+        "runs_of_a_hypergradient": runs.ratio,
+        "runs": spent_by_us,
+        "trials": spent_on,
+        "losses": losses,
+        "start": judged(space.hypers(jnp.full(space.count, 0.5))),
+    }
 
 
 def over_seeds(losses: Sequence[Sequence[float] | None]) -> np.ndarray | None:
@@ -417,8 +423,9 @@ def table(rows: Mapping[str, Any]) -> str:
         assert ours is not None
         lines.append(
             f"{cell}: {row['hyperparameters']} hyperparameters, {np.mean(row['runs']):.0f} runs of "
-            f"{1e3 * row['seconds_of_a_run']:.1f} ms; a hypergradient takes {row['runs_of_a_hypergradient']:.1f}; "
-            f"loss by {TUNE} {plus_minus(ours.mean(), standard_error(ours), '.3f')}"
+            f"{1e3 * row['seconds_of_a_run']:.1f} ms, of which a hypergradient takes "
+            f"{row['runs_of_a_hypergradient']:.1f}; loss from {np.mean(row['start']):.3f} to "
+            f"{plus_minus(ours.mean(), standard_error(ours), '.3f')}"
         )
         for budget in BUDGETS:
             told = ", ".join(

@@ -29,7 +29,7 @@ from hypergrad.adjoints import (
     Stored,
     Truncated,
 )
-from hypergrad.check import Finding, Report, check_hypergradient
+from hypergrad.check import Finding, LeaveOutReport, Report, check_hypergradient, check_leave_out
 from hypergrad.curvature import spectra
 from hypergrad.distillation import (
     Augmentation,
@@ -113,6 +113,7 @@ __all__ = [
     "Finding",
     "Forward",
     "LaneWarning",
+    "LeaveOutReport",
     "Plan",
     "Problem",
     "Recipe",
@@ -143,6 +144,7 @@ __all__ = [
     "bilevel",
     "cautious_adamw",
     "check_hypergradient",
+    "check_leave_out",
     "clip",
     "clip_by_global_norm",
     "constraints",

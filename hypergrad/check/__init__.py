@@ -18,6 +18,7 @@ symbol  name              meaning
 """
 
 from hypergrad.check.inspection import check_hypergradient
-from hypergrad.check.report import Finding, Report
+from hypergrad.check.leave_out import check_leave_out
+from hypergrad.check.report import Finding, LeaveOutReport, Report
 
-__all__ = ["Finding", "Report", "check_hypergradient"]
+__all__ = ["Finding", "LeaveOutReport", "Report", "check_hypergradient", "check_leave_out"]

@@ -1,6 +1,7 @@
-"""What `check_hypergradient` found."""
+"""What `check_hypergradient` and `check_leave_out` found."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -52,8 +53,44 @@ class Report(NamedTuple):
         return "trusted" if self.finite_differences.verdict == "ok" else "cannot tell"
 
     def __str__(self) -> str:
-        lines = [f"{self.subject}: {self.verdict}"]
-        for name, verdict, _, meaning in self[1:]:
-            head = f"  {name:<20}{verdict:<13}"
-            lines.append(textwrap.fill(head + meaning, 100, subsequent_indent=" " * len(head)))
-        return "\n".join(lines)
+        return _table(self.subject, self.verdict, self[1:])
+
+
+class LeaveOutReport(NamedTuple):
+    """What `check_leave_out` found; ``str(report)`` is a readable table.
+
+    Attributes:
+      subject: what was checked, in words.
+      prediction: predicted effects of leaving examples out against real ones.
+      noise: how much of the spread of real effects comes from random keys.
+      metasmoothness: whether the hypergradient predicts an eighth of the change.
+    """
+
+    subject: str
+    prediction: Finding
+    noise: Finding
+    metasmoothness: Finding
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the hypergradient predicts the effects."""
+        return self.verdict == "trusted"
+
+    @property
+    def verdict(self) -> str:
+        """``"trusted"``, ``"NOT TRUSTED"`` if the prediction fails, or ``"cannot tell"``."""
+        verdicts = {"ok": "trusted", "failed": "NOT TRUSTED"}
+        return verdicts.get(self.prediction.verdict, "cannot tell")
+
+    def __str__(self) -> str:
+        return _table(self.subject, self.verdict, self[1:])
+
+
+def _table(subject: str, verdict: str, findings: Sequence[Any]) -> str:
+    """A line for the subject, and a paragraph for every finding."""
+    lines = [f"{subject}: {verdict}"]
+    width = max(20, *(len(name) + 2 for name, *_ in findings))
+    for name, found, _, meaning in findings:
+        head = f"  {name:<{width}}{found:<13}"
+        lines.append(textwrap.fill(head + meaning, 100, subsequent_indent=" " * len(head)))
+    return "\n".join(lines)
