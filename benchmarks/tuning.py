@@ -13,13 +13,13 @@ budget        what a search may spend
 ============  =========================================================================================
 equal runs    as many runs as `tune`, of which a hypergradient counts as many as it takes times as long
 equal time    as much processor time as `tune`; here the time counts that a search takes to think
-ten times     ten times either, whatever is spent first
+many times    ten times either (``--times``), whatever is spent first
 ============  =========================================================================================
 
 Times are processor time of a single core, without compilation.  Every trial of a search is one run of new
 random numbers; at the end of a budget its best trials are run again with keys that all of them share, as
-`tune` does it, and this is part of the budget.  The results are then judged on 20 seeds and on examples that
-nobody has seen.
+`tune` does it, and this is part of the budget.  The results are then judged on 20 seeds and on examples
+that nobody has seen.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import importlib.util
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ SEARCHES = {
     "Sobol": "QMCSampler",
 }
 TUNE = "hypergradients"
-BUDGETS = ("equal runs", "equal time", "ten times")
+BUDGETS = ("equal runs", "equal time", "many times")
 
 Hypers = dict[str, Any]
 
@@ -252,7 +253,7 @@ class Runs(NamedTuple):
 
 def compiled(task: Task, space: Space, steps: int) -> Runs:
     """Compile a run, its judgement and its hypergradient, and time them."""
-    settings: Any = {"steps": steps, "optimizer": hg.adamw(), "adjoint": hg.Checkpointed()}
+    settings: Any = {"steps": steps, "optimizer": hg.adamw(), "adjoint": hg.Stored()}
     objective = task.problem(space).objective(**settings)
     run = jax.jit(lambda place, key: objective(space.hypers(place), key))
     slope = jax.jit(jax.value_and_grad(objective))
@@ -289,13 +290,13 @@ def quickest(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 class Settings(NamedTuple):
-    """What `hypergrad.tune` is asked for."""
+    """What `hypergrad.tune` is asked for, how often, and how many times as much the searches may spend."""
 
     steps: int
     trials: int
     meta_steps: int
-    seeds: int
     repeats: int
+    times: int
 
 
 def tuned(task: Task, space: Space, settings: Settings, runs: Runs, repeat: int) -> tuple[Hypers, float]:
@@ -303,7 +304,7 @@ def tuned(task: Task, space: Space, settings: Settings, runs: Runs, repeat: int)
     found = hg.tune(
         task.problem(space), hypers=space.start, steps=settings.steps, optimizer=hg.adamw(),
         learn=list(space.start), trials=settings.trials, meta_steps=settings.meta_steps,
-        adjoint=hg.Checkpointed(), key=jax.random.key(repeat), progress=False,
+        adjoint=hg.Stored(), key=jax.random.key(repeat), progress=False,
     )  # fmt: skip
     hypers = {name: found.hypers[name] for name in space.start}
     scored = KEYS * (len(found.trials) + len(found.scores))
@@ -324,6 +325,7 @@ def searched(name: str, space: Space, runs: Runs, most: tuple[float, float], rep
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     options: dict[str, Any] = {"TPE": {"multivariate": True}, "Sobol": {"scramble": True}}.get(name, {})
     study = optuna.create_study(sampler=getattr(optuna.samplers, SEARCHES[name])(seed=repeat, **options))
     names = [str(k) for k in range(space.count)]
@@ -377,12 +379,11 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
         limits = {
             "equal runs": (spent, np.inf),
             "equal time": (np.inf, time_spent),
-            "ten times": (10 * spent, 10 * time_spent),
+            "many times": (settings.times * spent, settings.times * time_spent),
         }
         for name in SEARCHES:
             progress(f"{name}, {space.count} hyperparameters, repeat {repeat}")
-            most = (10 * spent, 10 * time_spent)
-            trials = searched(name, space, runs, most, repeat)
+            trials = searched(name, space, runs, limits["many times"], repeat)
             spent_on[name].append([len(trials), trials[-1].seconds / time_spent])
             for budget, limit in limits.items():
                 enough = trials[-1].runs >= limit[0] or trials[-1].seconds >= limit[1]
@@ -461,6 +462,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=16, help="of hypergrad.tune before hypergradients")
     parser.add_argument("--meta-steps", type=int, default=40, help="of hypergrad.tune")
     parser.add_argument("--repeats", type=int, default=1, help="of every tuning")
+    parser.add_argument(
+        "--times", type=int, default=10, help="as much as others a search may spend at last"
+    )
     parser.add_argument("--unseen", type=int, default=20, help="seeds that judge")
     parser.add_argument("--core", type=int, default=0, help="the core that everything runs on")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"record, default {RESULTS.name}")
@@ -482,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("optuna") is None:
         say("Optuna is missing: pip install 'hypergrad-jax[bench-tuning]'; nothing is compared")
         return 0 if args.fast else 1
-    settings = Settings(args.steps, args.trials, args.meta_steps, 1, args.repeats)
+    settings = Settings(args.steps, args.trials, args.meta_steps, args.repeats, args.times)
     tasks = FAST if args.fast else {name: TASKS[name] for name in args.tasks}
     rows: dict[str, Any] = {}
     asked = {"settings": settings._asdict(), "unseen": args.unseen}
