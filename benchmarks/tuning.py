@@ -131,7 +131,7 @@ def characters(length: int, width: int, batch: int) -> Task:
     vocabulary = "".join(sorted(set(text)))
     codes = data.Text(np.empty(0, np.int32), np.empty(0, np.int32), vocabulary, "library").encode(text)
     cut = np.split(codes, [len(codes) * 8 // 10, len(codes) * 9 // 10])
-    parts = [tuple(map(jnp.asarray, data.windows(part, length))) for part in cut]
+    parts = [tuple(map(jnp.asarray, data.windows(part, length, length))) for part in cut]
     parts = [parts[0], *((x[:256], y[:256]) for x, y in parts[1:])]
     init, apply = nets.transformer(len(vocabulary), length, width=width, depth=2, heads=2)
     return Task(init, lambda params, x, y: nets.cross_entropy(apply(params, x), y), parts, batch)
@@ -254,25 +254,30 @@ class Runs(NamedTuple):
 def compiled(task: Task, space: Space, steps: int) -> Runs:
     """Compile a run, its judgement and its hypergradient, and time them."""
     settings: Any = {"steps": steps, "optimizer": hg.adamw(), "adjoint": hg.Stored()}
-    objective = task.problem(space).objective(**settings)
-    run = jax.jit(lambda place, key: objective(space.hypers(place), key))
+
+    # The data are an argument: as constants they would be looked through by the compiler.
+    def objective(hypers: Hypers, key: Array, parts: Any, judged: bool = False) -> Array:
+        return task._replace(parts=parts).problem(space, judged).objective(**settings)(hypers, key)
+
+    run = jax.jit(lambda place, key, parts: objective(space.hypers(place), key, parts))
+    judged = jax.jit(lambda hypers, key, parts: objective(hypers, key, parts, True))
     slope = jax.jit(jax.value_and_grad(objective))
-    judged = jax.jit(task.problem(space, judged=True).objective(**settings))
-    middle, key = jnp.full(space.count, 0.5), jax.random.key(0)
-    seconds = quickest(run, middle, key)
+    middle, rest = jnp.full(space.count, 0.5), (jax.random.key(0), task.parts)
+    seconds = quickest(run, middle, *rest)
 
     def finite(function: Callable[..., Array]) -> Callable[..., float]:
         def number(*arguments: Any) -> float:
             try:
                 with hg.readable_errors():
-                    value = float(function(*arguments))
+                    value = float(function(*arguments, task.parts))
             except ArithmeticError:  # it has diverged
                 return WORST
             return min(value, WORST) if np.isfinite(value) else WORST
 
         return number
 
-    return Runs(finite(run), finite(judged), seconds, quickest(slope, space.hypers(middle), key) / seconds)
+    times_as_long = quickest(slope, space.hypers(middle), *rest) / seconds
+    return Runs(finite(run), finite(judged), seconds, times_as_long)
 
 
 def quickest(function: Callable[..., Any], *arguments: Any) -> float:
