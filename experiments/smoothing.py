@@ -275,7 +275,12 @@ def calm(config: Config, data_dir: str | None) -> tuple[Learned, float]:
     smooth = hg.smoothed(forward, sigma=0.1, pairs=8, fresh=True)
     meta_steps = (config.exact, config.smoothed)
     found = compared(
-        lambda raw, key: objective(raw, key, hg.Reversible()), smooth, raw, meta_steps, 0.2, 0.1
+        lambda raw, key: objective(raw, key, hg.Reversible(bits={"velocity": 4})),
+        smooth,
+        raw,
+        meta_steps,
+        0.2,
+        0.1,
     )
     # The exact hypergradient runs forward and backward, the smoothed one forward 16 times.
     there = np.flatnonzero(found.exact <= found.smoothed_end)
