@@ -85,7 +85,7 @@ MNIST = Config(data="mnist")
 # Long runs in small steps of fixed size, so that plain SGD gets to the same place.
 LONG = replace(
     MNIST, model="mlp", per_class=10, learn=("images", "labels"), steps=200, batch_size=20, window=40,
-    adjoint="stored", real_batch=1000, meta_steps=600,
+    adjoint="stored", real_batch=1000, meta_steps=1000,
 )  # fmt: skip
 # What begins as noise in pixels that are hardly ever used stays there, and linear weights keep it: so the
 # images begin as means, and no pixel moves for small gradients' sake.

@@ -93,10 +93,7 @@ def main(config: Config, directory: str | None = None, output: str | None = None
 def draw(path: Path, config: Config, found: dict[str, list[WindowCosines]], record: dict[str, Any]) -> None:
     """Cosines by position: for the loss at the end of the window, and for that at the end of the run."""
     made, axes = figures.figure(1, 2, width=4.8)
-    titles = (
-        "with the exact gradient of\nthe loss where the window ends",
-        "of the loss at the end of the run",
-    )
+    titles = ("of the loss where the window ends", "of the loss at the end of the run")
     for panel, (name, title) in enumerate(zip(("same_end", "whole_run"), titles)):
         place = axes[0, panel]
         for row, (state, cosines) in enumerate(found.items()):
@@ -107,7 +104,7 @@ def draw(path: Path, config: Config, found: dict[str, list[WindowCosines]], reco
                 place.plot(each.ends, values.mean(0), label=f"{state}, window {each.window}", **style)
         place.set(xlabel="last step of the window", title=title, ylim=(min(0, place.get_ylim()[0]), 1.03))
         place.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("cosine")
+    axes[0, 0].set_ylabel("cosine with the exact gradient")
     axes[0, 1].legend(fontsize="x-small")
     figures.save(made, path, record)
 
