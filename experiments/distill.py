@@ -3,6 +3,7 @@
     python -m experiments.distill                       # digits, under two minutes on two cores
     python -m experiments.distill --data mnist --model mlp --per-class 10 --init random
     python -m experiments.distill --gates               # the published settings on MNIST, half an hour
+    python -m experiments.distill --long                # 100 images for long runs, learned in windows
 
 A validation split chooses among the sets on the way; the test set is looked at once, at the end.  The
 result is one file, `figures/distill.npz`, that `hypergrad.load_distilled` reads and plain NumPy too.
@@ -49,6 +50,8 @@ class Config:
     learn: tuple[str, ...] = option(("images", "learning_rate"), "see hypergrad.distill")
     steps: int = option(20, "of the inner training")
     learning_rate: float = option(1.0, "at first")
+    batch_size: int | None = option(None, "learned images in a step, default all of them")
+    adjoint: str = option("reversible", "of the inner training", choices=("reversible", "stored"))
     meta_steps: int = 1000
     meta_step: float = option(0.02, "of Adam, decayed to 0")
     meta_eps: float = option(1e-8, "of Adam; a large one spares pixels that are rarely used")
@@ -79,6 +82,11 @@ class Gate(NamedTuple):
 
 
 MNIST = Config(data="mnist")
+# Long runs in small steps of fixed size, so that plain SGD gets to the same place.
+LONG = replace(
+    MNIST, model="mlp", per_class=10, learn=("images", "labels"), steps=200, batch_size=20, window=40,
+    adjoint="stored", real_batch=1000, meta_steps=1000,
+)  # fmt: skip
 # What begins as noise in pixels that are hardly ever used stays there, and linear weights keep it: so the
 # images begin as means, and no pixel moves for small gradients' sake.
 LINEAR: dict[str, Any] = {
@@ -120,11 +128,18 @@ def network(model: str, shape: Sequence[int], classes: int) -> Network:
 def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -> hg.Distilled:
     """Distill as a configuration says."""
     means = class_means(loaded.train_images, loaded.train_labels, loaded.classes)
+    recipe = hg.Recipe(
+        config.steps,
+        config.learning_rate,
+        batch_size=config.batch_size,
+        inits=config.inits,
+        seed=config.seed,
+    )
     return hg.distill(
         network(config.model, loaded.train_images.shape[1:], loaded.classes),
         loaded.train_images,
         loaded.train_labels,
-        hg.Recipe(config.steps, config.learning_rate, inits=config.inits, seed=config.seed),
+        recipe,
         per_class=config.per_class,
         learn=config.learn,
         start=np.tile(means, (config.per_class, 1, 1)) if config.start == "means" else None,
@@ -136,6 +151,7 @@ def learn(config: Config, loaded: data.Dataset, checkpoint: str | None = None) -
         optimizer=optax.adam(
             optax.cosine_decay_schedule(config.meta_step, config.meta_steps), eps=config.meta_eps
         ),
+        adjoint=hg.Stored() if config.adjoint == "stored" else hg.Reversible(),
         key=jax.random.key(config.seed),
         checkpoint=checkpoint,
     )
@@ -167,16 +183,18 @@ def main(
     """Distill, evaluate and print; where there is an output, write figure, record and the set itself."""
     loaded = workloads.load(config.data, directory)
     distilled = learn(config, loaded, checkpoint)
-    models = list(dict.fromkeys([config.model, "logistic", "mlp"])) if full else [config.model]
+    others = ["logistic", "mlp"] if full and config != LONG else []
+    models = list(dict.fromkeys([config.model, *others]))
     table = evaluate(config, loaded, distilled, models, full)
     print(f"{config.data}: {len(distilled.images)} images, learned with the model {config.model}")
     print(table)
     if output is not None:
         made = "" if config == Config() else f"_{config.data}_{config.model}_{len(distilled.images)}"
+        made = "_long" if config == LONG else made
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
         table.noted(distilled).save(folder / f"distill{made}.npz")
-        record = {"config": config, "scores": recorded(table)}
+        record = {"config": config, "scores": recorded(table), "rankings": table.rankings}
         draw(folder / f"distill{made}.png", loaded, distilled, record)
     return {"distilled": distilled, "table": table}
 
@@ -258,7 +276,8 @@ def gates(directory: str | None = None, output: str | None = None, fast: bool = 
             f"{'reached' if ok else 'MISSED'}"
         )
         print(table)
-        record[name] = {"config": config, "scores": recorded(table), "reached": ok}
+        record[name] = {"config": config, "scores": recorded(table), "rankings": table.rankings}
+        record[name]["reached"] = ok
     if output is not None:
         draw_gates(Path(output) / "distill_gates.png", sets, record)
     return record
@@ -282,7 +301,7 @@ def draw(path: Path, loaded: data.Dataset, distilled: hg.Distilled, record: Mapp
     axes[1, 1].set(title="Choosing among them", xlabel="meta-step", ylabel="error on held-out images, %")
     axes[1, 1].grid(alpha=0.25)
     axes[1, 2].plot(distilled.recipe.rates(), "k.-")
-    axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learned learning rate")
+    axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learning rate")
     axes[1, 2].grid(alpha=0.25)
     figures.save(made, path, record)
 
@@ -302,9 +321,12 @@ def command(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "distill", __doc__, Config(), arguments,
         fast=lambda config: replace(config, meta_steps=5, seeds=2), flags=("data_dir", "checkpoint"),
         gates={"action": "store_true", "help": "run the published settings instead"},
+        long={"action": "store_true", "help": "100 images for long runs, learned in windows, instead"},
     )  # fmt: skip
     if run.gates:
         return gates(run.data_dir, run.output, run.fast)
+    if run.long:
+        config = replace(LONG, meta_steps=3, seeds=2) if run.fast else LONG
     return main(config, run.data_dir, run.checkpoint, run.output, full=not run.fast)
 
 
