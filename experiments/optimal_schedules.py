@@ -154,9 +154,12 @@ def easy(config: Config) -> list[Learned]:
 def hard(config: Config) -> list[Learned]:
     """Schedules by length in the hard phase."""
     problem = problems.power_law(capacity=config.hard_capacity, source=config.hard_source)
-    found = []
+    found: list[Learned] = []
     for steps in config.hard_lengths:
-        found.append(learn(problem, steps, np.full(steps, math.log(0.1)), 1.0, config.meta_steps))
+        share = (np.arange(steps) + 0.5) / steps
+        known = found[-1].log_rates if found else np.full(2, math.log(0.3))
+        start = np.interp(share, (np.arange(len(known)) + 0.5) / len(known), known)
+        found.append(learn(problem, steps, start, 1.0, 2 * config.meta_steps))
         first, plateau, last, decay = parts(found[-1])
         print(f"hard, T = {steps}: first {first:.3f}, plateau {plateau:.3f}, last {last:.3f}; the last "
               f"{decay:.1%} of the steps are below half of the plateau", flush=True)  # fmt: skip

@@ -139,3 +139,18 @@ def test_schedules_of_the_hard_phase_stay_and_decay(x64: None) -> None:
         assert np.ptp(early) < 0.1 * plateau and last < 0.1 * plateau
     assert long[1] == pytest.approx(short[1], rel=0.15)  # the plateau does not fall with the length
     assert long[3] < 0.8 * short[3]  # and the decay takes a smaller part of the run
+
+
+def test_the_record_keeps_what_the_page_says() -> None:
+    figures = Path(experiment.__file__).parent.parent / "figures"
+    record = json.loads((figures / "optimal_schedules.json").read_text())
+    np.testing.assert_allclose(record["quadratic"]["learned"], record["quadratic"]["known"], rtol=1e-6)
+    for steps in ("4000", "16000", "64000"):
+        assert record["fits"][steps]["shifted"]["delta"] == pytest.approx(
+            record["known"]["delta"], rel=0.05
+        )
+    assert record["fits"]["64000"]["plain"]["delta"] == pytest.approx(record["known"]["delta"], rel=0.05)
+    assert record["xi"] == pytest.approx(record["known"]["xi"], rel=0.05)
+    (first, plateau, last, decay), (_, longer_plateau, _, longer_decay) = record["parts"].values()
+    assert first > plateau > 10 * last
+    assert longer_plateau == pytest.approx(plateau, rel=0.1) and longer_decay < 0.8 * decay

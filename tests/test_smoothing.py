@@ -244,7 +244,7 @@ def test_influence_balancing(window: int) -> None:
     spread = {}
     for make in (hg.smoothing.nres, hg.smoothing.pes):
         estimator = make(start, unroll, window=window, steps=steps, sigma=0.1, pairs=1)
-        found = episode(estimator, theta, steps // window, jax.random.split(KEY, 500))
+        found = episode(estimator, theta, steps // window, jax.random.split(KEY, 300))
         sums = found.sum(axis=1)
         assert abs(sums.mean() - exact) < 3 * standard_error(sums)
         spread[make.__name__] = np.mean(found.var(axis=0))
