@@ -2,8 +2,8 @@
 
 On the noisy quadratic in one dimension the best rates have a closed form.  On a regression on features with
 a power-law spectrum the best schedules of long runs have known shapes: in the easy phase a power of the
-remaining time, in the hard phase warm-up, plateau and decay.  All rates are learned by L-BFGS-B on
-hypergradients of exact expected losses; on the regression they are interpolated between knots, in
+remaining time, in the hard phase a plateau and a decay at the end.  All rates are learned by L-BFGS-B on
+hypergradients of exact expected losses: one for every step, or in the easy phase at knots in
 ``log((t + 1) / (T - t))``, so that the first and the last steps have as many knots as all others.
 
     python -m experiments.optimal_schedules                    # some minutes on one core
@@ -49,7 +49,7 @@ class Learned(NamedTuple):
 
     Attributes:
       steps: ``T``.
-      log_rates: at the knots.
+      log_rates: of every step, or at the knots.
       loss: the expected excess loss at the end.
     """
 
@@ -74,7 +74,9 @@ def places(steps: int, knots: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rates(log_rates: Any, steps: int) -> Any:
-    """The rate of every step."""
+    """The rate of every step, each by itself if there are as many, and otherwise between knots."""
+    if len(log_rates) == steps:
+        return jnp.exp(log_rates)
     place, knots = places(steps, len(log_rates))
     return jnp.exp(jnp.interp(place, knots, log_rates))
 
@@ -152,20 +154,22 @@ def easy(config: Config) -> list[Learned]:
 def hard(config: Config) -> list[Learned]:
     """Schedules by length in the hard phase."""
     problem = problems.power_law(capacity=config.hard_capacity, source=config.hard_source)
-    found, start = [], np.full(config.knots, math.log(0.05))
+    found: list[Learned] = []
     for steps in config.hard_lengths:
-        found.append(learn(problem, steps, start, 1.0, config.meta_steps))
-        start = found[-1].log_rates
+        share = (np.arange(steps) + 0.5) / steps
+        known = found[-1].log_rates if found else np.full(2, math.log(0.3))
+        start = np.interp(share, (np.arange(len(known)) + 0.5) / len(known), known)
+        found.append(learn(problem, steps, start, 1.0, 2 * config.meta_steps))
         first, plateau, last, decay = parts(found[-1])
-        print(f"hard, T = {steps}: from {first:.3f} to {plateau:.3f} and to {last:.3f}; the last "
+        print(f"hard, T = {steps}: first {first:.3f}, plateau {plateau:.3f}, last {last:.3f}; the last "
               f"{decay:.1%} of the steps are below half of the plateau", flush=True)  # fmt: skip
     return found
 
 
 def parts(learned: Learned) -> tuple[float, float, float, float]:
-    """First rate, plateau (the median), last rate, and the share of the run after half of the plateau."""
+    """First rate, plateau (median of the first half), last rate, and the share below half of it."""
     x = np.asarray(rates(learned.log_rates, learned.steps))
-    plateau = float(np.median(x))
+    plateau = float(np.median(x[: len(x) // 2]))
     return float(x[0]), plateau, float(x[-1]), 1 - (int(np.flatnonzero(x >= plateau / 2)[-1]) + 1) / len(x)
 
 

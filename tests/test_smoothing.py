@@ -1,8 +1,10 @@
 """Smoothed objectives, and the online estimators of their gradients."""
 
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -242,7 +244,7 @@ def test_influence_balancing(window: int) -> None:
     spread = {}
     for make in (hg.smoothing.nres, hg.smoothing.pes):
         estimator = make(start, unroll, window=window, steps=steps, sigma=0.1, pairs=1)
-        found = episode(estimator, theta, steps // window, jax.random.split(KEY, 500))
+        found = episode(estimator, theta, steps // window, jax.random.split(KEY, 300))
         sums = found.sum(axis=1)
         assert abs(sums.mean() - exact) < 3 * standard_error(sums)
         spread[make.__name__] = np.mean(found.var(axis=0))
@@ -390,3 +392,29 @@ def test_following_the_advice_frees_a_chaotic_training_run() -> None:
     stuck = hg.meta.optimize(lambda x, key: objective(x, 100), start, **settings)
     best = hg.meta.optimize(lambda x, key: smooth(x, 100), start, **settings)
     assert objective(best.hypers, 100) < 10 < 15 < objective(stuck.hypers, 100)
+
+
+@pytest.mark.slow
+def test_writes_figure_and_record(tmp_path: Path) -> None:
+    found = experiment.command(["--fast", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "smoothing.json").read_text())
+    assert record["influence"]["exact"] == found["influence"]["exact"]
+    assert len(record["calm"]["exact"]) == 3 and len(record["calm"]["smoothed"]) == 2
+    assert (tmp_path / "smoothing.png").stat().st_size > 10_000
+
+
+def test_the_record_keeps_what_the_page_says() -> None:
+    record = json.loads(
+        (Path(experiment.__file__).parent.parent / "figures" / "smoothing.json").read_text()
+    )
+    found, truncated = record["influence"], record["influence"]["truncated"]
+    assert truncated["1"] < 0 and truncated["10"] < 0 < truncated["100"]
+    for nres, pes in zip(found["nres"], found["pes"]):
+        for each in (nres, pes):
+            assert abs(each["mean"] - found["exact"]) < 3 * each["standard_error"]
+        assert nres["deviation"] < pes["deviation"]
+    assert record["scatter"]["nres"] < record["scatter"]["pes"]
+    assert record["regression"]["smoothed_end"] < 6 < 20 < record["regression"]["exact_end"]
+    assert "chaotic" in record["report"]["meaning"]
+    assert record["chaotic"]["smoothed_end"] < 0.6 * record["chaotic"]["exact_end"]
+    assert record["share_of_runs"] < 0.1

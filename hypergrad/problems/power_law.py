@@ -14,7 +14,7 @@ entered when ``u`` of the sum was left is forgotten as ``K(u) ∝ u^(1/b - 2)``.
 
 - in the easy phase, ``a > b``: ``η ∝ T^-ξ (1 - t/T)^δ`` with ``δ = 2b - 1`` and ``ξ = 1 - b/a``;
 - in the hard phase, ``a < b``, ``τ`` would need rates at which training is not stable: rates as high as
-  possible for most of the run, and a decay at its end.
+  possible for most of the run, and a decay at its end, of a share of the run that vanishes with ``T``.
 
 ======  ==================  ========  =================================================================
 symbol  name                shape     meaning

@@ -5,13 +5,13 @@ averaged over a little noise has a slope that is worth following, and it needs n
 
     F(θ) = E f(θ + σ ε),  ε ~ N(0, I);    ∇F(θ) = E ε (f(θ + σ ε) - f(θ - σ ε)) / (2 σ)
 
-========== =================== =========================================== ===============================
+========== =================== =========================================== ============================
 function   an update needs     noise                                       use it
-========== =================== =========================================== ===============================
+========== =================== =========================================== ============================
 `smoothed` whole runs          one vector for a pair of runs               **Recommended**
 `nres`     windows of K steps  one vector for a pair of runs               Situational: very long runs
-`pes`      windows of K steps  fresh in every window, weighted by its sum  Not recommended: larger variance
-========== =================== =========================================== ===============================
+`pes`      windows of K steps  fresh in every window, weighted by its sum  Not recommended: varies more
+========== =================== =========================================== ============================
 
 All three estimates are unbiased for the slope of what they smooth.  `training` describes the runs of
 `hypergrad.train` for `nres` and `pes`.

@@ -104,8 +104,8 @@ def nres(
     ``g_w = mean ε (L_w(θ + σ ε) - L_w(θ - σ ε)) / (2 σ)`` over pairs, for the loss ``L_w`` of window ``w``
 
     While ``θ`` stays, the estimates of all windows of an episode add up to an unbiased estimate of
-    ``∇ E Σ_w L_w(θ + σ ε)``.  Of the unbiased online estimates it has the least variance, which does not
-    grow with the number of windows.
+    ``∇ E Σ_w L_w(θ + σ ε)``.  An update varies no more than one of `pes`, however many windows an episode
+    has; with few hyperparameters, the sum over an episode may vary more.
 
     Args:
       start: ``start(hypers, key) -> state``, the inner state at the start of an episode; both runs of a
