@@ -85,7 +85,7 @@ MNIST = Config(data="mnist")
 # Long runs in small steps of fixed size, so that plain SGD gets to the same place.
 LONG = replace(
     MNIST, model="mlp", per_class=10, learn=("images", "labels"), steps=200, batch_size=20, window=40,
-    adjoint="stored", real_batch=1000, meta_steps=1000,
+    adjoint="stored", real_batch=1000, meta_steps=600,
 )  # fmt: skip
 # What begins as noise in pixels that are hardly ever used stays there, and linear weights keep it: so the
 # images begin as means, and no pixel moves for small gradients' sake.
@@ -302,6 +302,7 @@ def draw(path: Path, loaded: data.Dataset, distilled: hg.Distilled, record: Mapp
     axes[1, 1].grid(alpha=0.25)
     axes[1, 2].plot(distilled.recipe.rates(), "k.-")
     axes[1, 2].set(title="Training on them", xlabel="step", ylabel="learning rate")
+    axes[1, 2].set_ylim(bottom=0)
     axes[1, 2].grid(alpha=0.25)
     figures.save(made, path, record)
 
