@@ -55,7 +55,7 @@ class Workload:
     batch_sizes: tuple[int, ...]
 
 
-PERCEPTRON = Workload("perceptron", 512, 300, 1e-3, 64, 1e-2, 1e-2, (16, 128))
+PERCEPTRON = Workload("perceptron", 512, 300, 1e-3, 64, 1.5e-2, 5e-3, (16, 128))
 TRANSFORMER = Workload("transformer", 256, 500, 3e-3, 32, 1.2e-2, 3e-4, (16, 64))
 
 

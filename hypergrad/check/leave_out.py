@@ -68,7 +68,7 @@ def check_leave_out(
     one, ``f`` after training with ``c_i = 0`` in ``S``, have Spearman's correlation ``ρ``: the linear
     datamodeling score.  Wald's sequential test decides between ``ρ <= 0.2`` and ``ρ >= 0.9`` with 1% of
     mistakes at each, by Fisher's ``z = artanh ρ``, whose variance is ``1.06 / (n - 3)`` after ``n`` runs.
-    It makes one run after the other and stops when it is certain, mostly after 6 to 10.  Unless the
+    It makes one run after the other and stops when it is certain, mostly after 6 to 15.  Unless the
     prediction can be trusted, 11 further runs tell what is wrong: noise of the keys, roughness already
     at an eighth of the change, or neither.
 
