@@ -47,9 +47,9 @@ def check_hypergradient(
     - Precision: types of 16 bits or fewer in ``everything`` and in the program.
 
     It costs about ``8 directions`` evaluations of the objective for every array, three hypergradients, and
-    one more for each of `steps`; where a run is chaotic, up to 400 evaluations more.  To see whether limited
-    precision blurs a result, call it within ``with jax.enable_x64(True):`` on float64 arrays, including
-    those the objective closes over.
+    one more for each of `steps`; where a run is chaotic, up to 400 evaluations more.  To see whether
+    limited precision blurs a result, call it within ``with jax.enable_x64(True):`` on float64 arrays,
+    including those the objective closes over.
 
     Args:
       objective: ``objective(everything) -> scalar``, a deterministic function that JAX differentiates, with
