@@ -6,6 +6,7 @@ searches the ranges.  Run it with
 
     pip install "hypergrad-jax[bench-tuning]"
     python -m benchmarks.tuning            # about an hour
+    python -m benchmarks.tuning --show     # the record's tables for the documentation
     python -m benchmarks.tuning --fast     # seconds, on the digits; writes nothing
 
 ============  =========================================================================================
@@ -441,6 +442,24 @@ def table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Mapping[str, Any], budget: str) -> str:
+    """What hypergradients reach, and that less what a search reaches: a table of the documentation."""
+    lines = [f"| network, hyperparameters | loss | {' | '.join(f'less {name}' for name in SEARCHES)} |"]
+    lines.append("|---|---|" + "---|" * len(SEARCHES))
+    for cell, row in rows.items():
+        ours = over_seeds(row["losses"][TUNE])
+        assert ours is not None
+        told = [
+            plus_minus(ours.mean(), standard_error(ours), ".3f"),
+            *(
+                "" if x is None else plus_minus(x.mean, x.standard_error, "+.3f")
+                for x in differences(row, budget).values()
+            ),
+        ]
+        lines.append(f"| {cell.split(',')[0]}, {row['hyperparameters']} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 def wins_from(rows: Mapping[str, Any], task: str, budget: str) -> int | None:
     """From how many hyperparameters on hypergradients are better than every search; None for nowhere."""
     mine = sorted(
@@ -461,6 +480,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="one small network and size; writes nothing")
+    parser.add_argument("--show", action="store_true", help="print the tables of the record")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=(0, 1, 2), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="of a run")
@@ -482,6 +502,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print, and write the record after every comparison."""
     args = parse(arguments)
+    if args.show:
+        rows = records.read(args.output)["rows"]
+        for budget in BUDGETS[1:]:
+            say(f"{budget}\n\n{markdown(rows, budget)}\n")
+        return 0
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     )
@@ -493,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if args.fast else 1
     settings = Settings(args.steps, args.trials, args.meta_steps, args.repeats, args.times)
     tasks = FAST if args.fast else {name: TASKS[name] for name in args.tasks}
-    rows: dict[str, Any] = {}
+    rows = {}
     asked = {"settings": settings._asdict(), "unseen": args.unseen}
     if not args.fast and args.output.exists():
         before = records.read(args.output)

@@ -102,3 +102,9 @@ def test_from_where_on_hypergradients_win(better: list[float], first: int | None
     assert tuning.wins_from(rows, "net", "many times") == first
     said = tuning.table(rows)
     assert "30 hyperparameters, 100 runs of 10.0 ms" in said and "Sobol (did not get there)" in said
+
+
+def test_tables_for_the_documentation() -> None:
+    said = tuning.markdown({"net, size 0": row(4, 0.1)}, "many times").splitlines()
+    assert len(said) == 3 and said[0].count("|") == said[1].count("|") == said[2].count("|")
+    assert said[2].startswith("| net, 4 | 0.550 ± 0.007 | -0.100 ± 0.000 |") and said[2].endswith("|  |")
