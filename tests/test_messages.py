@@ -439,7 +439,7 @@ def test_one_callback_for_all_domains_and_one_scalar_for_each() -> None:
 
     rates = {"a": jnp.full(4, 0.1), "b": jnp.full((4, 3), 0.1)}
     program = jax.make_jaxpr(outer)(rates, jnp.float32(0.5))
-    callbacks = [e for e in program.jaxpr.eqns if e.primitive.name == "pure_callback"]
+    callbacks = [e for e in program.jaxpr.eqns if e.primitive.name == "call_everywhere"]
     assert [[v.aval.shape for v in e.invars] for e in callbacks] == [[(), ()]]
     rates["b"] = rates["b"].at[2, 1].set(-3.0)
     with pytest.raises(Exception, match=r"hypers\['learning_rate'\] has -3 in it"):
@@ -450,7 +450,7 @@ def test_one_callback_for_all_domains_and_one_scalar_for_each() -> None:
 
 def test_what_is_known_costs_no_callback() -> None:
     program = jax.make_jaxpr(lambda params: train(params=params, adjoint=hg.Stored()).losses)(START)
-    assert "pure_callback" not in str(program)
+    assert "call_everywhere" not in str(program)
 
 
 # A strict session.

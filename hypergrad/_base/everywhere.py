@@ -68,7 +68,7 @@ def _kind(*kinds: Any, call: Callable[..., np.ndarray]) -> Any:
 def _batched(numbers: Any, axes: Any, *, call: Callable[..., np.ndarray]) -> tuple[Array, int]:
     (size,) = {x.shape[axis] for x, axis in zip(numbers, axes) if axis is not None}
     rows = [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        jnp.broadcast_to(x, (size, *jnp.shape(x))) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(numbers, axes)
     ]
     return EVERYWHERE.bind(*rows, call=call), 0
