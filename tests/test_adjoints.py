@@ -313,6 +313,7 @@ def test_dropout_keys_and_integers_pass_through() -> None:
     assert float(jnp.linalg.norm(found)) > 1e-2
 
 
+@pytest.mark.slow
 def test_second_scale_of_a_program_has_its_own_buffer() -> None:
     """Weight decay as a scale of the parameters: two buffers per leaf."""
     decayed = Optimizer(

@@ -71,6 +71,7 @@ def test_progress_says_what_is_compiled_and_what_is_left(capsys: pytest.CaptureF
 # Finite differences.
 
 
+@pytest.mark.slow
 def test_float32_network_of_100_steps_is_not_condemned() -> None:
     objective, everything = classification(dtype=jnp.float32, steps=100)
     some = {name: everything[name] for name in ("params", "hypers")}

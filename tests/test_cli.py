@@ -429,6 +429,7 @@ def test_settings_are_those_of_their_dataclass() -> None:
     assert settings.as_command("tune", made) == "hypergrad tune p.py --steps 3 --meta-rate 1"
 
 
+@pytest.mark.slow
 def test_the_command_in_a_log_file(here: Path) -> None:
     """The real program: its status, and lines instead of a bar."""
     command = [sys.executable, "-m", "hypergrad"]

@@ -36,6 +36,7 @@ def test_contestants_agree(rows):
     assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_times_are_by_vector_and_memory_is_of_all(rows):
     of = {r["contestant"]: r for r in rows}
     eight, unit = of["hessian, 8 vectors"], of["gradient"]

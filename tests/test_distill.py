@@ -175,6 +175,7 @@ def test_the_hypergradient_is_that_of_a_plain_scan(x64, kind):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_table_is_learned_from_raw_numbers(capsys):
     """Features of very different sizes, of which one is constant, through all that a set can do."""
     scales, places = np.array([1e-3, 1.0, 1e4, 1.0]), np.array([5.0, 0.0, -1e5, 3.0])

@@ -408,6 +408,7 @@ def parabola(rate: float, start: Any) -> float:
     return float(sum(jnp.sum(x**2) for x in w))
 
 
+@pytest.mark.slow
 def test_the_look_at_domains_is_not_differentiated() -> None:
     """Forwards, backwards, and forwards over backwards, under jit: as outside of it."""
     rates = jnp.array([0.1, 0.2, 0.3, 0.1])
@@ -456,7 +457,7 @@ def test_what_is_known_costs_no_callback() -> None:
 # A strict session.
 
 
-@pytest.mark.quick("momentum, float32", "optax.adam")
+@pytest.mark.quick("optax.adam")
 @pytest.mark.parametrize(
     ("optimizer", "adjoint", "precision"),
     [

@@ -158,6 +158,7 @@ def averaged(w: Any, meta: Any, step: Any, s: Any) -> Any:
     return jnp.sum(w**2), {"mean": 0.99 * s["mean"] + 0.01 * w, "count": s["count"] + 1}
 
 
+@pytest.mark.slow
 def test_two_runs_are_one_bit_for_bit() -> None:
     start = {"mean": jnp.ones(2), "count": 0}
     hypers = {"learning_rate": 0.1, "momentum": 0.5}

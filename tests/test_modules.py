@@ -120,6 +120,7 @@ def nnx_final(module: Any) -> Any:
     return nnx_loss(module, None, (X[0], Y[0]))
 
 
+@pytest.mark.slow
 def test_an_nnx_module_with_all_that_changes_in_it() -> None:
     module = Network(nnx.Rngs(0))
     before = jax.tree.map(np.asarray, nnx.state(module, nnx.BatchStat))

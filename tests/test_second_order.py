@@ -136,6 +136,7 @@ def test_hessian_vector_products_in_everything(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(backwards(x), expected @ u, rtol=1e-6)
 
 
+@pytest.mark.slow
 @typical
 def test_outside_jit(x64: None, adjoint: Any) -> None:
     found = jax.grad(jax.grad(of_target(ours(adjoint))))(0.7)
@@ -162,6 +163,7 @@ def test_under_vmap(x64: None, adjoint: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 @typical
 def test_a_run_within_the_loss_of_a_run(x64: None, adjoint: Any) -> None:
     """Meta-learning in a run that is tuned: the inner run starts at the parameters of the outer one."""

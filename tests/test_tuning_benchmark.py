@@ -58,9 +58,10 @@ def test_a_problem_in_knots_is_trained_with_their_values_at_every_step() -> None
     task, steps = small_task(), 6
     space = tuning.spaces(task.layers)[1]
     problem = task.problem(space)
-    found = problem.train(space.start, steps=steps, optimizer=hg.adamw())
+    settings: Any = {"steps": steps, "optimizer": hg.adamw(), "adjoint": hg.Stored()}
+    found = problem.train(space.start, **settings)
     plain = hg.Problem(problem.init, problem.loss, problem.batches).train(
-        space.fixed | {"learning_rate": np.full(steps, 1e-2, np.float32)}, steps=steps, optimizer=hg.adamw()
+        space.fixed | {"learning_rate": np.full(steps, 1e-2, np.float32)}, **settings
     )
     np.testing.assert_allclose(found.losses, plain.losses, rtol=1e-5)
 
