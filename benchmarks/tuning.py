@@ -141,7 +141,7 @@ def characters(length: int, width: int, batch: int) -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "MLP": lambda: pictures(data.fashion_mnist(), nets.mlp((196, 32, 32, 32, 10)), 64, True),
     "ConvNet": lambda: pictures(
-        data.fashion_mnist(), nets.convnet((14, 14, 1), 10, width=8, depth=3), 32, False
+        data.fashion_mnist(), nets.convnet((14, 14, 1), 10, width=4, depth=3), 16, False
     ),
     "transformer": lambda: characters(16, 16, 8),
 }
@@ -398,6 +398,7 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
                 losses.setdefault(f"{name}, {budget}", []).append(found)
     return {
         "hyperparameters": space.count,
+        "times": settings.times,
         "seconds_of_a_run": runs.seconds,
         "runs_of_a_hypergradient": runs.ratio,
         "runs": spent_by_us,
@@ -519,7 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(args.steps, args.trials, args.meta_steps, args.repeats, args.times)
     tasks = FAST if args.fast else {name: TASKS[name] for name in args.tasks}
     rows = {}
-    asked = {"settings": settings._asdict(), "unseen": args.unseen}
+    asked = settings._asdict() | {"unseen": args.unseen}
+    del asked["times"]  # which may be another for every comparison
     if not args.fast and args.output.exists():
         before = records.read(args.output)
         rows = before["rows"] if before["config"] == records.plain(asked) else {}
