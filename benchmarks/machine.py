@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 MEMORY_SHARE = 0.6  # of the machine's memory that one contestant may take
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 MIB, GIB = 2.0**20, 2.0**30
 
 Row = dict[str, Any]
@@ -58,6 +59,18 @@ def describe_machine() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "system": platform.platform(),
     }
+
+
+def on_one_core(core: int) -> None:
+    """Keep everything on one core and in one thread, from before JAX looks for processors.
+
+    Args:
+      core: its number among those that the process may use, counted round.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[core % len(cores)]})
 
 
 def machine_memory() -> int:

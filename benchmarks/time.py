@@ -20,7 +20,6 @@ others            the adjoints that `hypergrad.plan` proposes, with the time tha
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,12 +44,11 @@ from benchmarks.hypergradient import (
     rematerialised,
     scanned,
 )
-from benchmarks.machine import Row, describe_machine, progress, ratio, say, show, versions
+from benchmarks.machine import Row, describe_machine, on_one_core, progress, ratio, say, show, versions
 from experiments.common import records
 from hypergrad import nets
 
 RESULTS = Path(__file__).parent / "results" / "time.json"
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 class Workload(NamedTuple):
@@ -232,11 +230,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write the report."""
     args = parse(arguments)
-    # Before JAX looks for processors.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[args.core % len(cores)]})
+    on_one_core(args.core)
     machine = describe_machine()
     say(f"{machine['name']}; jax {jax.__version__}, hypergrad {hg.__version__}; one thread on one core")
     works = FAST if args.fast else {k: v for k, v in WORKLOADS.items() if k in (args.problems or WORKLOADS)}

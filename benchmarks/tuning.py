@@ -25,7 +25,6 @@ that nobody has seen.
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
 import warnings
@@ -40,10 +39,10 @@ import numpy as np
 from jax import Array
 
 import hypergrad as hg
-from benchmarks.machine import describe_machine, progress, say, versions
+from benchmarks.machine import describe_machine, on_one_core, progress, say, versions
 from experiments.common import records
 from experiments.common.statistics import Difference, paired, plus_minus, standard_error
-from experiments.transformer import library_text
+from experiments.transformer import between, library_codes
 from hypergrad import data, nets
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
@@ -128,9 +127,7 @@ def pictures(dataset: data.Dataset, net: tuple[Any, Any], batch: int, flat: bool
 
 def characters(length: int, width: int, batch: int) -> Task:
     """A transformer of two blocks that predicts the next character of source texts."""
-    text = library_text(400_000)
-    vocabulary = "".join(sorted(set(text)))
-    codes = data.Text(np.empty(0, np.int32), np.empty(0, np.int32), vocabulary, "library").encode(text)
+    codes, vocabulary = library_codes(400_000)
     cut = np.split(codes, [len(codes) * 8 // 10, len(codes) * 9 // 10])
     parts = [tuple(map(jnp.asarray, data.windows(part, length, length))) for part in cut]
     parts = [parts[0], *((x[:256], y[:256]) for x, y in parts[1:])]
@@ -178,16 +175,13 @@ class Space(NamedTuple):
     def whole(self, hypers: Mapping[str, Any], steps: int) -> Hypers:
         """With what is fixed, and with values at every step where there are knots."""
 
-        def between(name: str, x: Any) -> Any:
+        def at_every_step(name: str, x: Any) -> Any:
             if not jnp.ndim(x):
                 return x
-            away = 1 - x if name in BETAS else x
-            places = jnp.linspace(0, x.size - 1, steps)
-            line = jnp.exp(jnp.interp(places, jnp.arange(x.size), jnp.log(away)))
-            return 1 - line if name in BETAS else line
+            return 1 - between(1 - x, steps) if name in BETAS else between(x, steps)
 
         return self.fixed | {
-            name: jax.tree.map(lambda x, name=name: between(name, x), value)
+            name: jax.tree.map(lambda x, name=name: at_every_step(name, x), value)
             for name, value in hypers.items()
         }
 
@@ -508,12 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for budget in BUDGETS[1:]:
             say(f"{budget}\n\n{markdown(rows, budget)}\n")
         return 0
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
-    )
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[args.core % len(cores)]})
+    on_one_core(args.core)
     if importlib.util.find_spec("optuna") is None:
         say("Optuna is missing: pip install 'hypergrad-jax[bench-tuning]'; nothing is compared")
         return 0 if args.fast else 1

@@ -31,7 +31,7 @@ from jax import Array
 import hypergrad as hg
 from experiments.common import cli, figures
 from experiments.common.cli import option
-from experiments.transformer import library_text
+from experiments.transformer import library_codes
 from hypergrad import data, nets
 from hypergrad.check.leave_out import rank_correlation
 from hypergrad.optimizers.adam_family import MOMENTS, decayed, moments, unbiased
@@ -187,9 +187,7 @@ def digits(config: Config, work: Workload) -> tuple[Callable[..., Array], Any, l
 
 def text(config: Config, work: Workload) -> tuple[Callable[..., Array], Any, list[tuple[Array, Array]]]:
     """The same, of windows of the source of the standard library."""
-    written = library_text(200_000)
-    vocabulary = "".join(sorted(set(written)))
-    codes = data.Text(np.empty(0, np.int32), np.empty(0, np.int32), vocabulary, "library").encode(written)
+    codes, vocabulary = library_codes(200_000)
     inputs, labels = (jnp.asarray(x) for x in data.windows(codes, config.length))
     order = np.random.default_rng(config.seed).permutation(len(inputs))
     cuts = np.cumsum([work.examples, 2048, config.targets])

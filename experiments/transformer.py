@@ -91,11 +91,17 @@ def library_text(characters: int) -> str:
     return "".join(chosen)[:characters]
 
 
+def library_codes(characters: int) -> tuple[np.ndarray, str]:
+    """`library_text` as integers, and the characters that they stand for."""
+    text = library_text(characters)
+    vocabulary = "".join(sorted(set(text)))
+    nothing = np.empty(0, np.int32)
+    return data.Text(nothing, nothing, vocabulary, "library").encode(text), vocabulary
+
+
 def setting(config: Config) -> Setting:
     """Cut the text into windows, of which 80 % are trained on, and make the network."""
-    text = library_text(config.characters)
-    vocabulary = "".join(sorted(set(text)))
-    codes = data.Text(np.empty(0, np.int32), np.empty(0, np.int32), vocabulary, "library").encode(text)
+    codes, vocabulary = library_codes(config.characters)
     cuts = len(codes) * 8 // 10, len(codes) * 9 // 10
     parts = [
         jnp.asarray(np.concatenate([inputs, targets[:, -1:]], axis=1))

@@ -64,17 +64,15 @@ def error_if(
         columns = np.broadcast_arrays(*numbers)
         shape = columns[0].shape[:-1]
         rows = zip(*(column.reshape(-1, columns[0].shape[-1]).tolist() for column in columns))
-        failed = {}
-        for k, row in enumerate(rows):
-            messages = (explain(*said) for said in zip(*row))
-            failed[k] = next((message for message in messages if message is not None), None)
-        refused = {k: message for k, message in failed.items() if message is not None}
-        if refused and len(refused) == len(failed):
-            raise error(refused[0])
-        for k, message in refused.items():
+        told = [[explain(*said) for said in zip(*row)] for row in rows]
+        messages = [next((x for x in each if x is not None), None) for each in told]
+        failed = {k: message for k, message in enumerate(messages) if message is not None}
+        if failed and len(failed) == len(messages):
+            raise error(failed[0])
+        for k, message in failed.items():
             lane = [int(i) for i in np.unravel_index(k, shape)]
             warnings.warn(LaneWarning(f"run {lane} of {list(shape)} under vmap: {message}"), stacklevel=2)
-        return np.reshape([message is not None for message in failed.values()], shape)
+        return np.reshape([message is not None for message in messages], shape)
 
     if not numbers:
         return result

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hypergrad._base.trees import PyTree
-from hypergrad.check.objective import Leaves, Point
+from hypergrad.check.objective import Point
 
 SCALES = tuple(2.0**-k for k in range(12))  # of the noise, relative to the size of every array
 DIRECTIONS = 16
@@ -66,14 +66,14 @@ def smooth_above(point: Point, key: jax.Array) -> tuple[float | None, bool]:
     From the largest scale for which the two agree, scales are halved until they do not.  Scales at which
     the objective is not defined are left out.
     """
-    sizes = [_size(x) for x in point.leaves]
+    by_array = point._replace(sizes=[np.asarray(_size(x)) for x in point.leaves])
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     moves = [
-        [rng.standard_normal(x.shape) * d for x, d in zip(point.leaves, sizes)] for _ in range(DIRECTIONS)
+        {k: rng.standard_normal(x.shape) for k, x in enumerate(point.leaves)} for _ in range(DIRECTIONS)
     ]
 
     def changes(s: float) -> np.ndarray:
-        pairs = [(_moved(point.leaves, move, s), _moved(point.leaves, move, -s)) for move in moves]
+        pairs = [(by_array.moved(move, s), by_array.moved(move, -s)) for move in moves]
         return np.array([point.program.value(a) - point.program.value(b) for a, b in pairs]) / 2
 
     found, rough = None, False
@@ -90,10 +90,6 @@ def smooth_above(point: Point, key: jax.Array) -> tuple[float | None, bool]:
         coarse = fine
     # Scales so small that one ripple looks smooth are of no use, if there are rough ones above them.
     return (None, False) if rough else (found, found is not None)
-
-
-def _moved(leaves: Leaves, move: Leaves, s: float) -> Leaves:
-    return [np.asarray(x.astype(np.float64) + s * u, x.dtype) for x, u in zip(leaves, move)]
 
 
 def _size(x: np.ndarray) -> float:

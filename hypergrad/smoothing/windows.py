@@ -141,15 +141,8 @@ def nres(
     >>> bool(estimate.gradient < 0), particles.step.tolist()[:2]
     (True, [1, 1])
     """
-    call = f"nres(window={window!r}, steps={steps!r}, sigma={described(sigma)}, pairs={pairs!r})"
-    _check(call, start, unroll, window, steps)
-    check_noise(call, sigma, pairs, ceiling, chunk)
-    windows = steps // window
-    return _estimator(
-        _Settings(
-            call, start, unroll, window, windows, sigma, pairs, bool(staggered), ceiling, chunk, False
-        )
-    )
+    given = start, unroll, window, steps, sigma, pairs, staggered, ceiling, chunk
+    return _estimator(_settings("nres", *given, redraw=False))
 
 
 def pes(
@@ -198,16 +191,26 @@ def pes(
     >>> bool(jnp.all(particles.total != particles.noise))
     True
     """
-    call = f"pes(window={window!r}, steps={steps!r}, sigma={described(sigma)}, pairs={pairs!r})"
-    _check(call, start, unroll, window, steps)
-    check_noise(call, sigma, pairs, ceiling, chunk)
-    windows = steps // window
-    return _estimator(
-        _Settings(call, start, unroll, window, windows, sigma, pairs, bool(staggered), ceiling, chunk, True)
-    )
+    given = start, unroll, window, steps, sigma, pairs, staggered, ceiling, chunk
+    return _estimator(_settings("pes", *given, redraw=True))
 
 
-def _check(call: str, start: Any, unroll: Any, window: Any, steps: Any) -> None:
+def _settings(
+    name: str,
+    start: Start,
+    unroll: Unroll,
+    window: int,
+    steps: int,
+    sigma: PyTree,
+    pairs: int,
+    staggered: bool,
+    ceiling: float,
+    chunk: int | None,
+    *,
+    redraw: bool,
+) -> _Settings:
+    """What a user gave, checked."""
+    call = f"{name}(window={window!r}, steps={steps!r}, sigma={described(sigma)}, pairs={pairs!r})"
     check_callable(call, "start", start, "hypers", "key")
     check_callable(call, "unroll", unroll, "hypers", "state", "step")
     check_whole(call, "window", window, 1, None)
@@ -216,6 +219,11 @@ def _check(call: str, start: Any, unroll: Any, window: Any, steps: Any) -> None:
         raise ValueError(
             f"{call}: steps must be a multiple of window, so that an episode is a whole number of windows"
         )
+    check_noise(call, sigma, pairs, ceiling, chunk)
+    windows = steps // window
+    return _Settings(
+        call, start, unroll, window, windows, sigma, pairs, bool(staggered), ceiling, chunk, redraw
+    )
 
 
 def _estimator(settings: _Settings) -> Estimator:
