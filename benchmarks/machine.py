@@ -64,6 +64,9 @@ def describe_machine() -> dict[str, Any]:
 def on_one_core(core: int) -> None:
     """Keep everything on one core and in one thread, from before JAX looks for processors.
 
+    NumPy's linear algebra has started its threads by then.  They would wait for work by turning round,
+    which counts as processor time.
+
     Args:
       core: its number among those that the process may use, counted round.
     """
@@ -71,6 +74,8 @@ def on_one_core(core: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[core % len(cores)]})
+    if importlib.util.find_spec("threadpoolctl"):
+        importlib.import_module("threadpoolctl").threadpool_limits(1)
 
 
 def machine_memory() -> int:

@@ -17,10 +17,11 @@ equal time    as much processor time as `tune`; here the time counts that a sear
 many times    ten times either (``--times``), whatever is spent first
 ============  =========================================================================================
 
-Times are processor time of a single core, without compilation.  Every trial of a search is one run of new
-random numbers; at the end of a budget its best trials are run again with keys that all of them share, as
-`tune` does it, and this is part of the budget.  The results are then judged on 20 seeds and on examples
-that nobody has seen.
+A search whose time is over goes on until it has made as many runs as `tune`, for ten minutes at most
+(``--patience``).  Times are processor time of a single core, without compilation.  Every trial of a search
+is one run of new random numbers; at the end of a budget its best trials are run again with keys that all of
+them share, as `tune` does it, and this is part of the budget.  The results are then judged on 20 seeds and
+on examples that nobody has seen.
 """
 
 import argparse
@@ -290,13 +291,23 @@ def quickest(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 class Settings(NamedTuple):
-    """What `hypergrad.tune` is asked for, how often, and how many times as much the searches may spend."""
+    """What `hypergrad.tune` is asked for, how often, and what the searches may spend.
+
+    Attributes:
+      steps: of a run.
+      trials: of `tune`.
+      meta_steps: of `tune`.
+      repeats: of everything.
+      times: as much as `tune` a search may spend at last.
+      patience: minutes in which a search may make as many runs as `tune`.
+    """
 
     steps: int
     trials: int
     meta_steps: int
     repeats: int
     times: int
+    patience: int
 
 
 def tuned(task: Task, space: Space, settings: Settings, runs: Runs, repeat: int) -> tuple[Hypers, float]:
@@ -320,8 +331,19 @@ class Trial(NamedTuple):
     seconds: float
 
 
-def searched(name: str, space: Space, runs: Runs, most: tuple[float, float], repeat: int) -> list[Trial]:
-    """A search of Optuna, until so many runs or so much time is spent."""
+def searched(
+    name: str, space: Space, runs: Runs, least: tuple[float, float], most: tuple[float, float], repeat: int
+) -> list[Trial]:
+    """A search of Optuna, until so many runs or so much time is spent.
+
+    Args:
+      name: of the search.
+      space: what it searches.
+      runs: compiled runs.
+      least: runs that it makes in any case, if they take no more than so many seconds.
+      most: runs and seconds.
+      repeat: seed.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -332,7 +354,7 @@ def searched(name: str, space: Space, runs: Runs, most: tuple[float, float], rep
     kinds = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in names}
     trials: list[Trial] = []
     thought = 0.0
-    while not trials or (trials[-1].runs < most[0] and trials[-1].seconds < most[1]):
+    while not (trials and _spent(trials, least, most)):
         begin = time.process_time()
         trial = study.ask(kinds)
         thought += time.process_time() - begin
@@ -344,6 +366,13 @@ def searched(name: str, space: Space, runs: Runs, most: tuple[float, float], rep
         done = len(trials) + 1
         trials.append(Trial(place, score, done, thought + done * runs.seconds))
     return trials
+
+
+def _spent(trials: Sequence[Trial], least: tuple[float, float], most: tuple[float, float]) -> bool:
+    """Whether the last trial is the last that a search may make."""
+    runs, seconds = trials[-1].runs, trials[-1].seconds
+    patient = runs < least[0] and seconds < least[1]
+    return not patient and (runs >= most[0] or seconds >= most[1])
 
 
 def best_of(trials: Sequence[Trial], runs: Runs, most: tuple[float, float]) -> np.ndarray:
@@ -383,7 +412,9 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
         }
         for name in SEARCHES:
             progress(f"{name}, {space.count} hyperparameters, repeat {repeat}")
-            trials = searched(name, space, runs, limits["many times"], repeat)
+            trials = searched(
+                name, space, runs, (spent, 60 * settings.patience), limits["many times"], repeat
+            )
             spent_on[name].append([len(trials), trials[-1].seconds / time_spent])
             for budget, limit in limits.items():
                 enough = trials[-1].runs >= limit[0] or trials[-1].seconds >= limit[1]
@@ -485,6 +516,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--times", type=int, default=10, help="as much as others a search may spend at last"
     )
+    parser.add_argument(
+        "--patience", type=int, default=10, help="minutes in which a search may make as many runs as tune"
+    )
     parser.add_argument("--unseen", type=int, default=20, help="seeds that judge")
     parser.add_argument("--core", type=int, default=0, help="the core that everything runs on")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"record, default {RESULTS.name}")
@@ -506,11 +540,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("optuna") is None:
         say("Optuna is missing: pip install 'hypergrad-jax[bench-tuning]'; nothing is compared")
         return 0 if args.fast else 1
-    settings = Settings(args.steps, args.trials, args.meta_steps, args.repeats, args.times)
+    settings = Settings(args.steps, args.trials, args.meta_steps, args.repeats, args.times, args.patience)
     tasks = FAST if args.fast else {name: TASKS[name] for name in args.tasks}
     rows = {}
     asked = settings._asdict() | {"unseen": args.unseen}
-    del asked["times"]  # which may be another for every comparison
+    del asked["times"], asked["patience"]  # which may be others for every comparison
     if not args.fast and args.output.exists():
         before = records.read(args.output)
         rows = before["rows"] if before["config"] == records.plain(asked) else {}

@@ -80,6 +80,14 @@ def test_a_budget_pays_for_its_trials_and_for_running_the_best_again() -> None:
     assert tuning.best_of(trials(scores), runs, (np.inf, 3.0 + again)) == 0
 
 
+@pytest.mark.parametrize(("runs", "done"), [(3, False), (4, True), (7, True)])
+def test_a_search_whose_time_is_over_still_makes_as_many_runs_as_tune(runs: int, done: bool) -> None:
+    made = trials([0.0] * runs)
+    assert tuning._spent(made, (4, 9.0), (40, 2.0)) is done
+    assert not tuning._spent(made, (4, 9.0), (40, 20.0))
+    assert tuning._spent(made, (4, 2.5), (40, 2.0))  # its patience is over as well
+
+
 def row(count: int, better: float) -> dict[str, Any]:
     """Hypergradients are better by so much than all but Sobol, which does not reach the end."""
     ours = np.linspace(0.5, 0.6, 20)
