@@ -533,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.show:
         rows = records.read(args.output)["rows"]
-        for budget in BUDGETS[1:]:
+        for budget in BUDGETS:
             say(f"{budget}\n\n{markdown(rows, budget)}\n")
         return 0
     on_one_core(args.core)

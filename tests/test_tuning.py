@@ -381,6 +381,17 @@ def test_what_still_moves_and_hardly_learns_is_said() -> None:
     assert "still moving: learning_rate (" in text and "raise learning_rate or steps" in text
 
 
+def test_chaos_is_said() -> None:
+    def rippled(w: Any) -> Any:
+        return jnp.sum(w**2) + 1e-3 * jnp.sin(1e7 * jnp.sum(w))
+
+    start = {"hypers": {"learning_rate": 0.1}, "learn": ["learning_rate"]}
+    tuned = small(validation=rippled, meta_optimizer=optax.sgd(1e-9), **start)
+    assert tuned.advice.startswith("training is chaotic: hypergradients have norms about ")
+    assert tuned.advice in str(tuned)
+    assert "chaotic" not in small(validation=lambda w: jnp.sum(w**2), **start).advice
+
+
 def test_what_has_come_to_rest_is_not_called_moving() -> None:
     shake = np.exp(0.3 * (-1.0) ** np.arange(20))
     path = {"still": np.ones(20), "shaken": shake, "growing": np.exp(np.arange(20) / 10)}

@@ -23,6 +23,7 @@ from hypergrad.program import AnyOptimizer
 FORMAT = 1  # of saved files
 WINDOW = 5  # what moves is looked for in the last fifth of the meta-steps
 MOVES = 0.1  # in raw values: a tenth of what is positive
+CHAOS = 100  # times as large as all changes of the loss is a hypergradient that tells nothing of it
 LEARNS = 0.05  # by which part of itself a loss must fall
 _SCHEDULES = {
     kind.__name__: kind
@@ -53,7 +54,7 @@ class Tuned(NamedTuple):
         without trials.
       moving: what was still moving when the meta-steps ended: by name, the values in the last fifth of
         them, first and last.  More meta-steps may move it further.
-      advice: that the inner training hardly learns, in words; empty if it does.
+      advice: that the inner training hardly learns, or is chaotic, in words; empty otherwise.
     """
 
     hypers: dict[str, PyTree]
@@ -282,6 +283,32 @@ def still_moving(values: Mapping[str, np.ndarray], limits: PyTree) -> dict[str, 
         if len(last) >= 3 and abs(way.sum()) > max(MOVES, 0.7 * np.abs(way).sum()):
             found[name] = (float(last[0]), float(last[-1]))
     return found
+
+
+def chaos_in(norms: np.ndarray, seen: np.ndarray) -> str:
+    """That hypergradients tell nothing of the loss, in words; empty if they may.
+
+    Trials and meta-steps move raw values by about one.  A loss that hardly changes over them has no
+    hypergradient a hundred times as large, unless training is chaotic.
+
+    Args:
+      norms: of the hypergradients, in raw values.
+      seen: the losses of all trials and meta-steps.
+
+    >>> chaos_in(np.array([500.0, 20.0, 1e6]), np.array([2.4, 2.9])).partition(":")[0]
+    'training is chaotic'
+    >>> chaos_in(np.array([0.5, 2.0, 1e6]), np.array([2.4, 2.9]))
+    ''
+    """
+    seen = seen[np.isfinite(seen)]
+    typical, width = (float(f(x)) if len(x) else 0.0 for f, x in ((np.median, norms), (np.ptp, seen)))
+    if not typical > CHAOS * width > 0:
+        return ""
+    return (
+        f"training is chaotic: hypergradients have norms about {typical:.3g}, and all losses lie within "
+        f"{width:.3g}; lower learning_rate or steps, use more trials, or follow "
+        "hg.smoothed(problem.objective(...)) with hg.meta.optimize"
+    )
 
 
 def advice_on(losses: tuple[float, float], steps: int) -> str:

@@ -29,7 +29,7 @@ from hypergrad.meta.outer_loop import check_settings, minimize
 from hypergrad.meta.ranges import SMALLEST_FACTOR, entered, limits_of, lowest, shifted
 from hypergrad.meta.runs import Callback, Judge, Optimized, Settings
 from hypergrad.meta.trials import Shifts, pattern_search, rounds_of
-from hypergrad.meta.tuned import Tuned, advice_on, mean_values, still_moving
+from hypergrad.meta.tuned import Tuned, advice_on, chaos_in, mean_values, still_moving
 from hypergrad.optimizers.adam_family import adam
 from hypergrad.optimizers.domains import is_rate
 from hypergrad.program import AnyOptimizer, with_defaults
@@ -354,7 +354,8 @@ def _tuned(begun: _Begun, start: dict[str, PyTree], tried: np.ndarray, result: O
         moving = still_moving(values, begun.limits)
         row = min(min(scores, key=lambda made: np.nan_to_num(scores[made], nan=np.inf)), len(losses) - 1)
         first, last = (float(np.mean(x[row])) for x in watched["losses"])
-        advice = advice_on((first, last), run.steps)
+        chaos = chaos_in(np.asarray(history.gradient_norm), np.concatenate([tried, losses]))
+        advice = advice_on((first, last), run.steps) or chaos
     return Tuned(
         hypers=begun.whole(result.hypers),
         optimizer=run.optimizer,
