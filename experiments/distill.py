@@ -83,8 +83,8 @@ class Gate(NamedTuple):
 
 
 MNIST = Config(data="mnist")
-# Whole runs are differentiated, from two initial weights in every meta-step; windows get stuck earlier.  The
-# rate is not learned: it would grow until training is chaotic.
+# Whole runs are differentiated, from two initial weights in every meta-step; windows get stuck earlier.
+# The rate is not learned: it would grow until training is chaotic.
 LONG = replace(
     MNIST, model="mlp", per_class=10, learn=("images", "labels"), steps=200, batch_size=20,
     learning_rate=0.75, adjoint="stored", runs=2, real_batch=1000, meta_steps=2500,
