@@ -18,6 +18,7 @@ True
 import functools
 import importlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,13 @@ def history(
     figure, panels = _panels(call, part, bool(len(trials)) + 1 + bool(len(looks)) + len(names))
     each = iter(panels)
     if len(trials):
-        _points(next(each), np.arange(len(trials)), trials, "trial, of which 0 is the start", "score")
+        axes = next(each)
+        _points(axes, np.arange(len(trials)), trials, "trial, of which 0 is the start", "score")
+        better = float(trials[0] - np.nanmin(trials))
+        if (
+            math.isfinite(better) and better > 0
+        ):  # what is far worse than the start, by any factor, is cut off
+            axes.set_ylim(top=trials[0] + better)
     axes = next(each)
     _curve(axes, np.arange(len(losses)), losses, 0, "loss")
     _score(axes, losses, scores)

@@ -147,6 +147,8 @@ def test_the_history_shows_what_was_chosen():
 def test_the_scores_of_trials_are_drawn_before_those_of_meta_steps():
     trials, loss = hg.plots.history(tuned({}, {}, trials=[4.0, np.inf, 3.0])).axes
     np.testing.assert_array_equal(curves(trials)["score"], [4, np.nan, 3])
+    far = hg.plots.history(tuned({}, {}, trials=[4.0, 1e8, 3.0])).axes[0]
+    assert far.get_ylim()[1] == 5
     assert list(curves(loss)) == ["loss", "chosen"]
 
 

@@ -288,20 +288,20 @@ def still_moving(values: Mapping[str, np.ndarray], limits: PyTree) -> dict[str, 
 def chaos_in(norms: np.ndarray, seen: np.ndarray) -> str:
     """That hypergradients tell nothing of the loss, in words; empty if they may.
 
-    Trials and meta-steps move raw values by about one.  A loss that hardly changes over them has no
-    hypergradient a hundred times as large, unless training is chaotic.
+    Trials move raw values by about one.  A loss that hardly changes has no hypergradient a hundred times as
+    large, unless training is chaotic.
 
     Args:
       norms: of the hypergradients, in raw values.
-      seen: the losses of all trials and meta-steps.
+      seen: the losses of all meta-steps, and of the trials that were no worse than the start; infinite
+        where there were none, and nothing is known.
 
     >>> chaos_in(np.array([500.0, 20.0, 1e6]), np.array([2.4, 2.9])).partition(":")[0]
     'training is chaotic'
     >>> chaos_in(np.array([0.5, 2.0, 1e6]), np.array([2.4, 2.9]))
     ''
     """
-    seen = seen[np.isfinite(seen)]
-    typical, width = (float(f(x)) if len(x) else 0.0 for f, x in ((np.median, norms), (np.ptp, seen)))
+    typical, width = float(np.median(norms)), float(np.ptp(seen))
     if not typical > CHAOS * width > 0:
         return ""
     return (

@@ -28,7 +28,7 @@ from hypergrad.meta.lbfgsb import LBFGSB
 from hypergrad.meta.outer_loop import check_settings, minimize
 from hypergrad.meta.ranges import SMALLEST_FACTOR, entered, limits_of, lowest, shifted
 from hypergrad.meta.runs import Callback, Judge, Optimized, Settings
-from hypergrad.meta.trials import Shifts, pattern_search, rounds_of
+from hypergrad.meta.trials import Shifts, pattern_search, race, rounds_of
 from hypergrad.meta.tuned import Tuned, advice_on, chaos_in, mean_values, still_moving
 from hypergrad.optimizers.adam_family import adam
 from hypergrad.optimizers.domains import is_rate
@@ -40,6 +40,7 @@ from hypergrad.training.problem import Problem, refuse_beside
 HELD_KEYS = 6  # by which scores are compared, if starts or batches are drawn at random
 LOOKS = 8  # how often scores are computed then
 RETRIES = 4
+FEW = 8  # numbers; so many constants are searched for everywhere, if runs are random
 
 
 @short_traceback
@@ -98,7 +99,9 @@ def tune(
       meta_optimizer: as the ``optimizer`` of `hypergrad.meta.optimize`; by default
         `hypergrad.meta.delta_bar_delta`, which adapts a rate for every coordinate.  A meta-step after which
         a run fails is halved up to four times.
-      trials: how many runs, each without a hypergradient, look for a better start; 0 begins at `hypers`.
+      trials: how many scores, each of runs without a hypergradient, look for a better start, one name
+        after the other; 0 begins at `hypers`.  Up to 8 constants of random runs race in as many runs: the
+        better of many places are run with more keys.
       adjoint: how to differentiate, by default `Reversible` if that is possible, otherwise `Checkpointed`.
       key: PRNG key; by default ``jax.random.key(0)``.
       seeds: how many runs, each with its own key, a meta-step averages over.
@@ -294,6 +297,30 @@ def _trials(
     if (known := _trials_in(settings.checkpoint, trials)) is not None:
         return known
     shown.say("compiling the training run, for trials of where to begin ...")
+    kinds, keys = _kinds(begun), score.keys(1)
+    numbers = sum(np.size(x) for x in jax.tree.leaves(begun.learned))
+    if len(keys) > 1 and len(kinds) > 1 and numbers <= FEW:
+        return race(_alone(begun, score, shown), kinds, trials, len(keys))
+    return pattern_search(_with_all_keys(begun, score, trials, shown), rounds_of(kinds), trials)
+
+
+def _alone(begun: _Begun, score: _Scores, shown: Progress) -> Callable[[Shifts, int], float]:
+    """The score of shifts with a single key, by its number."""
+    keys = score.keys(1)
+
+    def tried(shifts: Shifts, number: int) -> float:
+        (found,) = score.each(begun.shifted(shifts).learned, keys[number : number + 1])
+        shown.advance(f"score {found:.4g}")
+        return found
+
+    shown.begin(None, "trial")
+    return tried
+
+
+def _with_all_keys(
+    begun: _Begun, score: _Scores, trials: int, shown: Progress
+) -> Callable[[Shifts], float]:
+    """The mean score of shifts over all keys, or of the first two if these show that it is not the best."""
     keys = score.keys(1)
     best: list[float] = []
 
@@ -315,7 +342,7 @@ def _trials(
             best = found
         return mean
 
-    return pattern_search(tried, rounds_of(_kinds(begun)), trials)
+    return tried
 
 
 def _kinds(begun: _Begun) -> dict[str, str]:
@@ -354,7 +381,8 @@ def _tuned(begun: _Begun, start: dict[str, PyTree], tried: np.ndarray, result: O
         moving = still_moving(values, begun.limits)
         row = min(min(scores, key=lambda made: np.nan_to_num(scores[made], nan=np.inf)), len(losses) - 1)
         first, last = (float(np.mean(x[row])) for x in watched["losses"])
-        chaos = chaos_in(np.asarray(history.gradient_norm), np.concatenate([tried, losses]))
+        better = tried[tried <= tried[0]] if len(tried) > 1 else np.full(1, np.inf)
+        chaos = chaos_in(np.asarray(history.gradient_norm), np.concatenate([better, losses]))
         advice = advice_on((first, last), run.steps) or chaos
     return Tuned(
         hypers=begun.whole(result.hypers),
