@@ -318,7 +318,7 @@ def tuned(task: Task, space: Space, settings: Settings, runs: Runs, repeat: int)
         adjoint=hg.Stored(), key=jax.random.key(repeat), progress=False,
     )  # fmt: skip
     hypers = {name: found.hypers[name] for name in space.start}
-    scored = KEYS * (len(found.trials) + len(found.scores))
+    scored = KEYS * (1 + settings.trials + len(found.scores))
     return hypers, scored + settings.meta_steps * runs.ratio
 
 
@@ -433,6 +433,17 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
     }
 
 
+def tuned_again(
+    task: Task, space: Space, settings: Settings, unseen: int, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A comparison in which hypergradients have had another turn; what `tune` is charged is the same."""
+    runs = compiled(task, space, settings.steps)
+    found = [tuned(task, space, settings, runs, repeat)[0] for repeat in range(settings.repeats)]
+    keys = [jax.random.key(UNSEEN + k) for k in range(unseen)]
+    losses = {TUNE: [[runs.judge(hypers, key) for key in keys] for hypers in found]}
+    return {**row, "losses": {**row["losses"], **losses}}
+
+
 def over_seeds(losses: Sequence[Sequence[float] | None]) -> np.ndarray | None:
     """Means over the repeats, by seed; None if a repeat is missing."""
     return None if any(x is None for x in losses) else np.mean(np.asarray(losses, np.float64), axis=0)
@@ -507,6 +518,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="one small network and size; writes nothing")
     parser.add_argument("--show", action="store_true", help="print the tables of the record")
+    parser.add_argument("--again", action="store_true", help="tune again where searches are on record")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=(0, 1, 2), default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100, help="of a run")
@@ -552,10 +564,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = make()
         for size in args.sizes:
             cell = f"{name}, size {size}"
-            if cell in rows:
+            if cell in rows and not args.again:
                 continue
-            begin = time.perf_counter()
-            rows[cell] = records.plain(compared(task, spaces(task.layers)[size], settings, args.unseen))
+            begin, space = time.perf_counter(), spaces(task.layers)[size]
+            if cell in rows:
+                row = tuned_again(task, space, settings, args.unseen, rows[cell])
+            else:
+                row = compared(task, space, settings, args.unseen)
+            rows[cell] = records.plain(row)
             progress(f"{cell}: {time.perf_counter() - begin:.0f} s")
             say(table({cell: rows[cell]}))
             if not args.fast:

@@ -375,10 +375,11 @@ def test_a_race_is_won_in_spite_of_noise_and_failures() -> None:
 
 
 def test_a_few_constants_of_random_runs_race() -> None:
-    random = {"params": lambda key: 0.1 * jax.random.normal(key, (3,)), "trials": 2, "meta_steps": 1}
-    assert len(small(**random).trials) == 6
-    assert len(small(**random, learn=["learning_rate"]).trials) == 3
-    assert len(small(**random, hypers={"learning_rate": np.full(9, 1e-3)}, steps=9).trials) == 3
+    random = {"params": lambda key: 0.1 * jax.random.normal(key, (3,)), "trials": 4, "meta_steps": 1}
+    assert len(small(**random).trials) == 12
+    assert len(small(**random, learn=["learning_rate"]).trials) == 5
+    assert len(small(**random, hypers={"learning_rate": np.full(9, 1e-3)}, steps=9).trials) == 5
+    assert len(small(**random | {"trials": 3}).trials) == 4
 
 
 def test_zeros_at_a_perfect_start_that_trials_found_are_not_announced() -> None:

@@ -41,6 +41,7 @@ HELD_KEYS = 6  # by which scores are compared, if starts or batches are drawn at
 LOOKS = 8  # how often scores are computed then
 RETRIES = 4
 FEW = 8  # numbers; so many constants are searched for everywhere, if runs are random
+FEWEST = 4  # trials with which that is worth while
 
 
 @short_traceback
@@ -299,7 +300,7 @@ def _trials(
     shown.say("compiling the training run, for trials of where to begin ...")
     kinds, keys = _kinds(begun), score.keys(1)
     numbers = sum(np.size(x) for x in jax.tree.leaves(begun.learned))
-    if len(keys) > 1 and len(kinds) > 1 and numbers <= FEW:
+    if trials >= FEWEST and len(keys) > 1 and len(kinds) > 1 and numbers <= FEW:
         return race(_alone(begun, score, shown), kinds, trials, len(keys))
     return pattern_search(_with_all_keys(begun, score, trials, shown), rounds_of(kinds), trials)
 
