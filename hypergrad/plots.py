@@ -159,9 +159,7 @@ def history(
         axes = next(each)
         _points(axes, np.arange(len(trials)), trials, "trial, of which 0 is the start", "score")
         better = float(trials[0] - np.nanmin(trials))
-        if (
-            math.isfinite(better) and better > 0
-        ):  # what is far worse than the start, by any factor, is cut off
+        if math.isfinite(better) and better > 0:  # trials far worse than the start are cut off
             axes.set_ylim(top=trials[0] + better)
     axes = next(each)
     _curve(axes, np.arange(len(losses)), losses, 0, "loss")

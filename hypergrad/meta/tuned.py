@@ -293,15 +293,15 @@ def chaos_in(norms: np.ndarray, seen: np.ndarray) -> str:
 
     Args:
       norms: of the hypergradients, in raw values.
-      seen: the losses of all meta-steps, and of the trials that were no worse than the start; infinite
-        where there were none, and nothing is known.
+      seen: the losses of all meta-steps, and of the trials that were no worse than the start.
 
     >>> chaos_in(np.array([500.0, 20.0, 1e6]), np.array([2.4, 2.9])).partition(":")[0]
     'training is chaotic'
     >>> chaos_in(np.array([0.5, 2.0, 1e6]), np.array([2.4, 2.9]))
     ''
     """
-    typical, width = float(np.median(norms)), float(np.ptp(seen))
+    norms, seen = norms[np.isfinite(norms)], seen[np.isfinite(seen)]
+    typical, width = (float(f(x)) if len(x) else 0.0 for f, x in ((np.median, norms), (np.ptp, seen)))
     if not typical > CHAOS * width > 0:
         return ""
     return (

@@ -382,9 +382,10 @@ def _tuned(begun: _Begun, start: dict[str, PyTree], tried: np.ndarray, result: O
         moving = still_moving(values, begun.limits)
         row = min(min(scores, key=lambda made: np.nan_to_num(scores[made], nan=np.inf)), len(losses) - 1)
         first, last = (float(np.mean(x[row])) for x in watched["losses"])
-        better = tried[tried <= tried[0]] if len(tried) > 1 else np.full(1, np.inf)
-        chaos = chaos_in(np.asarray(history.gradient_norm), np.concatenate([better, losses]))
-        advice = advice_on((first, last), run.steps) or chaos
+        advice = advice_on((first, last), run.steps)
+        if not advice and len(tried) > 1:  # without trials, nobody knows how far the loss could change
+            seen = np.concatenate([tried[tried <= tried[0]], losses])
+            advice = chaos_in(np.asarray(history.gradient_norm), seen)
     return Tuned(
         hypers=begun.whole(result.hypers),
         optimizer=run.optimizer,
