@@ -74,17 +74,32 @@ class Estimator(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    call: str
+    """What a user gave, by the names of the public functions.
+
+    Attributes:
+      name: of the function.
+      redraw: fresh noise in every window.
+    """
+
+    name: str
     start: Start
     unroll: Unroll
     window: int
-    windows: int
+    steps: int
     sigma: PyTree
     pairs: int
     staggered: bool
     ceiling: float
     chunk: int | None
-    redraw: bool  # fresh noise in every window
+    redraw: bool
+
+    @property
+    def call(self) -> str:
+        """The call in words."""
+        return (
+            f"{self.name}(window={self.window!r}, steps={self.steps!r}, sigma={described(self.sigma)}, "
+            f"pairs={self.pairs!r})"
+        )
 
 
 def nres(
@@ -141,8 +156,8 @@ def nres(
     >>> bool(estimate.gradient < 0), particles.step.tolist()[:2]
     (True, [1, 1])
     """
-    given = start, unroll, window, steps, sigma, pairs, staggered, ceiling, chunk
-    return _estimator(_settings("nres", *given, redraw=False))
+    given = start, unroll, window, steps, sigma, pairs, bool(staggered), ceiling, chunk
+    return _estimator(_Settings("nres", *given, redraw=False))
 
 
 def pes(
@@ -191,43 +206,27 @@ def pes(
     >>> bool(jnp.all(particles.total != particles.noise))
     True
     """
-    given = start, unroll, window, steps, sigma, pairs, staggered, ceiling, chunk
-    return _estimator(_settings("pes", *given, redraw=True))
+    given = start, unroll, window, steps, sigma, pairs, bool(staggered), ceiling, chunk
+    return _estimator(_Settings("pes", *given, redraw=True))
 
 
-def _settings(
-    name: str,
-    start: Start,
-    unroll: Unroll,
-    window: int,
-    steps: int,
-    sigma: PyTree,
-    pairs: int,
-    staggered: bool,
-    ceiling: float,
-    chunk: int | None,
-    *,
-    redraw: bool,
-) -> _Settings:
-    """What a user gave, checked."""
-    call = f"{name}(window={window!r}, steps={steps!r}, sigma={described(sigma)}, pairs={pairs!r})"
-    check_callable(call, "start", start, "hypers", "key")
-    check_callable(call, "unroll", unroll, "hypers", "state", "step")
+def _check(settings: _Settings) -> None:
+    """Refuse settings that are out of range, before any work."""
+    call, window, steps = settings.call, settings.window, settings.steps
+    check_callable(call, "start", settings.start, "hypers", "key")
+    check_callable(call, "unroll", settings.unroll, "hypers", "state", "step")
     check_whole(call, "window", window, 1, None)
     check_whole(call, "steps", steps, 1, None)
     if steps % window:
         raise ValueError(
             f"{call}: steps must be a multiple of window, so that an episode is a whole number of windows"
         )
-    check_noise(call, sigma, pairs, ceiling, chunk)
-    windows = steps // window
-    return _Settings(
-        call, start, unroll, window, windows, sigma, pairs, bool(staggered), ceiling, chunk, redraw
-    )
+    check_noise(call, settings.sigma, settings.pairs, settings.ceiling, settings.chunk)
 
 
 def _estimator(settings: _Settings) -> Estimator:
-    call, pairs = settings.call, settings.pairs
+    _check(settings)
+    call, pairs, windows = settings.call, settings.pairs, settings.steps // settings.window
 
     def begin(hypers: PyTree, spread: PyTree, key: Array) -> tuple[PyTree, PyTree]:
         """The noise of one pair's first window, and its states."""
@@ -241,7 +240,7 @@ def _estimator(settings: _Settings) -> Estimator:
         spread = scales(call, settings.sigma, hypers)
         key, more = jax.random.split(key)
         noise, states = jax.vmap(begin, (None, None, 0))(hypers, spread, jax.random.split(more, pairs))
-        left = settings.windows - settings.staggered * (jnp.arange(pairs) * settings.windows // pairs)
+        left = windows - settings.staggered * (jnp.arange(pairs) * windows // pairs)
         return Particles(states, noise, noise, jnp.zeros(pairs, jnp.int32), left.astype(jnp.int32), key)
 
     def advance(hypers: PyTree, particles: Particles) -> tuple[PyTree, Array]:
@@ -280,7 +279,7 @@ def _estimator(settings: _Settings) -> Estimator:
             where(first, noise),
             where(first, total),
             jnp.where(ended, 0, particles.step + settings.window),
-            jnp.where(ended, settings.windows, particles.left - 1),
+            jnp.where(ended, windows, particles.left - 1),
             key,
         )
 
