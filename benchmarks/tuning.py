@@ -330,6 +330,10 @@ class Trial(NamedTuple):
     runs: int
     seconds: float
 
+    def reached(self, limit: tuple[float, float]) -> bool:
+        """Whether so many runs or so much time is spent."""
+        return self.runs >= limit[0] or self.seconds >= limit[1]
+
 
 def searched(
     name: str, space: Space, runs: Runs, least: tuple[float, float], most: tuple[float, float], repeat: int
@@ -370,9 +374,7 @@ def searched(
 
 def _spent(trials: Sequence[Trial], least: tuple[float, float], most: tuple[float, float]) -> bool:
     """Whether the last trial is the last that a search may make."""
-    runs, seconds = trials[-1].runs, trials[-1].seconds
-    patient = runs < least[0] and seconds < least[1]
-    return not patient and (runs >= most[0] or seconds >= most[1])
+    return trials[-1].reached(least) and trials[-1].reached(most)
 
 
 def best_of(trials: Sequence[Trial], runs: Runs, most: tuple[float, float]) -> np.ndarray:
@@ -389,21 +391,21 @@ def best_of(trials: Sequence[Trial], runs: Runs, most: tuple[float, float]) -> n
 # ---- a comparison
 
 
+def judged(runs: Runs, hypers: Hypers, unseen: int) -> list[float]:
+    """Losses on unseen seeds."""
+    return [runs.judge(hypers, jax.random.key(UNSEEN + k)) for k in range(unseen)]
+
+
 def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[str, Any]:
     """Losses on unseen seeds ``(repeats, unseen)`` of everyone at the end of every budget."""
     runs = compiled(task, space, settings.steps)
-    keys = [jax.random.key(UNSEEN + k) for k in range(unseen)]
-
-    def judged(hypers: Hypers) -> list[float]:
-        return [runs.judge(hypers, key) for key in keys]
-
     losses: dict[str, Any] = {TUNE: []}
     spent_on: dict[str, Any] = {name: [] for name in SEARCHES}
     spent_by_us = []
     for repeat in range(settings.repeats):
         hypers, spent = tuned(task, space, settings, runs, repeat)
         spent_by_us.append(spent)
-        losses[TUNE].append(judged(hypers))
+        losses[TUNE].append(judged(runs, hypers, unseen))
         time_spent = spent * runs.seconds
         limits = {
             "equal runs": (spent, np.inf),
@@ -417,9 +419,10 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
             )
             spent_on[name].append([len(trials), trials[-1].seconds / time_spent])
             for budget, limit in limits.items():
-                enough = trials[-1].runs >= limit[0] or trials[-1].seconds >= limit[1]
-                place = best_of(trials, runs, limit)
-                found = judged(space.hypers(jnp.asarray(place))) if enough else None
+                found = None
+                if trials[-1].reached(limit):
+                    place = best_of(trials, runs, limit)
+                    found = judged(runs, space.hypers(jnp.asarray(place)), unseen)
                 losses.setdefault(f"{name}, {budget}", []).append(found)
     return {
         "hyperparameters": space.count,
@@ -429,7 +432,7 @@ def compared(task: Task, space: Space, settings: Settings, unseen: int) -> dict[
         "runs": spent_by_us,
         "trials": spent_on,
         "losses": losses,
-        "start": judged(space.hypers(jnp.full(space.count, 0.5))),
+        "start": judged(runs, space.hypers(jnp.full(space.count, 0.5)), unseen),
     }
 
 
@@ -439,9 +442,8 @@ def tuned_again(
     """A comparison in which hypergradients have had another turn; what `tune` is charged is the same."""
     runs = compiled(task, space, settings.steps)
     found = [tuned(task, space, settings, runs, repeat)[0] for repeat in range(settings.repeats)]
-    keys = [jax.random.key(UNSEEN + k) for k in range(unseen)]
-    losses = {TUNE: [[runs.judge(hypers, key) for key in keys] for hypers in found]}
-    return {**row, "losses": {**row["losses"], **losses}}
+    losses = {**row["losses"], TUNE: [judged(runs, hypers, unseen) for hypers in found]}
+    return {**row, "losses": losses}
 
 
 def over_seeds(losses: Sequence[Sequence[float] | None]) -> np.ndarray | None:
