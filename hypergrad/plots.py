@@ -18,7 +18,6 @@ True
 import functools
 import importlib
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -158,9 +157,9 @@ def history(
     if len(trials):
         axes = next(each)
         _points(axes, np.arange(len(trials)), trials, "trial, of which 0 is the start", "score")
-        better = float(trials[0] - np.nanmin(trials))
-        if math.isfinite(better) and better > 0:  # trials far worse than the start are cut off
-            axes.set_ylim(top=trials[0] + better)
+        best = np.nanmin(trials)
+        if best < trials[0] < np.inf:  # trials far worse than the start are cut off
+            axes.set_ylim(top=2 * trials[0] - best)
     axes = next(each)
     _curve(axes, np.arange(len(losses)), losses, 0, "loss")
     _score(axes, losses, scores)

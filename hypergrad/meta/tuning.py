@@ -301,13 +301,14 @@ def _trials(
     kinds, keys = _kinds(begun), score.keys(1)
     numbers = sum(np.size(x) for x in jax.tree.leaves(begun.learned))
     if trials >= FEWEST and len(keys) > 1 and len(kinds) > 1 and numbers <= FEW:
-        return race(_alone(begun, score, shown), kinds, trials, len(keys))
-    return pattern_search(_with_all_keys(begun, score, trials, shown), rounds_of(kinds), trials)
+        return race(_alone(begun, score, keys, shown), kinds, trials, len(keys))
+    return pattern_search(_with_all_keys(begun, score, keys, trials, shown), rounds_of(kinds), trials)
 
 
-def _alone(begun: _Begun, score: _Scores, shown: Progress) -> Callable[[Shifts, int], float]:
+def _alone(
+    begun: _Begun, score: _Scores, keys: Sequence[Array], shown: Progress
+) -> Callable[[Shifts, int], float]:
     """The score of shifts with a single key, by its number."""
-    keys = score.keys(1)
 
     def tried(shifts: Shifts, number: int) -> float:
         (found,) = score.each(begun.shifted(shifts).learned, keys[number : number + 1])
@@ -319,10 +320,9 @@ def _alone(begun: _Begun, score: _Scores, shown: Progress) -> Callable[[Shifts, 
 
 
 def _with_all_keys(
-    begun: _Begun, score: _Scores, trials: int, shown: Progress
+    begun: _Begun, score: _Scores, keys: Sequence[Array], trials: int, shown: Progress
 ) -> Callable[[Shifts], float]:
     """The mean score of shifts over all keys, or of the first two if these show that it is not the best."""
-    keys = score.keys(1)
     best: list[float] = []
 
     def tried(shifts: Shifts) -> float:
