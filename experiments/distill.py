@@ -87,7 +87,7 @@ MNIST = Config(data="mnist")
 # The rate is not learned: it would grow until training is chaotic.
 LONG = replace(
     MNIST, model="mlp", per_class=10, learn=("images", "labels"), steps=200, batch_size=20,
-    learning_rate=0.6, adjoint="stored", runs=2, real_batch=1000, meta_steps=4500,
+    learning_rate=0.6, adjoint="stored", runs=2, real_batch=1000, meta_steps=6000,
 )  # fmt: skip
 # Steps so small and, with their momentum, so few that plain SGD goes the same way.
 PLAIN = replace(LONG, steps=100, batch_size=50, learning_rate=0.5, meta_steps=2000)
