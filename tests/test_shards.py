@@ -58,6 +58,24 @@ def arguments(dtype: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), (RATES, PARAMS, np.float64(-3), BATCHES))
 
 
+def test_a_problem_says_how_its_batches_are_cut() -> None:
+    """For `tune` and `plan` too; against a loop on whole batches, and `train` with the same parts."""
+    rates, params, meta, batches = arguments(jnp.float32)
+    whole, cut = (hg.Problem(params, loss, batches, meta=meta, shards=shards) for shards in (None, 4))
+    hypers = {"learning_rate": rates, "momentum": 0.9}
+    found = cut.train(hypers, steps=STEPS)
+    same = hg.train(loss, params, hypers, meta, batches, steps=STEPS, shards=4)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), found.params, same.params)))
+    other = hg.train(loss, params, hypers, meta, batches, steps=STEPS, shards=2).params
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), found.params, other)))
+    settings: Any = {"steps": STEPS, "meta_steps": 3, "trials": 0, "progress": False}
+    tuned = [hg.tune(x, hypers={"learning_rate": 0.1}, **settings) for x in (whole, cut)]
+    learned = [float(x.hypers["learning_rate"]) for x in tuned]
+    assert learned[0] != 0.1
+    np.testing.assert_allclose(*learned, rtol=1e-4)
+    assert hg.plan(cut, hypers=hypers, steps=STEPS, budget=1e9).adjoint is not None
+
+
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: type(a).__name__)
 def test_hypergradients_are_those_of_whole_batches(adjoint: Any) -> None:
     wanted = (0, 1, 2) if isinstance(adjoint, hg.Forward) else (0, 1, 2, 3)

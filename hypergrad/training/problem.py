@@ -31,6 +31,8 @@ class Problem:
       model_state: start of what the loss changes by itself, or a function from a key to it, as for
         `hypergrad.train`; then it is ``loss(params, meta, batch, state) -> (scalar, state)`` and
         ``validation(params, state)``.
+      shards: into how many parts the batch of a step is cut, or how (`hypergrad.Shards`), as for
+        `hypergrad.train`.
 
     Raises:
       TypeError: a function cannot be called with these arguments.
@@ -49,6 +51,7 @@ class Problem:
     validation: Callable[..., Array] | None = None
     meta: PyTree = None
     model_state: PyTree | Callable[[Array], PyTree] = None
+    shards: Shards | int | None = None
 
     def __post_init__(self) -> None:
         call = "Problem(init, loss, batches, validation)"
@@ -85,7 +88,6 @@ class Problem:
         steps: int,
         optimizer: AnyOptimizer | None = None,
         adjoint: Adjoint | None = None,
-        shards: Shards | int | None = None,
     ) -> Trained:
         """One run from the initial parameters, differentiable like `hypergrad.train`.
 
@@ -95,7 +97,6 @@ class Problem:
           steps: ``T >= 1``.
           optimizer: as for `hypergrad.train`.
           adjoint: as for `hypergrad.train`.
-          shards: as for `hypergrad.train`.
         """
         key = jax.random.key(0) if key is None else key
         batches = self.batches
@@ -112,7 +113,7 @@ class Problem:
             optimizer=optimizer,
             adjoint=adjoint,
             model_state=state,
-            shards=shards,
+            shards=self.shards,
         )
 
     def score(self, trained: Trained) -> Array:
@@ -147,6 +148,6 @@ def refuse_beside(call: str, *given: PyTree) -> None:
     """
     if any(part is not None for part in given):
         raise TypeError(
-            f"{call}: a Problem has its own init, meta, batches, validation and model_state; pass them to "
-            "hypergrad.Problem, or give a loss instead of a Problem"
+            f"{call}: a Problem has its own init, meta, batches, validation, model_state and shards; pass "
+            "them to hypergrad.Problem, or give a loss instead of a Problem"
         )
