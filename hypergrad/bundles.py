@@ -9,18 +9,20 @@ number of low words.  ``always_true`` is explained in `hypergrad._base.compiler`
 """
 
 import math
+import typing
 from collections.abc import Callable, Hashable, Sequence
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import exact
-from hypergrad._base.compiler import computed, in_place
-from hypergrad._base.varying import axes_of
-from hypergrad.exact import Buffer, Fixed, Growth, Ratio
+from hypergrad._base.compiler import computed, in_place, seldom
+from hypergrad._base.trees import PyTree
+from hypergrad._base.varying import axes_of, cast
+from hypergrad.exact import Buffer, Digits, Fixed, Growth, Ratio
 
 SMALL = 1 << 14  # arrays with fewer elements are not worth a computation of their own
 LARGEST = 1 << 18  # most elements of a bundle, which are copied at a time
@@ -71,43 +73,181 @@ def _by_axes(function: Function) -> Function:
             result |= zip(places, function(always_true, *([each[i] for i in places] for each in lists)))
         return [result[i] for i in range(len(kinds))]
 
-    return cast(Function, apart)
+    return typing.cast(Function, apart)
 
 
-@_by_axes
-def shift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
-    """`exact.shift` of every number by its amount."""
+def shift(
+    always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], tapes: Sequence[Array | None]
+) -> list[tuple[Fixed, Array | None, Array]]:
+    """`exact.shift` of every number by its amount; numbers with a tape make room on it if they have to.
 
-    def fitting(radices: Array, amounts: list[Array]) -> Array:
-        largest = jnp.stack([exact.largest(x) for x in amounts])
-        return exact.fitted(radices, largest, len(numbers[0].low))
-
-    # If all have their radices, nothing runs and nothing is paid.
-    radices = jnp.stack([number.radix for number in numbers])
-    radices = in_place(jnp.any(radices == exact.UNSET), fitting, radices, [*amounts])
-    settled = [number._replace(radix=radices[i]) for i, number in enumerate(numbers)]
-    return _added(always_true, exact.shift_settled, settled, amounts)
+    Returns:
+      The number, its tape, and how many bytes it dropped, int32.
+    """
+    kinds = [(len(number.low), tape is None) for number, tape in zip(numbers, tapes)]
+    return _by_kind(_shift, kinds, always_true, numbers, amounts, tapes)
 
 
-@_by_axes
-def unshift(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
-    """`exact.unshift` of every number by its amount."""
-    return _added(always_true, exact.unshift, numbers, amounts)
+def _shift(
+    always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], tapes: Sequence[Any]
+) -> list[tuple[Fixed, Any, Array]]:
+    """`shift` of numbers that all have as many words, and a tape or not."""
+    words, most = len(numbers[0].low), 0 if tapes[0] is None else exact.MOST_BYTES
+    with jax.enable_x64(True):
+        sizes = jnp.stack([exact.size(x) for x in amounts])
+        given = _exponents(numbers), jnp.stack([x.floor for x in numbers])
+        tops = jnp.stack([x.top for x in numbers])
+        exponents = exact.fitted(given, tops, sizes, words)
+        room, enough = exact.room_as_is(tops, exponents[0], sizes)
+
+        def made(highs: list[Array], exponents: Any, sizes: Array) -> exact.Room:
+            tops = jnp.stack([exact.magnitude(x) for x in highs])
+            return exact.room_made(tops, exponents, sizes, most)
+
+        # The bound of a sum is the sum of bounds: only where that is too large, numbers are looked at.
+        missing = ~jnp.all(enough)
+        drop, tops = seldom(missing, made, room, [x.high for x in numbers], exponents, sizes)
+        numbers = [
+            x._replace(exponent=exponents[0][i], floor=exponents[1][i], top=tops[i])
+            for i, x in enumerate(numbers)
+        ]
+        if most:
+            numbers, tapes = _dropped(numbers, tapes, drop)
+    moved = _added(always_true, exact.plus, numbers, amounts)
+    return [(number, tape, drop[i]) for i, (number, tape) in enumerate(zip(moved, tapes))]
+
+
+def unshift(
+    always_true: Array,
+    numbers: Sequence[Fixed],
+    amounts: Sequence[Array],
+    tapes: Sequence[Array | None],
+    drops: Sequence[Array],
+) -> list[Fixed]:
+    """Undo `shift`.
+
+    Args:
+      always_true: see `hypergrad._base.compiler`.
+      numbers: after the shift.
+      amounts: as given to `shift`.
+      tapes: of the numbers that have one.
+      drops: how many bytes each number dropped.
+    """
+    kinds = [(len(number.low), tape is None) for number, tape in zip(numbers, tapes)]
+    return _by_kind(_unshift, kinds, always_true, numbers, amounts, tapes, drops)
+
+
+def _unshift(
+    always_true: Array,
+    numbers: Sequence[Fixed],
+    amounts: Sequence[Array],
+    tapes: Sequence[Any],
+    drops: Sequence[Array],
+) -> list[Fixed]:
+    before = _added(always_true, exact.minus, numbers, amounts)
+    return before if tapes[0] is None else _regained(before, tapes, jnp.stack(drops))
+
+
+def _dropped(
+    numbers: Sequence[Fixed], tapes: Sequence[Array], drop: Array
+) -> tuple[list[Fixed], list[Array]]:
+    """Numbers without the bytes that they drop, which are the next rows of their tapes."""
+
+    def one(count: Array, state: Any) -> Any:
+        result = []
+        for (digits, row, tape), most in zip(state, drop):
+            shorter, byte = exact.dropped(digits)
+            there = jax.lax.dynamic_index_in_dim(tape, row, axis=0, keepdims=False)
+            new, byte = _where(count < most, ((shorter, row + 1), byte), ((digits, row), there), len(state))
+            result.append((*new, jax.lax.dynamic_update_index_in_dim(tape, byte, row, axis=0)))
+        return result
+
+    state = [(x[:2], x.rows, tape) for x, tape in zip(numbers, tapes)]
+    state = jax.lax.fori_loop(0, jnp.max(drop), one, cast(state, axes_of((state, drop))))
+    gone = 8 * exact.BIT * drop.astype(jnp.int64)
+    left = [
+        exact.with_digits(x, digits)._replace(exponent=x.exponent - gone[i], rows=rows)
+        for i, (x, (digits, rows, _)) in enumerate(zip(numbers, state))
+    ]
+    return left, [tape for _, _, tape in state]
+
+
+def _regained(numbers: Sequence[Fixed], tapes: Sequence[Array], drop: Array) -> list[Fixed]:
+    """Undo `_dropped`."""
+
+    def one(count: Array, state: Any) -> Any:
+        result = []
+        for (digits, row), tape, most in zip(state, tapes, drop):
+            byte = jax.lax.dynamic_index_in_dim(tape, row - 1, axis=0, keepdims=False)
+            longer = exact.regained(digits, byte)
+            result.append(_where(count < most, (longer, row - 1), (digits, row), len(state)))
+        return result
+
+    with jax.enable_x64(True):
+        state = [(x[:2], x.rows) for x in numbers]
+        state = jax.lax.fori_loop(0, jnp.max(drop), one, cast(state, axes_of((state, tapes, drop))))
+        gone = 8 * exact.BIT * drop.astype(jnp.int64)
+        return [
+            exact.with_digits(x, digits)._replace(exponent=x.exponent + gone[i], rows=rows)
+            for i, (x, (digits, rows)) in enumerate(zip(numbers, state))
+        ]
+
+
+def _where(wanted: Array, new: PyTree, old: PyTree, arrays: int) -> PyTree:
+    """The new state of one of so many arrays if that is wanted; of a single one it always is."""
+    return new if arrays == 1 else jax.tree.map(lambda a, b: jnp.where(wanted, a, b), new, old)
+
+
+def _by_kind(
+    function: Callable[..., list[Any]], kinds: Sequence[Hashable], always_true: Array, *lists: Sequence[Any]
+) -> list[Any]:
+    """A function of the arrays of one kind at a time that vary over the same mesh axes."""
+    kinds = [(kind, axes_of(each)) for kind, each in zip(kinds, zip(*lists))]
+    result: dict[int, Any] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [i for i, other in enumerate(kinds) if other == kind]
+        result |= zip(places, function(always_true, *([each[i] for i in places] for each in lists)))
+    return [result[i] for i in range(len(kinds))]
 
 
 def _added(
     always_true: Array,
-    move: Callable[[Fixed, Array], Fixed],
+    move: Callable[[Digits, Array, Array], Digits],
     numbers: Sequence[Fixed],
     amounts: Sequence[Array],
 ) -> list[Fixed]:
+    """`exact.plus` or `exact.minus` of every amount."""
     result = [*numbers]
+    up = exact.power(_exponents(numbers))
     for bundle in bundles([x.shape for x in amounts], [x.dtype for x in amounts]):
-        of_bundle = [numbers[i] for i in bundle]
-        moved = in_place(always_true, move, _together(of_bundle), joined([amounts[i] for i in bundle]))
-        for i, number in zip(bundle, _apart(moved, of_bundle)):
-            result[i] = number
+        digits, shapes = [numbers[i][:2] for i in bundle], [amounts[i].shape for i in bundle]
+        scales = _repeated([up[i] for i in bundle], shapes)
+        moved = in_place(always_true, move, _together(digits), joined([amounts[i] for i in bundle]), scales)
+        for i, each in zip(bundle, _apart(moved, shapes)):
+            result[i] = exact.with_digits(numbers[i], each)
     return result
+
+
+def _exponents(numbers: Sequence[Fixed]) -> Array:
+    """The exponents of numbers, as one array."""
+    with jax.enable_x64(True):
+        return jnp.stack([x.exponent for x in numbers])
+
+
+@_by_axes
+def scale_whole(always_true: Array, numbers: Sequence[Fixed], ns: Sequence[Array]) -> list[Fixed]:
+    """Multiply every number by one ratio, ``n / 2**32``: only exponents change."""
+    with jax.enable_x64(True):
+        exponents = exact.lowered(_exponents(numbers), computed(always_true, exact.decay, jnp.stack(ns)))
+        return [x._replace(exponent=exponents[i]) for i, x in enumerate(numbers)]
+
+
+@_by_axes
+def unscale_whole(always_true: Array, numbers: Sequence[Fixed], ns: Sequence[Array]) -> list[Fixed]:
+    """Undo `scale_whole`."""
+    with jax.enable_x64(True):
+        exponents = exact.lowered(_exponents(numbers), -computed(always_true, exact.decay, jnp.stack(ns)))
+        return [x._replace(exponent=exponents[i]) for i, x in enumerate(numbers)]
 
 
 @_by_axes
@@ -120,21 +260,21 @@ def scale(
 ) -> list[tuple[Fixed, Buffer, Array]]:
     """`exact.scale` of every number by its numerator: the number, the buffer and the tape after it."""
 
-    def scaled(state: tuple[Fixed, Array, Array], ratio: Ratio) -> tuple[Fixed, Array, Array]:
+    def scaled(state: tuple[Digits, Array, Array], ratio: Ratio) -> tuple[Digits, Array, Array]:
         return exact.scaled(*state[:2], ratio)
 
     grown = _growths(always_true, buffers, ns, undo=False)
     result = [*zip(numbers, buffers, tapes)]
     for bundle in _scaled_alike(buffers):
-        before, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
+        before, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = joined([buffers[i].register for i in bundle])
         state = (_together(before), register, jnp.zeros(register.shape, jnp.uint8))
-        number, register, byte = in_place(always_true, scaled, state, ratio)
-        parts = zip(_apart(number, before), parted(register, shapes), parted(byte, shapes))
+        digits, register, byte = in_place(always_true, scaled, state, ratio)
+        parts = zip(_apart(digits, shapes), parted(register, shapes), parted(byte, shapes))
         for i, state in zip(bundle, parts):
             tape = exact.written(tapes[i], state[2], grown[i].ratio.full, grown[i].before)
-            result[i] = (state[0], Buffer(state[1], grown[i].after), tape)
+            result[i] = (exact.with_digits(numbers[i], state[0]), Buffer(state[1], grown[i].after), tape)
     return result
 
 
@@ -148,20 +288,20 @@ def unscale(
 ) -> list[tuple[Fixed, Buffer]]:
     """`exact.unscale` of every number by its numerator: the number and the buffer before it."""
 
-    def unscaled(state: tuple[Fixed, Array], byte: Array, ratio: Ratio) -> tuple[Fixed, Array]:
+    def unscaled(state: tuple[Digits, Array], byte: Array, ratio: Ratio) -> tuple[Digits, Array]:
         return exact.unscaled(*state, byte, ratio)
 
     grown = _growths(always_true, buffers, ns, undo=True)
     result = [*zip(numbers, buffers)]
     for bundle in _scaled_alike(buffers):
-        after, shapes = [numbers[i] for i in bundle], [numbers[i].high.shape for i in bundle]
+        after, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = joined([buffers[i].register for i in bundle])
         rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
         byte = joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
-        number, register = in_place(always_true, unscaled, (_together(after), register), byte, ratio)
-        for i, x, held in zip(bundle, _apart(number, after), parted(register, shapes)):
-            result[i] = (x, Buffer(held, grown[i].before))
+        digits, register = in_place(always_true, unscaled, (_together(after), register), byte, ratio)
+        for i, x, held in zip(bundle, _apart(digits, shapes), parted(register, shapes)):
+            result[i] = (exact.with_digits(numbers[i], x), Buffer(held, grown[i].before))
     return result
 
 
@@ -192,13 +332,17 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
     """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
-    for bundle in bundles(shapes, dtypes):
+    down = exact.power(-_exponents(numbers))
+    for bundle in bundles(shapes, [(dtype, len(x.low)) for dtype, x in zip(dtypes, numbers)]):
 
-        def converted(number: Fixed, dtype: Any = dtypes[bundle[0]]) -> Array:
-            return exact.to_float(number, dtype)
+        def converted(digits: Digits, down: Array, dtype: Any = dtypes[bundle[0]]) -> Array:
+            return exact.float_of(digits, down, dtype)
 
-        together = _together([numbers[i] for i in bundle])
-        row = converted(together) if len(bundle) == 1 else computed(always_true, converted, together)
+        given = (
+            _together([numbers[i][:2] for i in bundle]),
+            _repeated([down[i] for i in bundle], [shapes[i] for i in bundle]),
+        )
+        row = converted(*given) if len(bundle) == 1 else computed(always_true, converted, *given)
         result |= zip(bundle, parted(row, [shapes[i] for i in bundle]))
     return [result[i] for i in range(len(numbers))]
 
@@ -217,37 +361,24 @@ def coarseness(
     Returns:
       float64 sums, by row, of every array.
     """
-    result: dict[int, Array] = {}
-    shapes = [x.shape for x in amounts]
+    words = [len(number.low) for number in numbers]
 
-    def lost(_: Array, amount: Array, radix: Array) -> Array:
-        return exact.coarseness(radix, len(numbers[0].low), amount, part)
+    def lost(amounts: list[Array], down: Array) -> list[Array]:
+        found = [exact.coarseness(down[i], *each, part) for i, each in enumerate(zip(words, amounts))]
+        return [_by_row(x).astype(jnp.float64) for x in found]
 
-    def summed(_: Array, amount: Array, radix: Array) -> Array:
-        return _by_row(lost(_, amount, radix))
-
-    for bundle in bundles(shapes, [x.dtype for x in amounts]):
-        radices = _repeated([numbers[i].radix for i in bundle], [shapes[i] for i in bundle])
-        row = joined([amounts[i] for i in bundle])
-        of_one = len(bundle) == 1
-        with jax.enable_x64(True):
-            like = jax.eval_shape(_by_row, row) if of_one else row
-            nothing = jnp.zeros(like.shape, jnp.float64)
-            found = in_place(wanted, summed if of_one else lost, nothing, row, radices)
-            parts = [found] if of_one else map(_by_row, parted(found, [shapes[i] for i in bundle]))
-        result |= zip(bundle, parts)
-    return [result[i] for i in range(len(amounts))]
+    with jax.enable_x64(True):
+        down = exact.power(-_exponents(numbers))
+        nothing = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, [*amounts], down)]
+        return seldom(wanted, lost, nothing, [*amounts], down)
 
 
-def matters(
-    always_true: Array, coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
-) -> Array:
+def matters(coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int) -> Array:
     """Whether the shifts of each array were too coarse, in sum, for the size of its numbers.
 
     They were not if ``2**-30`` of the number at every step would be as much: then the loss is negligible.
 
     Args:
-      always_true: see `hypergrad._base.compiler`.
       coarse: sums of `coarseness` over the run so far, by row, of every array.
       numbers: the arrays as they are now.
       part: as given to `coarseness`.
@@ -257,7 +388,7 @@ def matters(
       bool, one for each array.
     """
     with jax.enable_x64(True):
-        sizes = [_by_row(jnp.abs(x)) for x in floats(always_true, numbers, [jnp.float64] * len(numbers))]
+        sizes = [_by_row(jnp.abs(exact.to_float(x, jnp.float64))) for x in numbers]
         found = [jnp.any(c > part * NEGLIGIBLE * steps * size) for c, size in zip(coarse, sizes)]
         return jnp.stack(found)
 
@@ -272,18 +403,16 @@ def _by_row(x: Array) -> Array:
     return jnp.sum(jnp.pad(x.ravel(), (0, -x.size % ROWS)).reshape(ROWS, -1), axis=1)
 
 
-def _together(numbers: Sequence[Fixed]) -> Fixed:
-    """Numbers end to end, each element with the radix of its array."""
-    low = tuple(joined(words) for words in zip(*(x.low for x in numbers)))
-    radix = _repeated([x.radix for x in numbers], [x.high.shape for x in numbers])
-    return Fixed(joined([x.high for x in numbers]), low, radix)
+def _together(numbers: Sequence[Digits]) -> Digits:
+    """Words of numbers end to end."""
+    low = tuple(joined(words) for words in zip(*(low for _, low in numbers)))
+    return joined([high for high, _ in numbers]), low
 
 
-def _apart(number: Fixed, like: Sequence[Fixed]) -> list[Fixed]:
-    """Undo `_together`; shapes and radices are those of ``like``."""
-    shapes = [x.high.shape for x in like]
-    low = zip(*(parted(word, shapes) for word in number.low))
-    return [Fixed(high, words, x.radix) for high, words, x in zip(parted(number.high, shapes), low, like)]
+def _apart(digits: Digits, shapes: Sequence[Shape]) -> list[Digits]:
+    """Undo `_together`."""
+    low = [*zip(*(parted(word, shapes) for word in digits[1]))] or [()] * len(shapes)
+    return [*zip(parted(digits[0], shapes), low)]
 
 
 def joined(arrays: Sequence[Array]) -> Array:

@@ -1,40 +1,47 @@
 """Exactly invertible arithmetic on fixed-point numbers.
 
-A float array ``x`` is held as integers: ``x = 2**-radix (high + low_1 2**-32 + low_2 2**-64 ...)``.  Two
+A float array ``x`` is held as integers: ``x = 2**-e (high + low_1 2**-32 + low_2 2**-64 ...)``.  Two
 moves act on them, and both can be undone bit for bit:
 
 * a **shift** adds an integer, and is undone by subtracting it;
-* a **scale** multiplies by a ratio ``n / 2**32`` in (0, 1].  That would destroy ``log2(2**32 / n)``
-  bits of every element; they are kept in an information buffer instead (Algorithm 3 of Maclaurin,
-  Duvenaud, Adams 2015, with the buffer's big integer cut into bytes).
+* a **scale** multiplies by a ratio ``n / 2**32`` in (0, 1], which destroys ``log2(2**32 / n)`` bits of
+  every element.
 
-===============  =====================  ============================================================
+If one ratio scales the whole array, the integers stay as they are, and ``e`` grows by that logarithm.
+What is added afterwards is larger in units of ``2**-e``, so the integers grow, and from time to time every
+element has to drop its last byte, which becomes a row of a tape: then ``e`` falls by 8.  On the way back
+the byte is put back where it was.  So the bits that scales destroy are kept, as in Algorithm 3 of
+Maclaurin, Duvenaud, Adams (2015), but nothing is multiplied or divided, and numbers may grow and shrink.
+
+If every element has a ratio of its own, that is Algorithm 3: the bits go to an information buffer, whose
+big integer is cut into bytes.
+
+===============  =====================  ==================================================================
 symbol           shape and type         meaning
-===============  =====================  ============================================================
-``high``         leaf, int64            the number, in units of ``2**-radix``
-``low``          leaf, uint32, one or   its next digits, 32 to a word, most significant word first
-                 more words
-``radix``        scalar, int32          chosen once for the whole array; see `fitted`
+===============  =====================  ==================================================================
+``high``         leaf, int64            the number, in units of ``2**-e``
+``low``          leaf, uint32, some     its next digits, 32 to a word, most significant word first
+                 words or none
+``e``            scalar, int64          the ``exponent``, in units of ``2**-40``; see `fitted`
 ``i``            leaf, uint32           top of the information buffer, ``register`` in the code
 ``I``            scalar or leaf,        bound of ``i``: ``i < I``, with ``2**24 < I <= 2**32``
                  uint64
-``tape``         bytes, uint8           bytes that left ``i``, oldest first
+``tape``         bytes, uint8           bytes that were dropped or left ``i``, oldest first
 ``bits``         scalar or leaf, int64  upper bound of log2(buffer), in units of ``2**-40`` bits
 ``n``            scalar or leaf,        numerator of the factor, in ``[2**25, 2**32]``
                  uint64
-===============  =====================  ============================================================
+===============  =====================  ==================================================================
 
-When a whole array shares one factor, its registers fill in lockstep, and all elements spill a byte at the
-same step, as one row of the tape.  When every element has its own factor, the bytes are packed densely in
-the order in which they come.
-
-``bits`` bounds the buffer from the factors alone, never from the data, so both directions know when bytes
-move.  It is a plain running sum and therefore invertible itself.
+An array drops a byte when it must, which depends on its numbers; how many it has dropped is noted at
+every step, and read on the way back.  ``bits`` bounds a buffer from the factors alone, never from the data,
+so both directions know when its bytes move.  ``e`` and ``bits`` are plain running sums of integers and
+therefore invertible themselves.
 
 All functions work with JAX's 64-bit mode switched off; none of them changes it.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -53,6 +60,8 @@ Factors = Float[Array, "*factor"]
 Numerators = UInt64[Array, "*factor"]
 Bits = Int64[Array, "*factor"]
 Flags = Bool[Array, "*factor"]
+Digits = tuple[Int64[Array, "*leaf"], tuple[Words, ...]]  # of a number
+Exponents = tuple[Int64[Array, "..."], Int64[Array, "..."]]  # an exponent and its floor
 Tape = UInt8[Array, "..."]  # (rows, *leaf) if the array has one factor, (bytes,) if every element has one
 
 DIGITS = 32  # binary digits of a factor, and of a low word
@@ -60,28 +69,47 @@ BASE = 1 << DIGITS  # common denominator of all factors
 SMALLEST_FACTOR = 2.0**-7  # so that at most one byte leaves the register per scale
 LIMIT = 1 << 62  # |high| stays below; one addition of two such numbers cannot wrap
 MARGIN = 24  # the register's bound never falls below 2**24, so rounding it costs < 2**-23 bit
-BIT = 1 << 40  # resolution of `Buffer.bits`
+BIT = 1 << 40  # resolution of exponents and of `Buffer.bits`
 ROUNDING = 2.0**-21  # bits per scale: more than rounding costs in `_bound` and in the quotients
-UNSET = 1 << 20  # the radix of an array of zeros, for which none has been chosen yet
-LARGEST_RADIX = 900  # so that 2**radix and its neighbors are normal float64 numbers
+UNSET = 1 << 60  # the exponent of an array of zeros, for which none has been chosen yet
+LARGEST_RADIX = 900  # so that 2**e and its neighbors are normal float64 numbers
 
-# How far an array may outgrow the largest number it held when its radix was chosen, in binary digits, by
-# the number of its low words.  The rest of the ``62 + 32 words`` digits lies below it.
-HEADROOM = {1: 32, 2: 50}
+# How far an array may outgrow the largest number it held when its exponent was chosen, in binary digits, by
+# the number of its low words.  An array that drops no bytes has one more word for the same.
+GROWTH = {0: 32, 1: 50}
+MOST_BYTES = 100  # that a number may drop at once, if it has become as small and outgrows itself then
+BYTES = 3  # that a number may drop, besides those that its factors cost, because it outgrows its headroom
+
+
+def headroom(words: int, whole: bool) -> int:
+    """How far below the end of the range the largest number of an array is at first, in binary digits."""
+    return GROWTH[words] - 8 * BYTES if whole else GROWTH[words - 1]
 
 
 class Fixed(NamedTuple):
-    """Fixed-point numbers of one array, ``2**-radix (high + low_1 2**-32 + ...)``.
+    """Fixed-point numbers of one array, ``2**-e (high + low_1 2**-32 + ...)``.
 
     Attributes:
       high: int64, the shape of the array.
       low: uint32 words of the shape of the array, most significant word first.
-      radix: int32 scalar; `UNSET` as long as the array is zero and has none.
+      exponent: ``e``, int64 scalar in units of ``2**-40``; from `UNSET` on as long as the array is zero and
+        has none.
+      floor: int64 scalar, the exponent below which it must not fall: that is how far numbers may grow.
+      top: int64 scalar, a bound: ``|high| <= top``; kept forwards only.
+      rows: int32 scalar, how many bytes of every element are on the tape.
     """
 
     high: Int64[Array, "*leaf"]
     low: tuple[Words, ...]
-    radix: Int32[Array, ""]
+    exponent: Int64[Array, ""]
+    floor: Int64[Array, ""]
+    top: Int64[Array, ""]
+    rows: Int32[Array, ""]
+
+
+def with_digits(number: Fixed, digits: Digits) -> Fixed:
+    """A number with other digits."""
+    return number._replace(high=digits[0], low=digits[1])
 
 
 class Buffer(NamedTuple):
@@ -97,31 +125,122 @@ class Buffer(NamedTuple):
     bits: Bits
 
 
-def fitted(radix: Int32[Array, "..."], largest: Float64[Array, "..."], words: int) -> Int32[Array, "..."]:
-    """Choose the radix of arrays that are all zero so far, now that numbers are added to them.
+def size(x: Floats) -> Int64[Array, ""]:
+    """The least ``s`` with ``|x| < 2**s``, of all elements; more than 1023 if one is NaN or infinite."""
+    with jax.enable_x64(True):
+        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
+        return ((jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) & 2047) - 1022
 
-    The largest ``|x|`` is then `HEADROOM` digits below the end of the range.  Zeros are the same in every
-    radix, so on the way back the radix in which an array ended serves down to its start.
+
+def fitted(exponents: Exponents, top: Array, size: Int64[Array, "..."], words: int) -> Exponents:
+    """Choose the exponent of arrays that are all zero so far, now that numbers are added to them.
+
+    The largest number is then `headroom` digits below the end of the range.  Zeros are the same with every
+    exponent, so on the way back the one with which an array ended serves down to its start.
 
     Args:
-      radix: int32, of one array or of several.
-      largest: float64, the largest ``|x|`` that is added to each array.
-      words: number of low words, 1 or 2.
+      exponents: exponent and floor, of one array or of several.
+      top: int64, their bounds; zeros whose exponent is set may lower it as far as the floor.
+      size: int64, the `size` of what is added to each array.
+      words: number of low words.
 
     Returns:
-      The radices, int32; arrays that already have one keep it.
+      Exponents and floors; arrays that already have them keep them.
     """
     with jax.enable_x64(True):
-        usable = (radix == UNSET) & (largest > 0) & jnp.isfinite(largest)
-        exponent = (jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) - 1022
-        best = jnp.clip(62 - HEADROOM[words] - exponent, -LARGEST_RADIX, LARGEST_RADIX)
-        return jnp.where(usable, best.astype(jnp.int32), radix)
+        exponent, floor = exponents
+        usable = (exponent >= UNSET) & (size > -1022) & (size <= 1023)
+        possible = [headroom(words, whole) for whole in (True, False) if words - (not whole) in GROWTH]
+        free = jnp.where(floor < exponent, possible[0], possible[-1])
+        best = BIT * jnp.clip(62 - free - size, -LARGEST_RADIX, LARGEST_RADIX)
+        new = jnp.where(usable, best, exponent), jnp.where(usable, best - (exponent - floor), floor)
+        lower = jnp.clip(BIT * (61 - size), new[1], new[0])
+        return jnp.where((top > 0) | (new[0] >= UNSET), new[0], lower), new[1]
 
 
-def largest(x: Floats) -> Float64[Array, ""]:
-    """The largest ``|x|`` in float64; 0 if there are no elements."""
+class Room(NamedTuple):
+    """What makes room for a shift, of several arrays.
+
+    Attributes:
+      drop: int32, how many bytes the numbers drop.
+      top: int64, the bound of the numbers after the shift; `LIMIT` if nothing makes enough room.
+    """
+
+    drop: Int32[Array, "..."]
+    top: Int64[Array, "..."]
+
+
+def _added(exponent: Int64[Array, "..."], size: Int64[Array, "..."]) -> Int64[Array, "..."]:
+    """The least ``s`` such that all that is added is at most ``2**s``, in units of ``high``.
+
+    To a number without an exponent, only zeros are added.
+    """
+    return jnp.where(exponent >= UNSET, 0, jnp.maximum(size + ((exponent + BIT - 1) >> 40), 0))
+
+
+def room_as_is(top: Array, exponent: Array, size: Array) -> tuple[Room, Flags]:
+    """The room for a shift if nothing is dropped, and whether it suffices."""
     with jax.enable_x64(True):
-        return jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
+        added = _added(exponent, size)
+        after = top + (jnp.int64(1) << jnp.minimum(added, 62))
+        enough = (added < 62) & (after < LIMIT) & ((exponent <= LARGEST_RADIX * BIT) | (exponent >= UNSET))
+        return Room(jnp.zeros(top.shape, jnp.int32), after), enough
+
+
+def room_made(top: Array, exponents: Exponents, size: Array, most: int) -> Room:
+    """The room for a shift if as few bytes are dropped as possible.
+
+    Args:
+      top: int64, the largest ``|high|`` of each array.
+      exponents: exponent and floor of each array.
+      size: int64, of what is added.
+      most: how many bytes may be dropped.
+    """
+    with jax.enable_x64(True):
+        top, exponent, floor, size = (
+            jnp.broadcast_to(x, (most + 1, *x.shape)) for x in (top, *exponents, size)
+        )
+        counts = np.arange(most + 1).reshape(-1, *[1] * (top.ndim - 1))
+        k = jnp.broadcast_to(jnp.asarray(counts), top.shape)
+        lower = exponent - 8 * BIT * k
+        after, enough = room_as_is((top >> jnp.minimum(8 * k, 63)) + (k > 0), lower, size)
+        enough &= (k == 0) | (lower >= floor)
+        drop = jax.lax.argmax(enough, 0, jnp.int32)
+        chosen = enough & (k == jnp.broadcast_to(drop, k.shape))
+        return Room(drop, jnp.min(jnp.where(chosen, after.top, LIMIT), axis=0))
+
+
+def magnitude(x: Int64[Array, "*leaf"]) -> Int64[Array, ""]:
+    """The largest ``|x|`` of integers; 0 if there are no elements."""
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+@lru_cache(maxsize=1)
+def _powers() -> np.ndarray:
+    """``2**(j 1024**-k)``, for ``k`` from 1 to 4 and in each ``j`` from 0 to 1023, rounded correctly."""
+    rows, root = list[list[float]](), 2 << 160
+    for _ in range(4):
+        for _ in range(10):
+            root = math.isqrt(root << 160)
+        power, row = 1 << 160, list[float]()
+        for _ in range(1024):
+            row.append(power / (1 << 160))
+            power = power * root >> 160
+        rows.append(row)
+    return np.array(rows).ravel()
+
+
+def power(exponent: Int64[Array, "..."]) -> Float64[Array, "..."]:
+    """``2**exponent`` in float64, of an exponent in units of ``2**-40``, inside ``[-1000, 1000]``.
+
+    It is a product of numbers from tables.  Both directions must find the same one, and sums of products
+    are not always rounded alike.
+    """
+    with jax.enable_x64(True):
+        held = jnp.clip(exponent, -1000 * BIT, 1000 * BIT)
+        places = jnp.stack([1024 * k + ((held >> 30 - 10 * k) & 1023) for k in range(4)])
+        a, b, c, d = jnp.asarray(_powers()).at[places.astype(jnp.int32)].get(mode="promise_in_bounds")
+        return ((a * b) * (c * d)) * power_of_two(held >> 40)
 
 
 MAGIC = 1.5 * 2.0**52  # the last bit of a float of this size counts ones
@@ -148,133 +267,183 @@ def _from_word(x: Integer[Array, "..."]) -> Float64[Array, "..."]:
 
 
 def _digits(
-    x: Floats, radix: Int32[Array, ""], words: int
+    x: Floats, up: Float64[Array, "..."], words: int
 ) -> tuple[Int64[Array, "*leaf"], tuple[Words, ...]]:
-    """``x`` rounded to ``(high + low_1 2**-32 + ...) 2**-radix``; NaN and overflow saturate."""
-    # In digits of 47 bits, two in all, or of 42 bits, three: fewer than in words.
-    digit = {1: 47, 2: 42}[words]
-    below = DIGITS * words - digit * words  # where the first one ends, as seen from the last digit of high
-    wide = x.astype(jnp.float64) * (power_of_two(jnp.where(radix == UNSET, 0, radix)) * 2.0**below)
-    # A NaN is not below the limit and saturates too, so that `fits` sees it.
-    limit = (2.0 * LIMIT - 1024) * 2.0**below
+    """``x up`` rounded to ``high + low_1 2**-32 + ...``; NaN and overflow saturate."""
+    wide = x.astype(jnp.float64) * up
+    # A NaN is not below the limit and saturates too.  And no compiler contracts through a choice: what
+    # follows would be other bits if it took the product before it was rounded.
+    limit = 2.0 * LIMIT - 1024
     rest = jnp.where(wide < limit, wide, limit)
     rest = jnp.where(rest > -limit, rest, -limit)
-    signed: list[Array] = []
-    for _ in range(words + 1):
-        signed.append(_to_integer(rest))
-        rest = (rest - jnp.round(rest)) * 2.0**digit  # exact: both floats begin with the same digits
-    first, *others, last = signed
-    if not others:
-        return (first << 15) + (last >> DIGITS), (last.astype(jnp.uint32),)
-    (middle,) = others
-    low = ((middle << 10) + (last >> DIGITS)).astype(jnp.uint32), last.astype(jnp.uint32)
-    return (first << 20) + ((middle + (last >> 42)) >> 22), low
+    digits: list[Array] = []
+    for _ in range(words):
+        whole = jnp.round(rest)
+        digits.append(whole.astype(jnp.int64))
+        rest = (rest - whole) * 2.0**DIGITS  # exact: both floats begin with the same digits
+    high, low = jnp.round(rest).astype(jnp.int64), list[Array]()
+    for digit in reversed(digits):
+        low.insert(0, high.astype(jnp.uint32))
+        high = digit + (high >> DIGITS)
+    return high, tuple(low)
 
 
-def zero(shape: tuple[int, ...], words: int, radix: int = UNSET) -> Fixed:
+def zero(shape: tuple[int, ...], words: int, radix: int | None = None, whole: bool = False) -> Fixed:
     """Zeros in fixed point.
 
     Args:
       shape: of the array.
-      words: number of low words, 1 or 2.
-      radix: by default `UNSET`, to be chosen when numbers are added.
+      words: number of low words, from 0 to 2.
+      radix: binary digits of ``high`` after the point when no more bytes may be dropped; by default chosen
+        when numbers are added.
+      whole: whether they may drop bytes to grow; without low words they must, if they are to grow far.
     """
     with jax.enable_x64(True):
+        floor = jnp.int64(UNSET if radix is None else radix * BIT)
+        exponent = floor + 8 * BYTES * BIT if whole else floor
         low = (jnp.zeros(shape, jnp.uint32),) * words
-        return Fixed(jnp.zeros(shape, jnp.int64), low, jnp.int32(radix))
+        return Fixed(jnp.zeros(shape, jnp.int64), low, exponent, floor, jnp.int64(0), jnp.int32(0))
 
 
-def to_fixed(x: Floats, radix: Int32[Array, ""] | int, words: int = 1) -> Fixed:
+def to_fixed(x: Floats, radix: int, words: int = 1) -> Fixed:
     """The fixed-point number nearest to ``x``; NaN and overflow saturate.
 
     Args:
       x: floats of any shape.
-      radix: int32 scalar.
-      words: number of low words, 1 or 2.
+      radix: binary digits of ``high`` after the point.
+      words: number of low words, from 0 to 2.
     """
-    with jax.enable_x64(True):
-        radix = jnp.asarray(radix, jnp.int32)
-        return Fixed(*_digits(x, radix, words), radix)
+    return shift(zero(jnp.shape(x), words, radix), jnp.asarray(x))
 
 
 def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
-    """The float nearest to a fixed-point number, except that it is rounded twice.
+    """The float nearest to a fixed-point number, except that it is rounded a few times.
 
     Args:
       number: fixed-point numbers of any shape.
       dtype: of the floats that are returned.
     """
+    return float_of(number[:2], power(-number.exponent), dtype)
+
+
+def float_of(digits: Digits, down: Float64[Array, "..."], dtype: jax.typing.DTypeLike) -> Floats:
+    """`to_float` of words, given ``2**-e``."""
     with jax.enable_x64(True):
-        radix = jnp.where(number.radix == UNSET, 0, number.radix)
-        total = _from_word(number.high)
-        for k, word in enumerate(number.low, start=1):
-            total += _from_integer(word.astype(jnp.int64)) * 2.0 ** (-DIGITS * k)
-        return (total * power_of_two(-radix)).astype(dtype)
+        high, low = digits
+        total = high.astype(jnp.float64)
+        for k, word in enumerate(low, start=1):
+            total += word.astype(jnp.float64) * 2.0 ** (-DIGITS * k)
+        return (total * down).astype(dtype)
 
 
 def fits(number: Fixed) -> Bool[Array, ""]:
     """Whether every element lies inside the range: ``all(|high| < 2**62)``."""
     with jax.enable_x64(True):
-        # Both are at least 0 inside the range, and then the first bit of all of them is 0.
-        signs = (LIMIT - 1 + number.high) | (LIMIT - 1 - number.high)
-        return jnp.min(signs, initial=0) >= 0
+        return number.top < LIMIT
 
 
 def shift(number: Fixed, amount: Floats) -> Fixed:
     """Add the fixed-point number nearest to the amount; `unshift` undoes it, even after overflow.
 
-    A number that has no radix yet is zero and takes the radix that suits the amount.
+    A number that has no exponent yet is zero and takes the one that suits the amount.
 
     Args:
       number: to which the amount is added.
       amount: floats of the same shape.
     """
-    radix = fitted(number.radix, largest(amount), len(number.low))
-    return shift_settled(number._replace(radix=radix), amount)
-
-
-def shift_settled(number: Fixed, amount: Floats) -> Fixed:
-    """`shift` for a number that has its radix."""
     with jax.enable_x64(True):
-        high, low = _digits(amount, number.radix, len(number.low))
-        carry = jnp.asarray(False)
-        sums: list[Array] = []
-        # Carries are read off the new words, so that these can be written over the old ones.
-        for old, new in reversed([*zip(number.low, low)]):
-            sums.insert(0, old + new + carry.astype(jnp.uint32))
-            carry = (sums[0] < new) | (carry & (sums[0] == new))
-        return Fixed(number.high + high + carry.astype(jnp.int64), tuple(sums), number.radix)
+        most = size(amount)
+        exponents = fitted((number.exponent, number.floor), number.top, most, len(number.low))
+        room = room_made(magnitude(number.high), exponents, most, most=0)
+        new = number._replace(exponent=exponents[0], floor=exponents[1], top=room.top)
+        return with_digits(new, plus(number[:2], amount, power(exponents[0])))
 
 
 def unshift(number: Fixed, amount: Floats) -> Fixed:
     """Undo `shift` by the same amount."""
+    return with_digits(number, minus(number[:2], amount, power(number.exponent)))
+
+
+def plus(digits: Digits, amount: Floats, up: Float64[Array, "..."]) -> Digits:
+    """`shift` of words, given ``2**e``."""
     with jax.enable_x64(True):
-        high, low = _digits(amount, number.radix, len(number.low))
+        old_high, old_low = digits
+        high, low = _digits(amount, up, len(old_low))
+        carry = jnp.asarray(False)
+        sums: list[Array] = []
+        # Carries are read off the new words, so that these can be written over the old ones.
+        for old, new in reversed([*zip(old_low, low)]):
+            sums.insert(0, old + new + carry.astype(jnp.uint32))
+            carry = (sums[0] < new) | (carry & (sums[0] == new))
+        return old_high + high + carry.astype(jnp.int64), tuple(sums)
+
+
+def minus(digits: Digits, amount: Floats, up: Float64[Array, "..."]) -> Digits:
+    """Undo `plus`."""
+    with jax.enable_x64(True):
+        old_high, old_low = digits
+        high, low = _digits(amount, up, len(old_low))
         borrow = jnp.asarray(False)
         rests: list[Array] = []
-        for old, new in reversed([*zip(number.low, low)]):
+        for old, new in reversed([*zip(old_low, low)]):
             rests.insert(0, old - new - borrow.astype(jnp.uint32))
             borrow = (rests[0] > ~new) | (borrow & (rests[0] == ~new))
-        high = number.high - high - borrow.astype(jnp.int64)
-        return Fixed(high, tuple(rests), number.radix)
+        return old_high - high - borrow.astype(jnp.int64), tuple(rests)
 
 
-def coarseness(radix: Int32[Array, ""], words: int, amount: Floats, part: float) -> Float64[Array, "*leaf"]:
+def coarseness(down: Float64[Array, ""], words: int, amount: Floats, part: float) -> Floats:
     """By how much rounding exceeds the part of an amount that it may take: ``min(|a|, u/2) - part |a|``.
 
     Args:
-      radix: int32, of the number to which the amount is added; its last digit has the unit ``u``.
+      down: ``2**-e`` of the number to which the amount is added; its last digit has the unit ``u``.
       words: number of its low words.
       amount: ``a``, as given to `shift`.
       part: of the amount that rounding may take, in (0, 1).
 
     Returns:
-      float64, the shape of the amount; negative if rounding takes less.
+      Floats, the shape of the amount; negative if rounding takes less.
     """
     with jax.enable_x64(True):
-        half = power_of_two(-jnp.where(radix == UNSET, 0, radix)) * 0.5 ** (DIGITS * words + 1)
-        size = jnp.abs(amount.astype(jnp.float64))
+        half = (down * 0.5 ** (DIGITS * words + 1)).astype(amount.dtype)
+        size = jnp.abs(amount)
         return jnp.minimum(size, half) - part * size
+
+
+# ---- one factor for a whole array
+
+
+def decay(n: Numerators) -> Int64[Array, "..."]:
+    """By how much an exponent grows in one scale: ``log2(2**32 / n)``, in ``2**-40`` bits."""
+    with jax.enable_x64(True):
+        bits = DIGITS - jnp.log2(jnp.maximum(n, jnp.uint64(1)).astype(jnp.float64))
+        return jnp.where(n >= jnp.uint64(BASE), 0.0, jnp.round(bits * BIT)).astype(jnp.int64)
+
+
+def lowered(exponent: Int64[Array, "..."], grown: Int64[Array, "..."]) -> Int64[Array, "..."]:
+    """An exponent that grows by so much, if it is set."""
+    with jax.enable_x64(True):
+        return jnp.where(exponent >= UNSET, exponent, exponent + grown)
+
+
+def dropped(digits: Digits) -> tuple[Digits, Bytes]:
+    """Numbers without their last byte, and that byte."""
+    with jax.enable_x64(True):
+        high, low = digits
+        words = [high.astype(jnp.uint32), *low]
+        shorter = [(word >> 8) | (above << 24) for above, word in zip(words, low)]
+        return (high >> 8, tuple(shorter)), words[-1].astype(jnp.uint8)
+
+
+def regained(digits: Digits, byte: Bytes) -> Digits:
+    """Undo `dropped`."""
+    with jax.enable_x64(True):
+        high, low = digits
+        below = [word >> 24 for word in low] + [byte.astype(jnp.uint32)]
+        longer = [(word << 8) | more for word, more in zip(low, below[1:])]
+        return (high << 8) | below[0].astype(jnp.int64), tuple(longer)
+
+
+# ---- a factor for every element: Algorithm 3
 
 
 def numerator(factor: Array) -> Numerators:
@@ -354,6 +523,14 @@ def spilled(bits: Bits) -> Int32[Array, "*factor"]:
     """
     with jax.enable_x64(True):
         return jnp.maximum(0, -((DIGITS * BIT - bits) // (8 * BIT))).astype(jnp.int32)
+
+
+def outgrown(whole: bool) -> int:
+    """Bytes that a number may drop for growth, in a whole run or in a part of one.
+
+    In a part, what has become small since numbers began may grow again.
+    """
+    return BYTES if whole else 2 * BYTES
 
 
 def tape_length(bits: Bits) -> Int64[Array, ""]:
@@ -500,7 +677,8 @@ def scale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[Fix
     True
     """
     grown = growth(buffer.bits, n)
-    number, register, byte = scaled(number, buffer.register, grown.ratio)
+    digits, register, byte = scaled(number[:2], buffer.register, grown.ratio)
+    number = with_digits(number, digits)
     return number, Buffer(register, grown.after), written(tape, byte, grown.ratio.full, grown.before)
 
 
@@ -518,54 +696,54 @@ def unscale(number: Fixed, buffer: Buffer, tape: Tape, n: Numerators) -> tuple[F
     """
     grown = growth(buffer.bits, n, undo=True)
     byte = read(tape, grown.ratio.full, grown.before, buffer.register.shape)
-    number, register = unscaled(number, buffer.register, byte, grown.ratio)
-    return number, Buffer(register, grown.before)
+    digits, register = unscaled(number[:2], buffer.register, byte, grown.ratio)
+    return with_digits(number, digits), Buffer(register, grown.before)
 
 
-def scaled(number: Fixed, register: Words, ratio: Ratio) -> tuple[Fixed, Words, Bytes]:
+def scaled(digits: Digits, register: Words, ratio: Ratio) -> tuple[Digits, Words, Bytes]:
     """`scale` without the tape: the number, the register, and the byte that left it, if one did."""
     # A compiler computes anew, in the loop for each array, what several arrays come from, unless it is one
     # of them and made of two.  So what is costly is computed for one array alone, and read off that for
     # the others, modulo 2**32.
     with jax.enable_x64(True):
         n, full, old, new = ratio
-        n32 = n.astype(jnp.uint32)
-        q = number.low[-1].astype(jnp.uint64) * old + register.astype(jnp.uint64)
+        n32, (high, low) = n.astype(jnp.uint32), digits
+        q = low[-1].astype(jnp.uint64) * old + register.astype(jnp.uint64)
         # The upper digits times n, plus the new digit; carry + word * n < 2**64, and the carry is below n.
-        carry, digits, low = _quotient(q, new), [], list[Array]()
-        for word in reversed([number.high.astype(jnp.uint32), *number.low[:-1]]):
-            low.insert(0, word * n32 + carry)
-            digits.append(low[0] - word * n32)
-            carry = _upper(word.astype(jnp.uint64) * n + digits[-1].astype(jnp.uint64))
-        high = (number.high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
-        byte = (q.astype(jnp.uint32) - digits[0] * new.astype(jnp.uint32)).astype(jnp.uint8)
-        register = _cut(q - digits[0].astype(jnp.uint64) * new, full)
-        return Fixed(high, tuple(low), number.radix), register, byte
+        carry, found, words = _quotient(q, new), list[Array](), list[Array]()
+        for word in reversed([high.astype(jnp.uint32), *low[:-1]]):
+            words.insert(0, word * n32 + carry)
+            found.append(words[0] - word * n32)
+            carry = _upper(word.astype(jnp.uint64) * n + found[-1].astype(jnp.uint64))
+        high = (high >> DIGITS) * n.astype(jnp.int64) + carry.astype(jnp.int64)
+        byte = (q.astype(jnp.uint32) - found[0] * new.astype(jnp.uint32)).astype(jnp.uint8)
+        register = _cut(q - found[0].astype(jnp.uint64) * new, full)
+        return (high, tuple(words)), register, byte
 
 
-def unscaled(number: Fixed, register: Words, byte: Bytes, ratio: Ratio) -> tuple[Fixed, Words]:
+def unscaled(digits: Digits, register: Words, byte: Bytes, ratio: Ratio) -> tuple[Digits, Words]:
     """Undo `scaled`."""
     with jax.enable_x64(True):
         n, full, old, new = ratio
-        n32 = n.astype(jnp.uint32)
+        n32, (old_high, old_low) = n.astype(jnp.uint32), digits
         # Long division by n, in base 2**32.  The top digit of the scaled number is below n in size and
         # hence its own remainder, or its remainder minus n.
-        top = number.high >> DIGITS
+        top = old_high >> DIGITS
         remainder = jnp.where(top < 0, top + n.astype(jnp.int64), top).astype(jnp.uint32)
-        word = number.high.astype(jnp.uint32)
+        word = old_high.astype(jnp.uint32)
         first = _quotient(_word(remainder, word), n)
-        second = _quotient(_word(word - first * n32, number.low[0]), n)
+        second = _quotient(_word(word - first * n32, old_low[0]), n)
         high = (first.astype(jnp.int64) << DIGITS) | second.astype(jnp.int64)
         # What remains is read off the new words, as in `scaled`.
-        last, low = number.low[0] - high.astype(jnp.uint32) * n32, list[Array]()
-        for word in number.low[1:]:
+        last, low = old_low[0] - high.astype(jnp.uint32) * n32, list[Array]()
+        for word in old_low[1:]:
             low.append(_quotient(_word(last, word), n))
             last = word - low[-1] * n32
         long = _uncut(register, byte, full)
         q = last.astype(jnp.uint64) * new + long
         low.append(_quotient(q, old))
         register = q.astype(jnp.uint32) - low[-1] * old.astype(jnp.uint32)
-        return Fixed(high, tuple(low), number.radix), register
+        return (high, tuple(low)), register
 
 
 def push(digit: Int32[Array, "*leaf"], levels: int, buffer: Buffer, tape: Tape) -> tuple[Buffer, Tape]:

@@ -168,16 +168,16 @@ class Variable(NamedTuple):
 
     Attributes:
       init: from a leaf of the parameters to the variable's start.
-      words: 32-bit words below the first 62 bits of the variable in exact arithmetic, 1 or 2.  With one, an
-        array may outgrow its first numbers by ``2**32`` and resolves ``2**-62`` of them; with two, the
-        numbers are ``2**50`` and ``2**-76``, which suits variables that accumulate squares.
+      words: 32-bit words below the first 62 bits of the variable in exact arithmetic, 0 or 1.  With none,
+        an array resolves ``2**-54`` of its first numbers and may outgrow them by ``2**32``; with one,
+        these are ``2**-68`` and ``2**50``, which suits variables that accumulate squares.
     """
 
     init: Callable[[Array], Array] = jnp.zeros_like
-    words: int = 1
+    words: int = 0
 
 
-SQUARES = Variable(words=2)  # for averages and sums of squared gradients
+SQUARES = Variable(words=1)  # for averages and sums of squared gradients
 
 
 class Blocks(NamedTuple):
@@ -299,6 +299,9 @@ class Optimizer:
       per_example: False; see `GenericOptimizer`.
       by_moves: True: it is a program of moves.
 
+    Raises:
+      ValueError: if a variable has other than 0 or 1 words.
+
     >>> from hypergrad.program import Optimizer, Scale, Shift, Variable
     >>> Optimizer(
     ...     name="momentum",
@@ -325,6 +328,14 @@ class Optimizer:
     parts: Mapping[str, "Optimizer"] = field(default_factory=dict)
     per_example: bool = field(default=False, init=False)
     by_moves: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        for name, variable in self.variables.items():
+            if variable.words not in exact.GROWTH:
+                raise ValueError(
+                    f"Optimizer(name={self.name!r}): {name!r} is Variable(words={variable.words!r}); there "
+                    f"are {' or '.join(map(str, exact.GROWTH))} words, 1 for what sums squares"
+                )
 
     @property
     def reversible(self) -> bool:
@@ -413,7 +424,7 @@ class Optimizer:
 
     def words_of(self, variable: str) -> int:
         """Number of low words of a variable, or of the parameters."""
-        return 1 if variable == PARAMS else self.variables[variable].words
+        return 0 if variable == PARAMS else self.variables[variable].words
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,28 @@ def test_what_many_use_is_computed_once(evaluate: Callable[..., Any]) -> None:
     assert (sines > 1) if evaluate is plainly else (sines == 1)
 
 
+def test_what_is_seldom_wanted_is_computed_only_then() -> None:
+    """A loop that hardly ever turns is not enough: what does not depend on the turn is taken out of it."""
+
+    def largest(x: Any) -> Any:
+        return jnp.max(jnp.abs(x))
+
+    def in_a_loop(wanted: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, wanted.astype(jnp.int32), lambda _, __: largest(x), jnp.int32(7))
+
+    def apart(wanted: Any, x: Any) -> Any:
+        return compiler.seldom(wanted, largest, jnp.int32(7), x)
+
+    x = jnp.arange(-5000, 3000, dtype=jnp.int32)
+    for run, kept in ((in_a_loop, False), (apart, True)):
+        compiled = jax.jit(run).lower(TRUE, x).compile()
+        always = compiled.as_text().split("ENTRY")[1]
+        assert ("s32[8000]{0} fusion(" not in always and "abs(" not in always) == kept, run
+        assert (int(compiled(TRUE, x)), int(compiled(~TRUE, x))) == (5000, 7)
+    several = jax.vmap(apart, (0, None))(jnp.array([False, True]), x)
+    assert several.tolist() == [7, 5000]
+
+
 def compiled_in(call: Callable[[], Any]) -> tuple[Any, int]:
     """What a call returns, and how many programs it compiled."""
     found: list[str] = []

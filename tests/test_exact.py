@@ -1,7 +1,9 @@
 """The integer arithmetic, on random inputs, against Python's big integers."""
 
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -17,14 +19,23 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, deran
 hypothesis.settings.load_profile("ci")
 
 
-def settled(radix: Any, x: Any, words: int) -> Any:
-    """The radix that an array of zeros takes."""
-    return exact.fitted(radix, exact.largest(x), words)
+def fixed(high: Any, low: Any, radix: int) -> exact.Fixed:
+    """A number with so many digits of `high` after the point."""
+    with jax.enable_x64(True):
+        top = jnp.max(jnp.abs(high), initial=0)
+        exponent = jnp.int64(radix * exact.BIT)
+        return exact.Fixed(jnp.asarray(high), tuple(low), exponent, exponent, top, jnp.int32(0))
 
 
-def coarseness(radix: Any, words: int, amount: Any, part: float, wanted: Any) -> Any:
+def radix_of(number: exact.Fixed) -> int:
+    """Digits of `high` after the point."""
+    assert int(number.exponent) % exact.BIT == 0
+    return int(number.exponent) // exact.BIT
+
+
+def coarseness(radix: int, words: int, amount: Any, part: float, wanted: Any) -> Any:
     """`bundles.coarseness` of one amount."""
-    number = exact.zero(amount.shape, words)._replace(radix=radix)
+    number = exact.zero(amount.shape, words, radix)
     return bundles.coarseness(wanted, [number], [amount], part)[0]
 
 
@@ -33,7 +44,8 @@ FACTORS = st.one_of(
     st.sampled_from([1.0, 2.0**-7, 0.5, 0.9, 0.999, 1 - 2.0**-32, 1 - 2.0**-20, 0.75]),
 )
 SHAPES = st.sampled_from([(), (3, 1, 2)])
-WORDS = st.sampled_from([1, 2])
+WORDS = st.sampled_from([1, 2])  # of what has a register
+ANY_WORDS = st.sampled_from([0, 1, 2])
 RADIX = 40
 TRUE = jnp.asarray(True)
 
@@ -50,7 +62,7 @@ def integers(shape: tuple[int, ...], seed: int, words: int = 1, bits: int = 61) 
     with jax.enable_x64(True):
         high = jnp.asarray(rng.integers(-(1 << bits), 1 << bits, size=shape) >> size)
         low = tuple(jnp.asarray(rng.integers(0, 1 << 32, size=shape), jnp.uint32) for _ in range(words))
-        return exact.Fixed(high, low, jnp.int32(RADIX))
+        return fixed(high, low, RADIX)
 
 
 def big(number: exact.Fixed) -> Any:
@@ -72,6 +84,9 @@ def tape_for(shape: tuple[int, ...], numerators: list[Any]) -> tuple[exact.Buffe
 
 
 def same(a: Any, b: Any) -> bool:
+    """Whether all bits are the same, of numbers apart from their exponents and bounds."""
+    digits = lambda x: x[:2] if isinstance(x, exact.Fixed) else x  # noqa: E731
+    a, b = (jax.tree.map(digits, x, is_leaf=lambda x: isinstance(x, exact.Fixed)) for x in (a, b))
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(bool(jnp.array_equal(x, y)) for x, y in pairs)
 
@@ -155,13 +170,13 @@ def test_hundreds_of_scales_are_undone_bit_for_bit(factors: Any, by_element: boo
 
 
 @hypothesis.given(
-    WORDS, st.integers(-(2**61), 2**61), st.integers(0, 2**64 - 1), st.floats(-(2.0**20), 2.0**20)
+    ANY_WORDS, st.integers(-(2**61), 2**61), st.integers(0, 2**64 - 1), st.floats(-(2.0**20), 2.0**20)
 )
 def test_a_shift_adds_the_nearest_integer(words: int, high: int, digits: int, amount: float) -> None:
     """Carries and borrows over words, against big integers and exact fractions."""
     low = [(digits >> (32 * k)) & (2**32 - 1) for k in range(words)]
     with jax.enable_x64(True):
-        x = exact.Fixed(jnp.int64(high), tuple(jnp.uint32(w) for w in low), jnp.int32(RADIX))
+        x = fixed(jnp.int64(high), [jnp.uint32(w) for w in low], RADIX)
         wide = jnp.float64(amount)
     y = shift(x, wide)
     unit = Fraction(2) ** (RADIX + 32 * words)
@@ -175,7 +190,7 @@ def test_a_shift_adds_the_nearest_integer(words: int, high: int, digits: int, am
 def test_a_carry_runs_through_all_words(words: int, sign: int) -> None:
     full = 2**32 - 1 if sign > 0 else 0
     with jax.enable_x64(True):
-        x = exact.Fixed(jnp.int64(7), (jnp.uint32(full),) * words, jnp.int32(0))
+        x = fixed(jnp.int64(7), [jnp.uint32(full)] * words, 0)
         unit = jnp.float64(sign * 2.0 ** (-32 * words))
     y = shift(x, unit)
     assert int(big(y)) == int(big(x)) + sign
@@ -204,7 +219,7 @@ def test_a_scale_is_its_formula(
         before = exact.empty_bits(()) + int(spent * exact.BIT)
         bound = int(bound_of(before))
         register = min(int(share * bound), bound - 1)
-        number = exact.Fixed(jnp.int64(high), tuple(jnp.uint32(w) for w in low), jnp.int32(RADIX))
+        number = fixed(jnp.int64(high), [jnp.uint32(w) for w in low], RADIX)
         out = int(exact.spilled(before))
         tape = exact.blank_tape((), (), 12)
         given = exact.Buffer(jnp.uint32(register), before)
@@ -363,11 +378,11 @@ def test_round_trip_of_floats_of_every_size(dtype: str, words: int, size: float)
     with jax.enable_x64(True):
         x = jnp.asarray(size * rng.uniform(-1, 1, 200) * 2.0 ** rng.uniform(-7, 0, 200), dtype)
     number = shift(exact.zero((200,), words), x)
-    assert int(number.radix) != exact.UNSET and exact.fits(number)
+    assert int(number.exponent) < exact.UNSET and exact.fits(number)
     back = exact.to_float(number, dtype)
     with jax.enable_x64(True):
         assert back.dtype == dtype
-    unit = Fraction(2) ** -(int(number.radix) + 32 * words)
+    unit = Fraction(2) ** -(radix_of(number) + 32 * words)
     for a, b in zip(np.asarray(x, np.float64).tolist(), big(number).tolist()):
         assert abs(Fraction(a) - b * unit) <= unit / 2
     if dtype == "float32" or words == 2:
@@ -376,7 +391,7 @@ def test_round_trip_of_floats_of_every_size(dtype: str, words: int, size: float)
         np.testing.assert_allclose(back, x, rtol=1e-15, atol=size * 2.0**-61)
 
 
-@hypothesis.given(st.floats(-(2.0**17), 2.0**17), st.integers(0, 44), WORDS)
+@hypothesis.given(st.floats(-(2.0**17), 2.0**17), st.integers(0, 44), ANY_WORDS)
 def test_the_nearest_fixed_point_number(value: float, radix: int, words: int) -> None:
     with jax.enable_x64(True):
         number = exact.to_fixed(jnp.float64(value), radix, words)
@@ -388,78 +403,227 @@ def test_the_nearest_fixed_point_number(value: float, radix: int, words: int) ->
     )
 
 
-@hypothesis.given(st.integers(-(2**62), 2**62), st.integers(0, 2**64 - 1), st.integers(-100, 100), WORDS)
+@hypothesis.given(
+    st.integers(-(2**62), 2**62), st.integers(0, 2**64 - 1), st.integers(-100, 100), ANY_WORDS
+)
 def test_the_nearest_float(high: int, digits: int, radix: int, words: int) -> None:
     """In float64 to rounding twice."""
     low = [(digits >> (32 * k)) & (2**32 - 1) for k in range(words)]
     with jax.enable_x64(True):
-        x = exact.Fixed(jnp.int64(high), tuple(jnp.uint32(w) for w in low), jnp.int32(radix))
+        x = fixed(jnp.int64(high), [jnp.uint32(w) for w in low], radix)
     found = Fraction(float(exact.to_float(x, jnp.float64)))
     value = int(big(x)) * Fraction(2) ** -(radix + 32 * words)
     assert abs(found - value) <= abs(value) * Fraction(2) ** -51
 
 
-# ---- the radix
+# ---- the exponent
 
 
-@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize(("words", "whole"), [(1, False), (2, False), (0, True), (1, True)])
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1000.0, 1e30])
-def test_the_radix_leaves_headroom_above_the_largest_number(size: float, words: int) -> None:
-    x = jnp.asarray([0.0, -size, size / 3])
-    radix = int(settled(jnp.int32(exact.UNSET), x, words))
-    room = 62 - radix - (math.frexp(float(jnp.float32(size)))[1])
-    assert room == exact.HEADROOM[words]
+def test_the_exponent_leaves_headroom_above_the_largest_number(
+    size: float, words: int, whole: bool
+) -> None:
+    number = shift(exact.zero((3,), words, whole=whole), jnp.asarray([0.0, -size, size / 3]))
+    room = 62 - radix_of(number) - (math.frexp(float(jnp.float32(size)))[1])
+    assert room == exact.headroom(words, whole)
+    assert int(number.exponent - number.floor) == (8 * exact.BYTES * exact.BIT if whole else 0)
+    assert room + 8 * exact.BYTES * whole == exact.GROWTH[words - (not whole)]
     with jax.enable_x64(True):
-        largest = jnp.asarray([size * 2.0 ** (exact.HEADROOM[words] - 1)])
-        assert exact.fits(exact.to_fixed(0.99 * largest, radix, words))
-        assert not exact.fits(exact.to_fixed(4.01 * largest, radix, words))
-    assert not exact.fits(exact.to_fixed(jnp.asarray([np.inf]), radix, words))
+        largest = jnp.asarray([size * 2.0 ** (room - 1)])
+        assert exact.fits(exact.to_fixed(0.49 * largest, radix_of(number), words))
+        assert not exact.fits(exact.to_fixed(4.01 * largest, radix_of(number), words))
+    assert not exact.fits(exact.to_fixed(jnp.asarray([np.inf]), radix_of(number), words))
 
 
-def test_a_radix_is_chosen_once_and_by_numbers_alone() -> None:
+def test_an_exponent_is_chosen_once_and_by_numbers_alone() -> None:
     zero = jnp.zeros(3)
-    assert int(settled(jnp.int32(7), jnp.ones(3), 1)) == 7
+    assert radix_of(shift(exact.zero((3,), 1, 7), jnp.ones(3))) == 7
     for useless in (zero, jnp.full(3, jnp.nan), jnp.full(3, jnp.inf)):
-        assert int(settled(jnp.int32(exact.UNSET), useless, 1)) == exact.UNSET
+        assert int(shift(exact.zero((3,), 1), useless).exponent) >= exact.UNSET
     number = shift(exact.zero((3,), 1), zero)
-    assert int(number.radix) == exact.UNSET and not np.any(exact.to_float(number, jnp.float32))
+    assert int(number.exponent) >= exact.UNSET and not np.any(exact.to_float(number, jnp.float32))
     first = shift(number, jnp.full(3, 2.0))
     second = shift(first, jnp.full(3, 1e-4))
-    assert int(first.radix) == int(second.radix)
-    # On the way back the radix stays, and zeros stand for themselves in it.
+    assert int(first.exponent) == int(second.exponent)
+    # On the way back the exponent stays, and zeros stand for themselves with it.
     back = unshift(unshift(second, jnp.full(3, 1e-4)), jnp.full(3, 2.0))
-    assert not np.any(big(back)) and int(back.radix) == int(first.radix)
-    assert same(unshift(back, zero)[:2], number[:2])
+    assert not np.any(big(back)) and int(back.exponent) == int(first.exponent)
+    assert same(unshift(back, zero), number)
 
 
-def test_an_empty_array_has_a_radix_too() -> None:
-    empty = shift(exact.zero((0,), 1), jnp.zeros(0))
-    assert empty.high.shape == (0,) and exact.fits(empty)
-    assert int(settled(jnp.int32(exact.UNSET), jnp.zeros((0, 3)), 2)) == exact.UNSET
+@pytest.mark.parametrize("words", [0, 1])
+def test_an_empty_array_has_an_exponent_too(words: int) -> None:
+    empty = shift(exact.zero((0,), words, whole=words == 0), jnp.zeros(0))
+    assert empty.high.shape == (0,) and exact.fits(empty) and int(empty.exponent) >= exact.UNSET
+
+
+# ---- what drops bytes
+
+STEPS = st.lists(
+    st.tuples(FACTORS, st.integers(-30, 9), st.floats(-1, 1)), min_size=1, max_size=12
+)  # factor, size of what is added, and its first element
+
+
+@partial(jax.jit, static_argnums=3)
+def whole_step(number: Any, tape: Any, n: Any, scaled: bool, amount: Any) -> Any:
+    """A scale and a shift of one number that drops bytes."""
+    if scaled:
+        (number,) = bundles.scale_whole(TRUE, [number], [n])
+    return bundles.shift(TRUE, [number], [amount], [tape])[0]
+
+
+@partial(jax.jit, static_argnums=3)
+def whole_unstep(number: Any, tape: Any, n: Any, scaled: bool, amount: Any, drop: Any) -> Any:
+    """Undo `whole_step`."""
+    (number,) = bundles.unshift(TRUE, [number], [amount], [tape], [drop])
+    return bundles.unscale_whole(TRUE, [number], [n])[0] if scaled else number
+
+
+@hypothesis.given(STEPS, st.sampled_from([0, 1]), SHAPES, st.booleans())
+def test_what_drops_bytes_is_undone_bit_for_bit_and_keeps_its_value(
+    steps: Any, words: int, shape: Any, scaled: bool
+) -> None:
+    """Of amounts of all sizes, against fractions; and nothing ever leaves 64 bits unnoticed."""
+    number, tape = exact.zero(shape, words, whole=True), jnp.zeros((64, *shape), jnp.uint8)
+    rng = np.random.default_rng(len(steps))
+    value, error, history = Fraction(0), Fraction(0), []
+    for factor, size, first in steps:
+        amount = jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32).ravel().at[0].set(first)
+        amount = (amount * 10.0**size).reshape(shape)
+        n = exact.numerator(factor)
+        before = number
+        number, tape, drop = whole_step(number, tape, n, scaled, amount)
+        if not exact.fits(number):  # it grew too far, which is told
+            assert max(np.abs(np.asarray(amount)).max(), 0) > 0
+            break
+        history.append((before, n, amount, drop))
+        ratio = Fraction(int(n), 2**32) if scaled else Fraction(1)
+        value = value * ratio + Fraction(float(amount.ravel()[0]))
+        assert np.max(np.abs(np.asarray(number.high).astype(object)), initial=0) <= int(number.top) < 2**62
+        if int(number.exponent) < exact.UNSET:
+            unit = Fraction(2.0 ** (-int(number.exponent) / exact.BIT)) / 2 ** (32 * words)
+            # Half a unit for what is added, one for what is dropped, and the rounding of powers of two.
+            error = error * ratio + 2 * unit + Fraction(2) ** -48 * abs(Fraction(float(amount.ravel()[0])))
+            error += Fraction(2) ** -39 * abs(value)
+            found = Fraction(int(big(number).ravel()[0])) * unit
+            assert abs(found - value) <= error + abs(value) * Fraction(2) ** -48
+    assert int(number.rows) == sum(int(drop) for *_, drop in history)
+    if history and not exact.fits(number):
+        number = whole_unstep(number, tape, n, scaled, amount, drop)
+    for before, n, amount, drop in reversed(history):
+        number = whole_unstep(number, tape, n, scaled, amount, drop)
+        assert same(number, before) and int(number.rows) == int(before.rows)
+    assert not np.any(big(number))
+
+
+@hypothesis.given(st.sampled_from([0, 1, 2]), SHAPES, st.integers(0, 2**31))
+def test_a_byte_that_is_dropped_is_the_last_one(words: int, shape: Any, seed: int) -> None:
+    number = integers(shape, seed, words)
+    shorter, byte = exact.dropped(number[:2])
+    assert byte.dtype == np.uint8
+    left = big(number._replace(high=shorter[0], low=shorter[1]))
+    assert np.array_equal(left * 256 + np.asarray(byte).astype(object), big(number))
+    assert same(exact.regained(shorter, byte), number[:2])
+
+
+def test_numbers_of_many_sizes_drop_bytes_when_each_of_them_has_to() -> None:
+    """Several arrays at a time, of which one grows by 2**30 and one does not."""
+    numbers = [exact.zero((3,), 0, whole=True) for _ in range(2)]
+    tapes: list[Any] = [jnp.zeros((4, 3), jnp.uint8) for _ in range(2)]
+    first = [jnp.asarray([1.0, -0.7, 0.3]), jnp.asarray([1e-3, 2e-3, -5e-4])]
+    second = [jnp.full(3, 2.0**30), first[1]]
+    moved = bundles.shift(TRUE, numbers, first, tapes)
+    once = [number for number, _, _ in moved]
+    moved = bundles.shift(TRUE, once, second, [tape for _, tape, _ in moved])
+    drops = [drop for _, _, drop in moved]
+    assert [int(x) for x in drops] == [3, 0]
+    assert all(exact.fits(number) for number, _, _ in moved)
+    np.testing.assert_allclose(exact.to_float(moved[0][0], jnp.float32), first[0] + 2.0**30, rtol=1e-7)
+    back = bundles.unshift(TRUE, [x for x, _, _ in moved], second, [tape for _, tape, _ in moved], drops)
+    assert same(back, once)
+    too_far = bundles.shift(TRUE, once, [jnp.full(3, 2.0**34), first[1]], tapes)
+    assert [bool(exact.fits(number)) for number, _, _ in too_far] == [False, True]
+
+
+def test_what_decays_for_ever_stays_a_number() -> None:
+    """``2**-3000`` of a first number: no power of two overflows, and it comes back."""
+    n, steps = exact.numerator(0.5), 3000
+    start = shift(exact.zero((2,), 0, whole=True), jnp.asarray([1.0, -0.3]))
+    nothing, tape = jnp.zeros(2), jnp.zeros((400, 2), jnp.uint8)
+
+    @jax.jit
+    def there_and_back(number: Any) -> Any:
+        def forwards(carry: Any, _: Any) -> Any:
+            number, tape, drop = whole_step(*carry, n, True, nothing)
+            return (number, tape), (drop, exact.to_float(number, jnp.float32), exact.fits(number))
+
+        def backwards(number: Any, drop: Any) -> Any:
+            return whole_unstep(number, tape_at_end, n, True, nothing, drop), None
+
+        (end, tape_at_end), (drops, floats, fine) = jax.lax.scan(forwards, (number, tape), length=steps)
+        back, _ = jax.lax.scan(backwards, end, drops, reverse=True)
+        return back, floats, jnp.all(fine), end.rows
+
+    back, floats, fine, rows = there_and_back(start)
+    assert same(back, start) and fine and 250 < int(rows) < 400
+    powers = 0.5 ** np.arange(1, 101)
+    np.testing.assert_allclose(floats[:100, 0], powers, rtol=1e-6)
+    assert not np.any(floats[200:])
+
+
+def test_powers_of_two_are_those_of_exact_arithmetic() -> None:
+    rng = np.random.default_rng(0)
+    exponents = [*rng.integers(-900 * exact.BIT, 900 * exact.BIT, 300).tolist(), 0, exact.BIT, 1, -1]
+    with jax.enable_x64(True):
+        found = np.asarray(exact.power(jnp.asarray(exponents))).tolist()
+    with localcontext() as context:
+        context.prec = 60
+        for exponent, power in zip(exponents, found):
+            right = Decimal(2) ** (Decimal(exponent) / exact.BIT)
+            assert abs(Decimal(power) / right - 1) < Decimal(2) ** -50
+    assert found[-4:-2] == [1.0, 2.0]
+
+
+def test_an_exponent_grows_by_the_logarithm_of_the_factor() -> None:
+    factors = np.array([1.0, 0.9, 0.999, 0.5, 2.0**-7, 1 - 2.0**-31])
+    n = exact.numerator(factors)
+    with jax.enable_x64(True):
+        grown = np.asarray(exact.decay(n)).tolist()
+        ratios = np.asarray(n).tolist()
+    with localcontext() as context:
+        context.prec = 40
+        for found, ratio in zip(grown, ratios):
+            bits = 32 - Decimal(ratio).ln() / Decimal(2).ln()
+            assert abs(found - bits * exact.BIT) < 1
+    assert grown[0] == 0 and grown[3] == exact.BIT
+
+
+# ---- what rounding takes
 
 
 @pytest.mark.parametrize("part", [2.0**-10, 0.25])
 def test_coarseness_is_what_rounding_takes_beyond_a_part(part: float) -> None:
     """Against the sum in float64, row by row; and nothing where nothing is wanted."""
     amount = jnp.asarray(np.random.default_rng(0).normal(size=(40, 20)) * 2.0 ** -np.arange(40)[:, None])
-    radix = jnp.int32(-20)
+    radix = -20
     size = np.abs(np.asarray(amount, np.float64))
     half = 2.0 ** (20 - 33)
     expected = np.sum(np.minimum(size, half) - part * size, axis=1)
     found = coarseness(radix, 1, amount, part, jnp.asarray(True))
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.max(np.abs(expected)))
     assert np.any(expected > 0) and np.any(expected < 0)
     assert not np.any(coarseness(radix, 1, amount, part, jnp.asarray(False)))
     # Rows that are many and narrow are added up in parts, and a wide radix takes nothing.
     narrow = coarseness(radix, 1, jnp.tile(amount.reshape(-1, 1), (8, 1)), part, jnp.asarray(True))
     assert narrow.shape == (bundles.ROWS,)
-    np.testing.assert_allclose(np.sum(np.asarray(narrow)), 8 * np.sum(expected), rtol=1e-6)
-    assert np.all(np.asarray(coarseness(jnp.int32(80), 2, amount, part, jnp.asarray(True))) <= 0)
+    np.testing.assert_allclose(np.sum(np.asarray(narrow)), 8 * np.sum(expected), rtol=1e-5)
+    assert np.all(np.asarray(coarseness(80, 2, amount, part, jnp.asarray(True))) <= 0)
 
 
 def test_what_is_lost_counts_next_to_the_number_itself() -> None:
     number = exact.to_fixed(jnp.full((2, 200), 1.0), RADIX)
-    lost = lambda x: bool(bundles.matters(TRUE, [jnp.asarray([0.0, x])], [number], 0.5, 100)[0])  # noqa: E731
+    lost = lambda x: bool(bundles.matters([jnp.asarray([0.0, x])], [number], 0.5, 100)[0])  # noqa: E731
     limit = 0.5 * 2.0**-30 * 100 * 200
     assert lost(1.01 * limit) and not lost(0.99 * limit) and not lost(-1.0)
 
@@ -467,16 +631,16 @@ def test_what_is_lost_counts_next_to_the_number_itself() -> None:
 # ---- what cannot be
 
 
-@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("words", [0, 1, 2])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, 2.0**22, -(2.0**22)])
 def test_what_does_not_fit_is_seen(value: float, words: int) -> None:
     assert not exact.fits(exact.to_fixed(jnp.array([0.0, value]), RADIX, words))
-    assert exact.fits(exact.to_fixed(jnp.array([0.0, 2.0**22 * 0.999]), RADIX, words))
+    assert exact.fits(exact.to_fixed(jnp.array([0.0, 2.0**21 * 0.999]), RADIX, words))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-@pytest.mark.parametrize("start", [-4e6, 0.0, 4e6])
-@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize("start", [-2e6, 0.0, 2e6])
+@pytest.mark.parametrize("words", [0, 1, 2])
 def test_a_shift_out_of_range_is_seen_wherever_it_starts(start: float, value: float, words: int) -> None:
     x = exact.to_fixed(jnp.array(start), RADIX, words)
     y = shift(x, jnp.array(value))

@@ -180,7 +180,7 @@ def test_refuses_bits_of_no_variable() -> None:
 
 def test_says_which_variable_left_its_range_and_how_to_widen_it() -> None:
     """The first gradient says nothing of the later ones."""
-    steep = lambda w, meta, step: jnp.where(step == 0, 1e-15, 1.0) * jnp.sum(w)  # noqa: E731
+    steep = lambda w, meta, step: jnp.where(step == 0, 1e-12, 1.0) * jnp.sum(w)  # noqa: E731
     options: dict[str, Any] = {"steps": 5, "optimizer": hg.adam()}
     message = r"at step 1 'mu' of params became NaN or grew to 2\*\*32 times.*radix={'mu': r}"
     with pytest.raises(hg.ReversalError, match=message):
@@ -189,6 +189,12 @@ def test_says_which_variable_left_its_range_and_how_to_widen_it() -> None:
     trained = hg.train(steep, jnp.ones(2), {"learning_rate": 0.1}, **options, adjoint=wide)
     expected = hg.train(steep, jnp.ones(2), {"learning_rate": 0.1}, **options, adjoint=hg.Checkpointed())
     np.testing.assert_allclose(trained.params, expected.params, rtol=1e-4)
+
+
+def test_a_variable_has_no_word_or_one() -> None:
+    message = r"^Optimizer\(name='sums\(\)'\): 'sum' is Variable\(words=2\); there are 0 or 1 words"
+    with pytest.raises(ValueError, match=message):
+        Optimizer("sums()", lambda h, t: [], {"sum": Variable(words=2)})
 
 
 def test_a_factor_reads_only_what_a_step_has_remembered() -> None:

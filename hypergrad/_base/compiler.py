@@ -14,6 +14,8 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
                  needs on the way back, is left out, and what remains is compiled differently.
 `computed`       What many use is computed once.  Without it, a cheap function of a large array is
                  computed inside each of its users: 8 sines instead of 1.
+`seldom`         What is hardly ever wanted is computed only then.  Without it, the range of all
+                 integers is looked up at every step and not at every fiftieth.
 `compiled_once`  An equal program is not compiled again.  Without it, every call outside of ``jit``
                  compiles both directions of a run, and keeps them in memory.
 `in_place`       Integers that change stay where they are.  Without it, old and new state of all
@@ -140,6 +142,27 @@ def in_place(
         return jax.lax.fori_loop(0, always_true.astype(jnp.int32), body, cast(state, axes))
 
 
+def seldom(wanted: Flag, function: Callable[..., PyTree], otherwise: PyTree, *arguments: PyTree) -> PyTree:
+    """``function(*arguments)`` where that is wanted, which is seldom, and else something like it.
+
+    A conditional would be computed always under `jax.vmap`, and from a loop that hardly ever turns the
+    compiler takes out what does not depend on the turn.  So it is a conditional in a loop.
+
+    Args:
+      wanted: bool scalar.
+      function: a pure function of its arguments.
+      otherwise: what is returned if that is not wanted.
+      arguments: pytrees of arrays.
+    """
+
+    def body(_: Array, __: PyTree) -> PyTree:
+        return cast(noinline(wanted, function, *arguments), axes)
+
+    axes = axes_of((otherwise, arguments, wanted))
+    with jax.enable_x64(True):
+        return jax.lax.fori_loop(0, wanted.astype(jnp.int32), body, cast(otherwise, axes))
+
+
 def computed(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """``function(*arguments)`` as arrays in memory.
 
@@ -188,7 +211,7 @@ def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
     def never(value: Array, unused: PyTree) -> Array:
         numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
         wholes = [on_mesh_of(jnp.real(x), jax.typeof(value)) for x in numbers]
-        sums = [jnp.sum(x.astype(value.dtype)) for x in wholes]
+        sums = [jnp.sum(x.reshape(-1)[:1].astype(value.dtype)) for x in wholes]
         return value + sum(jax.lax.psum(x, tuple(axes_of(x) - axes_of(value))) for x in sums)
 
     return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)

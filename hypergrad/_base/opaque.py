@@ -81,7 +81,8 @@ def _instantiated(x: Array, tangent: Array | None) -> Array | np.ndarray:
         return tangent
     dtype, shape = jnp.result_type(x), jnp.shape(x)
     inexact = jnp.issubdtype(dtype, jnp.inexact)
-    return jnp.zeros(shape, dtype) if inexact else np.zeros(shape, jax.dtypes.float0)
+    with jax.enable_x64(True):  # constants of the program may be wider than what the user sees
+        return jnp.zeros(shape, dtype) if inexact else np.zeros(shape, jax.dtypes.float0)
 
 
 def _evaluated(*flat: Array, jaxpr: Any, rule: Rule, by_hand: bool) -> Flat:

@@ -62,6 +62,7 @@ class Failures:
       troubles: see `Exact.troubles`.
       taped: what is taped of every leaf.
       allotted: length of every tape, in rows or bytes; None if there is no way back.
+      known: whether that is what the factors cost, and not what was reserved; None likewise.
       radix: as set by the user, by variable.
       bits_per_step: bits reserved per element and step, a function of the variable; and the number of steps
         that a tape is for.
@@ -73,19 +74,25 @@ class Failures:
     troubles: Sequence[Trouble]
     taped: Sequence[Sequence[Taped]]
     allotted: Sequence[Sequence[int]] | None
+    known: Sequence[Sequence[bool]] | None
     radix: Mapping[str, int]
     bits_per_step: tuple[Callable[[str], float], int]
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""
         allotted = None if self.allotted is None else list(itertools.chain(*self.allotted))
+        every = [(name, each) for name, leaf in zip(self.names, self.taped) for each in leaf]
+        told = [False] * len(every) if self.known is None else list(itertools.chain(*self.known))
 
         def explain(
             step: int, why: int, leaf: int, recovered: bool, broken: int, broken_leaf: int, *needed: int
         ) -> str | None:
             if step >= 0:
                 return self.of_step(step, *self.troubles[why], self.names[leaf])
-            for have, need, taped in zip(allotted or needed, needed, itertools.chain(*self.taped)):
+            for have, known, need, (name, taped) in zip(*(allotted or needed, told, needed, every)):
+                if need > have and known and taped.buffer is None:
+                    whose = name if taped.variable == PARAMS else f"{taped.variable!r} of {name}"
+                    return f"{self.call}: {self.too_large(taped.variable, whose)}"
                 if need > have:
                     return self.tape_too_short(taped, need)
             if not recovered:
@@ -139,7 +146,7 @@ class Failures:
                 f"2**{62 - given}, that radix={{{name!r}: {given}}} asks for; leave the radix to be chosen "
                 "from the numbers, or pass a smaller one"
             )
-        headroom = exact.HEADROOM[self.program.words_of(name)]
+        headroom = exact.GROWTH[self.program.words_of(name)]
         return (
             f"{whose} became NaN or grew to 2**{headroom} times the largest number that "
             "was first in it. Either training has diverged, which a lower learning rate cures, or it began "
@@ -150,7 +157,7 @@ class Failures:
     def tape_too_short(self, taped: Taped, need: int) -> str:
         """Message for a tape that is too short."""
         reserved, length = self.bits_per_step
-        bits = (8 * need / max(1, math.prod(taped.factor_shape)) + 8) / length
+        bits = (8 * need / max(1, math.prod(taped.factor_shape)) + 8) / length / max(1, taped.scales)
         enough = {taped.variable: math.ceil(100 * bits) / 100}
         return (
             f"{self.call}: the information buffer of {taped.variable!r} would overflow: its factors "

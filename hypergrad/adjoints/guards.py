@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
-from hypergrad._base.compiler import in_place
+from hypergrad._base.compiler import seldom
 from hypergrad._base.trees import Flag, Step
 from hypergrad.adjoints.integers import LARGEST_LOSS, Exact, Stepped
 from hypergrad.program import PARAMS
@@ -30,8 +30,8 @@ Guards = list[dict[str, Guard]]  # by leaf and variable
 
 
 def is_guarded(step: Step) -> Flag:
-    """Whether rounding is checked in a step: in the first eight and every eighth, as steps are alike."""
-    return (step < 8) | (step % 8 == 0)
+    """Whether rounding is checked in a step: in the first eight and every 32nd, as steps are alike."""
+    return (step < 8) | (step % 32 == 0)
 
 
 def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> Guards:
@@ -59,12 +59,12 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
         doubted = jnp.stack([jnp.any(total > 0) for total in totals])
         doubted = guarded & jnp.any(doubted & (since < 0))
 
-        def judged(_: Array, doubted: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Array:
-            return bundles.matters(doubted, totals, numbers, LARGEST_LOSS, steps)
+        def judged(totals: list[Array], numbers: list[exact.Fixed]) -> Array:
+            return bundles.matters(totals, numbers, LARGEST_LOSS, steps)
 
         numbers = [now.leaves[i].numbers[name] for i in places]
         none = jnp.zeros(len(places), bool)
-        found = in_place(doubted, judged, none, doubted, totals, numbers)
+        found = seldom(doubted, judged, none, totals, numbers)
         since = jnp.where((since < 0) & found, step, since)
         for k, i in enumerate(places):
             new[i][name] = Guard(totals[k], since[k])

@@ -1,8 +1,9 @@
 """A step of an optimizer's program on integers, and its exact undoing.
 
-Forwards, a `Scale` writes the bits that it destroys to a tape, and a `Shift` adds.  Backwards, a `Scale`
-reads these bits, and a `Shift` subtracts.  Both directions evaluate factors and amounts from the same
-arrays, which the move itself does not change, and therefore to the same bits.
+Forwards, a `Shift` adds, and a `Scale` destroys bits, which go to a tape: at once to a buffer if every
+element has a factor of its own, else when a later `Shift` needs their room (see `hypergrad.exact`).
+Backwards, a `Shift` subtracts, and the bits are read again.  Both directions evaluate factors and amounts
+from the same arrays, which the move itself does not change, and therefore to the same bits.
 
 For gradient descent with momentum, the moves are the lines of Algorithm 1 in Maclaurin, Duvenaud, Adams
 (2015), and their inverses, read upwards, those of Algorithm 2::
@@ -35,6 +36,7 @@ from jaxtyping import Float, Int
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import same_bits, same_bits_everywhere
 from hypergrad._base.trees import Flag, PyTree, Step
+from hypergrad._base.varying import axes_of
 from hypergrad.exact import Floats, Numerators
 from hypergrad.program import (
     PARAMS,
@@ -65,13 +67,15 @@ class ExactLeaf(NamedTuple):
 
     Attributes:
       numbers: parameters and the optimizer's variables, by name.
-      buffers: one for every `Scale` and `Keep` of the leaf's program.
+      buffers: one for every `Keep` of the leaf's program and every `Scale` of what is not held whole.
     """
 
     numbers: dict[str, exact.Fixed]
     buffers: list[exact.Buffer]
 
 
+Drops = Array | list[Array]  # by leaf of a group
+Tapes = dict[str, Array]  # of one leaf, by the variables that are held whole, and by `buffer_name`
 Trouble = tuple[str, str]  # a kind and a variable
 NO_TROUBLE = ("", "")
 BAD_LOSS = ("loss", "")
@@ -99,7 +103,8 @@ class Stepped(NamedTuple):
 
     Attributes:
       leaves: the new state.
-      tapes: of every leaf, one for every `Scale` and `Keep`.
+      tapes: of every leaf, by name.
+      drops: how many bytes the numbers of a group dropped, int8, for every `Shift` of every group.
       records: the scalars that were remembered, by leaf.
       coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
       faded: the part of the parameters that is left, by leaf: the product of their largest factors.
@@ -107,11 +112,25 @@ class Stepped(NamedTuple):
     """
 
     leaves: list[ExactLeaf]
-    tapes: list[list[Array]]
+    tapes: list[Tapes]
+    drops: list[Drops]
     records: list[Record]
     coarse: list[dict[str, Array]]
     faded: list[Array]
     wrong: Int[Array, "2"]
+
+
+def buffer_name(place: int) -> str:
+    """The name of the tape of a buffer."""
+    return f"buffer {place}"
+
+
+def buffer_place(moves: Sequence[Move], k: int, whole: frozenset[str]) -> int:
+    """How many moves before ``k`` have a buffer: every `Keep`, and `Scale` of what is not held whole."""
+    return sum(
+        isinstance(move, Keep) or (isinstance(move, Scale) and move.variable not in whole)
+        for move in moves[:k]
+    )
 
 
 class Exact(NamedTuple):
@@ -121,6 +140,7 @@ class Exact(NamedTuple):
       program: from the hyperparameters and the step to the moves of every leaf.
       variables: names of the variables, the parameters first.
       dtypes: of the floats that the moves see, by leaf.
+      whole: by leaf, the variables that are held whole: every factor that scales them is one for the array.
       x64: whether the user's code runs in JAX's 64-bit mode; it must see that mode unchanged.
       everywhere: whether other programs, such as one for several devices, must find the same bits.
     """
@@ -128,6 +148,7 @@ class Exact(NamedTuple):
     program: Callable[..., Sequence[Sequence[Move]]]
     variables: Sequence[str]
     dtypes: Sequence[Any]
+    whole: Sequence[frozenset[str]]
     x64: bool
     everywhere: bool = False
 
@@ -150,7 +171,7 @@ class Exact(NamedTuple):
         self,
         at: Moment,
         leaves: Sequence[ExactLeaf],
-        tapes: Sequence[Sequence[Array]],
+        tapes: Sequence[Tapes],
         observations: Sequence[Observed],
         guarded: Flag,
     ) -> Stepped:
@@ -165,21 +186,19 @@ class Exact(NamedTuple):
         """
         doing = _Forwards(self, at, leaves, tapes, observations, [{} for _ in leaves], guarded=guarded)
         for group in alike(doing.programs):
-            taped = 0
             for k, move in enumerate(doing.programs[group[0]]):
                 if isinstance(move, Remember | Total | Keep):
                     doing.remember(group, k)
                 if isinstance(move, Keep):
-                    doing.keep(group, k, taped)
+                    doing.keep(group, k)
                 elif isinstance(move, Scale):
-                    doing.scale(group, k, taped)
+                    doing.scale(group, k)
                 elif isinstance(move, Shift):
                     doing.shift(group, k)
-                taped += isinstance(move, Scale | Keep)
         return doing.done()
 
     def kept(
-        self, at: Moment, leaves: Sequence[ExactLeaf], tapes: Sequence[Sequence[Array]]
+        self, at: Moment, leaves: Sequence[ExactLeaf], tapes: Sequence[Tapes]
     ) -> tuple[list[ExactLeaf], list[Record]]:
         """Read from the tapes what `Keep` kept in the step that is to be undone.
 
@@ -192,12 +211,16 @@ class Exact(NamedTuple):
           The state with that taken off its buffers, and what was kept, by leaf.
         """
         new, records = [], []
-        for moves, leaf, tape, dtype in zip(self.program(*at[:3]), leaves, tapes, self.dtypes):
+        for i, (moves, leaf, tape, dtype) in enumerate(
+            zip(self.program(*at[:3]), leaves, tapes, self.dtypes)
+        ):
             buffers, record = list(leaf.buffers), {}
-            taped = [move for move in moves if isinstance(move, Scale | Keep)]
-            for k, move in enumerate(taped):
+            for k, move in enumerate(moves):
                 if isinstance(move, Keep):
-                    digit, buffers[k] = exact.pop(len(move.levels), buffers[k], tape[k])
+                    place = buffer_place(moves, k, self.whole[i])
+                    digit, buffers[place] = exact.pop(
+                        len(move.levels), buffers[place], tape[buffer_name(place)]
+                    )
                     record[move.name] = jnp.asarray(move.levels, dtype)[digit]
             new.append(ExactLeaf(leaf.numbers, buffers))
             records.append(record)
@@ -207,9 +230,10 @@ class Exact(NamedTuple):
         self,
         at: Moment,
         leaves: Sequence[ExactLeaf],
-        tapes: Sequence[Sequence[Array]],
+        tapes: Sequence[Tapes],
         observations: Sequence[Observed] | None,
         records: list[Record],
+        drops: Sequence[Drops],
     ) -> list[ExactLeaf]:
         """Undo a step, in two calls: observations can be evaluated again only at the old parameters.
 
@@ -222,24 +246,25 @@ class Exact(NamedTuple):
           tapes: of every leaf.
           observations: the gradient and whatever else is observed, by leaf; None in the first call.
           records: what was remembered or kept in the step, by leaf.
+          drops: as in `Stepped`.
 
         Returns:
           The state before these moves.
         """
         nothing: list[Observed] = [{} for _ in leaves]
         doing = _Step(self, at, leaves, tapes, nothing if observations is None else observations, records)
+        told = iter(drops)
         for group in alike(doing.programs):
             moves = doing.programs[group[0]]
+            dropped = {k: next(told) for k, move in enumerate(moves) if isinstance(move, Shift)}
             cut = first_params_move(moves)
             # First call: undo the position update.  Second, with the gradient: undo the velocity update.
             start, end = (cut, len(moves)) if observations is None else (0, cut)
-            taped = sum(isinstance(move, Scale | Keep) for move in moves[:end])
             for k in reversed(range(start, end)):
-                taped -= isinstance(moves[k], Scale | Keep)
                 if isinstance(moves[k], Scale):
-                    doing.unscale(group, k, taped)
+                    doing.unscale(group, k)
                 elif isinstance(moves[k], Shift):
-                    doing.unshift(group, k)
+                    doing.unshift(group, k, dropped[k])
         return doing.now
 
 
@@ -261,7 +286,7 @@ class _Step:
     exact: Exact
     at: Moment
     leaves: Sequence[ExactLeaf]
-    tapes: Sequence[Sequence[Array]]
+    tapes: Sequence[Tapes]
     observations: Sequence[Observed]
     records: list[Record]
     now: list[ExactLeaf] = field(init=False)
@@ -317,22 +342,45 @@ class _Step:
         given = (members(group, self.observations), members(group, self.records))
         return self.exact.alike(always_true, evaluate, self.at[:3], others, *given)
 
-    def unscale(self, group: Sequence[int], k: int, taped: int) -> None:
-        """Undo a `Scale` with the bits on its tape: ``v <- v / γ``."""
+    def by_holding(self, group: Sequence[int], k: int) -> tuple[list[int], list[int]]:
+        """The leaves of a group whose variable that move ``k`` moves is held whole, and the others."""
         variable = moved_variable(self.programs[group[0]][k])
-        numerators = [_at_least_one(n) for n in self.factors(group, k)]
-        numbers = [self.now[i].numbers[variable] for i in group]
-        buffers = [self.now[i].buffers[taped] for i in group]
-        read = [self.tapes[i][taped] for i in group]
-        states = bundles.unscale(self.at.always_true, numbers, buffers, read, numerators)
-        for i, (number, buffer) in zip(group, states):
-            self.now[i].numbers[variable], self.now[i].buffers[taped] = number, buffer
+        whole = [i for i in group if variable in self.exact.whole[i]]
+        return whole, [i for i in group if i not in whole]
 
-    def unshift(self, group: Sequence[int], k: int) -> None:
-        """Undo a `Shift`: subtract the same amounts."""
+    def buffer(self, i: int, k: int) -> int:
+        """The place of the buffer of move ``k`` among those of leaf ``i``."""
+        return buffer_place(self.programs[i], k, self.exact.whole[i])
+
+    def unscale(self, group: Sequence[int], k: int) -> None:
+        """Undo a `Scale`, with the bits on its tape if it has one: ``v <- v / γ``."""
+        variable = moved_variable(self.programs[group[0]][k])
+        numerators = dict(zip(group, map(_at_least_one, self.factors(group, k))))
+        whole, others = self.by_holding(group, k)
+        if whole:
+            numbers = [self.now[i].numbers[variable] for i in whole]
+            before = bundles.unscale_whole(self.at.always_true, numbers, [numerators[i] for i in whole])
+            for i, number in zip(whole, before):
+                self.now[i].numbers[variable] = number
+        if others:
+            numbers = [self.now[i].numbers[variable] for i in others]
+            places = [self.buffer(i, k) for i in others]
+            buffers = [self.now[i].buffers[place] for i, place in zip(others, places)]
+            read = [self.tapes[i][buffer_name(place)] for i, place in zip(others, places)]
+            states = bundles.unscale(
+                self.at.always_true, numbers, buffers, read, [numerators[i] for i in others]
+            )
+            for i, place, (number, buffer) in zip(others, places, states):
+                self.now[i].numbers[variable], self.now[i].buffers[place] = number, buffer
+
+    def unshift(self, group: Sequence[int], k: int, dropped: Drops) -> None:
+        """Undo a `Shift`: subtract the same amounts, and take back the bytes that were dropped for them."""
         variable = moved_variable(self.programs[group[0]][k])
         numbers = [self.now[i].numbers[variable] for i in group]
-        before = bundles.unshift(self.at.always_true, numbers, self.amounts(group, k))
+        tapes = [self.tapes[i].get(variable) for i in group]
+        drops = [dropped[j].astype(jnp.int32) for j in range(len(group))]
+        amounts = self.amounts(group, k)
+        before = bundles.unshift(self.at.always_true, numbers, amounts, tapes, drops)
         for i, number in zip(group, before):
             self.now[i].numbers[variable] = number
 
@@ -345,15 +393,23 @@ class _Forwards(_Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.written = [list(leaf) for leaf in self.tapes]
+        self.written = [dict(leaf) for leaf in self.tapes]
+        self.drops: list[Drops] = []
         self.coarse: list[dict[str, Array]] = [{} for _ in self.leaves]
         self.faded = [jnp.float64(1) for _ in self.leaves]
-        self.wrong = jnp.zeros(2, jnp.int32)
+        self.looked: list[tuple[Flag, int, int]] = []
 
     def look(self, valid: Flag, trouble: Trouble, leaf: int) -> None:
-        """Note a trouble, unless valid, if it is the first."""
-        code = jnp.array([self.exact.troubles().index(trouble), leaf], jnp.int32)
-        self.wrong = jnp.where((self.wrong[0] == 0) & ~valid, code, self.wrong)
+        """Note a trouble, unless valid."""
+        self.looked.append((valid, self.exact.troubles().index(trouble), leaf))
+
+    def wrong(self) -> Int[Array, "2"]:
+        """The first trouble."""
+        if not self.looked:
+            return jnp.zeros(2, jnp.int32)
+        valid = jnp.stack([flag for flag, *_ in self.looked])
+        codes = jnp.array([code for _, *code in self.looked], jnp.int32)
+        return jnp.where(jnp.all(valid), 0, codes[jax.lax.argmax(~valid, 0, jnp.int32)])
 
     def remember(self, group: Sequence[int], k: int) -> None:
         """Put on record what move ``k`` remembers or keeps."""
@@ -377,52 +433,71 @@ class _Forwards(_Step):
             self.records[i] = record
             self.look(jnp.all(jnp.isfinite(record[move.name])), BAD_LOSS, i)
 
-    def keep(self, group: Sequence[int], k: int, taped: int) -> None:
+    def keep(self, group: Sequence[int], k: int) -> None:
         """Write to the tape of a `Keep` which of its levels every element is."""
         for i in group:
             move = self.programs[i][k]
             assert isinstance(move, Keep)
             digit, known = _level(move.levels, self.records[i][move.name])
             self.look(known, BAD_LEVEL, i)
-            self.now[i].buffers[taped], self.written[i][taped] = exact.push(
-                digit, len(move.levels), self.now[i].buffers[taped], self.written[i][taped]
+            place = self.buffer(i, k)
+            name, buffers = buffer_name(place), self.now[i].buffers
+            buffers[place], self.written[i][name] = exact.push(
+                digit, len(move.levels), buffers[place], self.written[i][name]
             )
 
-    def scale(self, group: Sequence[int], k: int, taped: int) -> None:
-        """Make a `Scale`, ``v <- γ v``; the bits that it destroys go to its tape."""
+    def scale(self, group: Sequence[int], k: int) -> None:
+        """Make a `Scale`, ``v <- γ v``; the bits that it destroys go to its tape, sooner or later."""
         variable = moved_variable(self.programs[group[0]][k])
-        numerators = []
+        numerators = {}
         for i, n in zip(group, self.factors(group, k)):
             self.look(exact.admissible(n), ("factor", variable), i)
-            numerators.append(_at_least_one(n))
+            numerators[i] = _at_least_one(n)
             if variable == PARAMS:
                 self.faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
-        numbers = [self.now[i].numbers[variable] for i in group]
-        buffers = [self.now[i].buffers[taped] for i in group]
-        tapes = [self.written[i][taped] for i in group]
-        scaled = bundles.scale(self.at.always_true, numbers, buffers, tapes, numerators)
-        for i, (number, buffer, tape) in zip(group, scaled):
-            self.now[i].numbers[variable], self.now[i].buffers[taped] = number, buffer
-            self.written[i][taped] = tape
+        whole, others = self.by_holding(group, k)
+        if whole:
+            numbers = [self.now[i].numbers[variable] for i in whole]
+            scaled = bundles.scale_whole(self.at.always_true, numbers, [numerators[i] for i in whole])
+            for i, number in zip(whole, scaled):
+                self.now[i].numbers[variable] = number
+        if others:
+            numbers = [self.now[i].numbers[variable] for i in others]
+            places = [self.buffer(i, k) for i in others]
+            buffers = [self.now[i].buffers[place] for i, place in zip(others, places)]
+            tapes = [self.written[i][buffer_name(place)] for i, place in zip(others, places)]
+            states = bundles.scale(
+                self.at.always_true, numbers, buffers, tapes, [numerators[i] for i in others]
+            )
+            for i, place, (number, buffer, tape) in zip(others, places, states):
+                self.now[i].numbers[variable], self.now[i].buffers[place] = number, buffer
+                self.written[i][buffer_name(place)] = tape
 
     def shift(self, group: Sequence[int], k: int) -> None:
         """Make a `Shift`, ``v <- v + u``, and measure how coarse it was."""
         variable = moved_variable(self.programs[group[0]][k])
         amounts = self.amounts(group, k)
         numbers = [self.now[i].numbers[variable] for i in group]
-        moved = bundles.shift(self.at.always_true, numbers, amounts)
-        for i, more in zip(group, bundles.coarseness(self.guarded, moved, amounts, LARGEST_LOSS)):
+        tapes = [self.written[i].get(variable) for i in group]
+        moved = bundles.shift(self.at.always_true, numbers, amounts, tapes)
+        numbers = [number for number, _, _ in moved]
+        for i, more in zip(group, bundles.coarseness(self.guarded, numbers, amounts, LARGEST_LOSS)):
             so_far = self.coarse[i].get(variable)
             self.coarse[i][variable] = more if so_far is None else so_far + more
-        for i, number in zip(group, moved):
+        for i, (number, tape, _) in zip(group, moved):
             self.now[i].numbers[variable] = number
+            if tape is not None:
+                self.written[i][variable] = tape
             self.look(exact.fits(number), ("range", variable), i)
+        drops = [drop.astype(jnp.int8) for _, _, drop in moved]
+        # In one array, each would vary over the mesh axes of all.
+        self.drops.append(drops if any(map(axes_of, drops)) else jnp.stack(drops))
 
     def done(self) -> Stepped:
         """The result of the step.  What was kept is on the tape; only scalars are recorded."""
         kept = {move.name for moves in self.programs for move in moves if isinstance(move, Keep)}
         scalars = [{name: x for name, x in each.items() if name not in kept} for each in self.records]
-        return Stepped(self.now, self.written, scalars, self.coarse, self.faded, self.wrong)
+        return Stepped(self.now, self.written, self.drops, scalars, self.coarse, self.faded, self.wrong())
 
 
 def _floats(

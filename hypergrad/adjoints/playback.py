@@ -31,11 +31,11 @@ from jaxtyping import Int
 from hypergrad import exact
 from hypergrad._base.compiler import same_bits_everywhere
 from hypergrad._base.placement import divided, whole
-from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split
+from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split, sum_of_squares
 from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
-from hypergrad.adjoints.integers import BAD_LOSS, Exact, ExactLeaf, Moment
+from hypergrad.adjoints.integers import BAD_LOSS, Drops, Exact, ExactLeaf, Moment, Tapes
 from hypergrad.adjoints.linearize import InParts, Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
@@ -93,19 +93,26 @@ class Forwards(NamedTuple):
     failed: Int[Array, "3"]
 
 
+class Noted(NamedTuple):
+    """What a step notes for the way back, besides its tapes; see `hypergrad.adjoints.integers.Stepped`."""
+
+    records: list[Record]
+    drops: list[Drops]
+
+
 class Played(NamedTuple):
     """A segment that was played forwards.
 
     Attributes:
       now: where it ended.
-      tapes: of every leaf.
-      records: the scalars that were remembered, by leaf and step.
+      tapes: of every leaf, by name.
+      noted: of every step, the scalars that were remembered, by leaf, and the bytes that were dropped.
       outputs: by step.
     """
 
     now: Forwards
-    tapes: list[list[Array]]
-    records: list[Record]
+    tapes: list[Tapes]
+    noted: Noted
     outputs: Outputs
 
 
@@ -185,9 +192,11 @@ class Player:
         return self.beginning.recovered(self.start, self.constants.exact, found, self.always_true)
 
     def blank_tape(self, leaf: int, k: int, taping: bool) -> Array:
-        """The tape of what is scaled or kept at place ``k`` of a leaf, before a segment."""
+        """The tape ``k`` of a leaf, before a segment."""
         taped = self.taped[leaf][k]
         length = 0 if self.lengths is None or not taping else self.lengths[leaf][k]
+        # What is held whole writes a row only when it drops one.
+        length = max(length - 1, 0) if taped.buffer is None else length
         blank = exact.blank_tape(taped.shape, taped.factor_shape, length)
         return divided(self.shard, cast(blank, self.axes_of_taped(leaf, taped)))
 
@@ -206,7 +215,8 @@ class Player:
         leaves = []
         for i, (leaf, taped) in enumerate(zip(now.leaves, self.taped)):
             numbers = {name: cast(x, axes_of(self.start[i][name])) for name, x in leaf.numbers.items()}
-            buffers = [cast(b, self.axes_of_taped(i, each)) for b, each in zip(leaf.buffers, taped)]
+            axes = [self.axes_of_taped(i, each) for each in taped if each.buffer is not None]
+            buffers = [cast(*each) for each in zip(leaf.buffers, axes)]
             leaves.append(ExactLeaf(numbers, buffers))
         guards, failed = cast((now.guards, now.failed), self.axes())
         return Forwards(divided(self.shard, leaves), guards, failed)
@@ -222,12 +232,13 @@ class Player:
           taping: whether to keep tapes; not needed if the segment will be played forwards again.
         """
         tapes = [
-            [self.blank_tape(i, k, taping) for k in range(len(leaf))] for i, leaf in enumerate(self.taped)
+            {each.name: self.blank_tape(i, k, taping) for k, each in enumerate(leaf)}
+            for i, leaf in enumerate(self.taped)
         ]
-        (now, tapes), (outputs, records) = jax.lax.scan(self.step, (self.varying(now), tapes), span.steps())
-        return Played(now, tapes, records, outputs)
+        (now, tapes), (outputs, noted) = jax.lax.scan(self.step, (self.varying(now), tapes), span.steps())
+        return Played(now, tapes, noted, outputs)
 
-    def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, list[Record]]]:
+    def step(self, carry: tuple[Forwards, Any], t: Step) -> tuple[Any, tuple[Outputs, Noted]]:
         """One step of Algorithm 1: the gradient at ``w``, then the moves of the optimizer on integers."""
         (leaves, guards, failed), tapes = carry
         run, integers, constants = self.run, self.integers, self.constants
@@ -248,7 +259,7 @@ class Player:
         outputs = Outputs(loss, run.watched(snapshot, constants))
         guards = weighed(guards, now, (x.step, guarded), run.steps)
         leaves, tapes = divided(self.shard, (now.leaves, now.tapes))
-        return (Forwards(leaves, guards, failed), tapes), (outputs, now.records)
+        return (Forwards(leaves, guards, failed), tapes), (outputs, Noted(now.records, now.drops))
 
     def _moment(self, t: Step) -> tuple[Inputs, Moment]:
         """The inputs of a step, and the step with its hyperparameters."""
@@ -287,15 +298,15 @@ class Player:
           Where the run backwards is, at the start of the segment; and the cotangents of its inputs.
         """
 
-        def unstep(now: Backwards, at: tuple[Array, list[Record]]) -> tuple[Backwards, Any]:
+        def unstep(now: Backwards, at: tuple[Array, Noted]) -> tuple[Backwards, Any]:
             return self.unstep(now, played.tapes, cotangents, *at)
 
         leaves, behind = divided(self.shard, (now.leaves, now.cotangents))
         now = Backwards(leaves, behind, now.sums, cast(now.broken, self.axes()))
-        return jax.lax.scan(unstep, now, (span.steps(), played.records), reverse=True)
+        return jax.lax.scan(unstep, now, (span.steps(), played.noted), reverse=True)
 
     def unstep(
-        self, now: Backwards, tapes: Any, cotangents: Cotangents, t: Step, records: list[Record]
+        self, now: Backwards, tapes: list[Tapes], cotangents: Cotangents, t: Step, noted: Noted
     ) -> tuple[Backwards, Any]:
         """One step of Algorithm 2: recover ``w``, then the gradient at ``w``, then everything else.
 
@@ -304,22 +315,22 @@ class Player:
           tapes: of every leaf.
           cotangents: of the losses of the whole run and of what was watched in it.
           t: the step, counted from the start of the run.
-          records: what was remembered in the step, by leaf.
+          noted: what was noted in the step.
 
         Returns:
           Where the run backwards is, before the step; and the cotangents of its inputs.
         """
         integers, (x, at) = self.integers, self._moment(t)
         leaves, kept = integers.kept(at, now.leaves, tapes)
-        records = [a | b for a, b in zip(records, kept)]
+        records = [a | b for a, b in zip(noted.records, kept)]
         # w <- w - α v: undo the position update.
-        leaves = integers.unstep(at, leaves, tapes, None, records)
+        leaves = integers.unstep(at, leaves, tapes, None, records, noted.drops)
         # g = ∇L(w): the gradient at the recovered weights.
         linearized = self._linearized(leaves, x, at)
         _, evaluated, _ = linearized.primal
         observations = self.run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
         # v <- [v + (1 - γ) g] / γ: undo the velocity update.
-        leaves = integers.unstep(at, leaves, tapes, observations, records)
+        leaves = integers.unstep(at, leaves, tapes, observations, records, noted.drops)
 
         # dw, dv, dθ, dα, dγ: pull the cotangents back through the step, in floats.
         floats = integers.floats(at.always_true, leaves)
@@ -335,14 +346,20 @@ class Player:
         self, broken: Int[Array, "2"], cotangents: list[Leaf], t: Step, step: Step
     ) -> Int[Array, "2"]:
         """`Health.broken` after one more step back."""
-        for i, leaf in enumerate(cotangents):
+
+        def finite(leaf: Leaf) -> Flag:
             # Before the first step, cotangents of variables are only the derivatives in their start.
             unused = {name: (t == 0) & (name != PARAMS) for name in leaf}
-            largest = {name: jnp.max(jnp.abs(x), initial=0) for name, x in leaf.items()}
-            numbers = jnp.all(jnp.stack([jnp.isfinite(largest[k]) | unused[k] for k in leaf]))
-            place = jnp.stack([step, jnp.int32(i)])
-            broken = jnp.where((broken[0] == Broken.NOWHERE) & ~numbers, place, broken)
-        return broken
+            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) | unused[name] for name, x in leaf.items()]))
+
+        def first(cotangents: list[Leaf]) -> Int[Array, "2"]:
+            numbers = jnp.stack([finite(leaf) for leaf in cotangents])
+            place = jnp.stack([step, jax.lax.argmax(~numbers, 0, jnp.int32)])
+            return jnp.where((broken[0] == Broken.NOWHERE) & ~jnp.all(numbers), place, broken)
+
+        # Where the sum of all squares is a finite number, all are; compilers vectorize it.
+        doubted = ~jnp.isfinite(sum_of_squares(cotangents))
+        return jax.lax.cond(doubted, first, lambda _: broken, cotangents)
 
 
 class _InFloats(NamedTuple):

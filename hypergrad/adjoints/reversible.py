@@ -34,7 +34,7 @@ from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, in
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
 from hypergrad.adjoints.starts import Start, packed
-from hypergrad.adjoints.tapes import Taped, complete, known_lengths, taped_of
+from hypergrad.adjoints.tapes import Taped, complete, covers_run, held_whole, known_lengths, taped_of
 from hypergrad.program import PARAMS, Leaf
 
 
@@ -67,9 +67,10 @@ class Reversible:
 
     With several segments only their starts are kept, as integers, and every segment is played forwards
     again before it is played backwards.  At the cost of one more training run, memory falls from ``T b``
-    bits per parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (96
-    for the parameters and for every variable, 32 more for squares and for every `Scale`).  It is least for
-    ``S = √(T b / k)``.  The bits of the run are the same for every ``S``.
+    bits per parameter to ``S k + T b / S``, with ``b`` bits destroyed per step and ``k`` bits of state (64
+    for the parameters and for every variable, 32 more for squares; 64 more where a factor differs from
+    element to element).  It is least for ``S = √(T b / k)``.  The bits of the run are the same for every
+    ``S``.
 
     Derivatives of the hypergradient (Hessian-vector products of the outer objective by ``jax.jvp`` of
     ``jax.grad``, ``jax.hessian``, a `train` within a trained loss) are right in every nesting.  They are
@@ -80,10 +81,9 @@ class Reversible:
         optimizer, in (0, 7]; one number, or one by variable (``{"velocity": 0.2}``); by default 1.  The run
         needs the mean of ``log2(1 / factor)``.  Used only if the factors (momentum) are not known before
         the run, that is, under ``jit``; otherwise the need is computed.
-      radix: binary digits before the low words, by variable (``{"params": 40}``): values must stay below
-        ``2**(62 - radix)``, and the largest radix for which they do rounds least.  By default it is chosen
-        for every array when it receives its first numbers, with room to outgrow them by ``2**32`` (squares
-        by ``2**50``).
+      radix: by variable, such as ``{"params": 40}``: values must stay below ``2**(62 - radix)``, and the
+        largest radix for which they do rounds least.  By default it is chosen for every array when it
+        receives its first numbers, with room to outgrow them by ``2**32`` (squares by ``2**50``).
       segments: number of segments in which the run is played back, in ``[1, T]``.
       shard: an axis of the mesh in context (``jax.set_mesh``) over which integers, tapes and cotangents are
         divided, while every device holds all parameters, as in data-parallel training; arrays of fewer
@@ -151,7 +151,7 @@ class Reversible:
         self._check_names(run, taped)
         length = self.length(run.steps)
         lengths_of = partial(known_lengths, run, taped, length)
-        known = lengths_of(start, constants, inputs)
+        known = lengths_of(constants, inputs)
         one_way = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
         one_way.beginning.refuse_other(run.call, start, constants.exact)
 
@@ -163,17 +163,18 @@ class Reversible:
             flags = Flags(*perturbed(arguments[1:]))
             arguments = jax.tree.map(lambda x: x.value, arguments)
             # Values that are traced outside may be known here: `jax.grad` without `jit` unwraps them.
-            now_known = known if complete(known) else lengths_of(*arguments)
-            lengths = self._allot(taped, now_known, length)
-            playback = one_way._replace(flags=flags, lengths=lengths)
+            now_known = known if complete(known) else lengths_of(*arguments[1:])
+            lengths = self._allot(taped, now_known, length, covers_run(run, constants, length))
+            told = [[need is not None for need in leaf] for leaf in now_known]
+            playback = one_way._replace(flags=flags, lengths=lengths, known=told)
             solution, record = playback.forward()(*arguments)
-            return solution, (arguments, record, freeze(flags), Static(lengths))
+            return solution, (arguments, record, freeze(flags), Static((lengths, told)))
 
         @short_traceback
         def backward(saved: Any, cotangents: Any) -> Any:
-            arguments, record, frozen, lengths = saved
-            flags = thaw(frozen)
-            playback = one_way._replace(flags=flags, lengths=lengths.value)
+            arguments, record, frozen, static = saved
+            flags, (lengths, told) = thaw(frozen), static.value
+            playback = one_way._replace(flags=flags, lengths=lengths, known=told)
             end, outputs = cotangents
             given = Cotangents(instantiate(end), _present([outputs.loss]), _present(outputs.watched))
             with closures_refused(run.call):
@@ -203,11 +204,21 @@ class Reversible:
         return -(-steps // min(self.segments, steps))
 
     def _allot(
-        self, taped: list[list[Taped]], known: list[list[int | None]], length: int
+        self, taped: list[list[Taped]], known: list[list[int | None]], length: int, whole: bool
     ) -> list[list[int]]:
-        """Length of every tape: the need if it is known, else what `bits` reserves."""
+        """Length of every tape: the need if it is known, else what `bits` reserves.
+
+        Args:
+          taped: what is taped of every leaf.
+          known: the needs.
+          length: steps of a segment.
+          whole: whether a segment is a whole run.
+        """
 
         def room(each: Taped) -> int:
+            if each.buffer is None:
+                bits = each.scales * self.bits_of(each.variable) * length
+                return exact.outgrown(whole) + math.ceil(bits / 8)
             bits = exact.MARGIN + self.bits_of(each.variable) * length
             rows = max(0, math.ceil((bits - exact.DIGITS) / 8)) + 1
             return rows * math.prod(each.factor_shape)
@@ -221,9 +232,10 @@ class Reversible:
         """Bytes of tape that are reserved under ``jit``, when no factor is known."""
         taped = taped_of(run, start, constants, inputs)
         length = self.length(run.steps)
-        lengths = self._allot(taped, [[None] * len(leaf) for leaf in taped], length)
+        unknown: list[list[int | None]] = [[None] * len(leaf) for leaf in taped]
+        lengths = self._allot(taped, unknown, length, covers_run(run, constants, length))
         return sum(
-            (n + 1) * math.prod(each.shape if each.factor_shape == () else ())
+            (n + (each.buffer is not None)) * math.prod(each.shape if each.factor_shape == () else ())
             for each, n in zip(itertools.chain(*taped), itertools.chain(*lengths))
         )
 
@@ -297,6 +309,7 @@ class _Playback(NamedTuple):
       settings: as given by the user.
       flags: what will be differentiated on the way back; None if there will be no way back.
       lengths: of the tapes, in rows or bytes; None if there will be no way back.
+      known: whether these are what the factors cost, and not what was reserved.
     """
 
     run: Run
@@ -306,12 +319,14 @@ class _Playback(NamedTuple):
     settings: Reversible
     flags: Flags | None = None
     lengths: list[list[int]] | None = None
+    known: list[list[bool]] | None = None
 
     @staticmethod
     def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
         """The playback, without a way back, of a run whose leaves have these dtypes."""
         variables = [PARAMS, *run.program.variables]
-        integers = Exact(run.moves, variables, dtypes, run.x64, run.shards is not None)
+        whole = [held_whole(leaf) for leaf in taped]
+        integers = Exact(run.moves, variables, dtypes, whole, run.x64, run.shards is not None)
         beginning = Start(run.program, dict(settings.radix), taped)
         return _Playback(
             run,
@@ -341,6 +356,7 @@ class _Playback(NamedTuple):
             self.integers.troubles(),
             self.beginning.taped,
             self.lengths,
+            self.known,
             self.beginning.radix,
             (self.settings.bits_of, self.settings.length(self.run.steps)),
         )

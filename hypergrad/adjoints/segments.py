@@ -17,7 +17,7 @@ from hypergrad._base.trees import Flag, Step
 from hypergrad._base.varying import cast
 from hypergrad.adjoints.guards import failed_by_range, failed_by_rounding, no_failure
 from hypergrad.adjoints.integers import ExactLeaf
-from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Played, Player, Span
+from hypergrad.adjoints.playback import Backwards, Cotangents, Forwards, Noted, Played, Player, Span
 from hypergrad.adjoints.run import Outputs
 from hypergrad.adjoints.starts import on_new_tapes, same_state
 
@@ -75,9 +75,15 @@ def _ended(player: Player, played: Played) -> Played:
     return played._replace(now=now._replace(failed=failed))
 
 
-def _tape_needed(leaves: list[ExactLeaf]) -> list[Array]:
+def _tape_needed(player: Player, leaves: list[ExactLeaf]) -> list[Array]:
     """Length of tape that was needed, for everything that is taped."""
-    return [exact.tape_length(b.bits) for leaf in leaves for b in leaf.buffers]
+    return [
+        leaf.numbers[each.variable].rows.astype(jnp.int64)
+        if each.buffer is None
+        else exact.tape_length(leaf.buffers[each.buffer].bits)
+        for leaf, taped in zip(leaves, player.taped)
+        for each in taped
+    ]
 
 
 class OneSegment(NamedTuple):
@@ -93,7 +99,7 @@ class OneSegment(NamedTuple):
         """See `Strategy`."""
         played = player.play(_begun(player), Span(jnp.int32(0), self.steps), taping=True)
         played, outputs = _ended(player, played), played.outputs
-        return Recorded(played, []), outputs, _tape_needed(played.now.leaves)
+        return Recorded(played, []), outputs, _tape_needed(player, played.now.leaves)
 
     def backwards(
         self, player: Player, recorded: Recorded, now: Backwards, given: Cotangents
@@ -132,7 +138,7 @@ class ManySegments(NamedTuple):
         def segment(carry: Any, first: Step, length: int = self.length) -> Any:
             now, needed = carry
             played = player.play(now, Span(first, length), taping=False)
-            needed = [jnp.maximum(*pair) for pair in zip(needed, _tape_needed(played.now.leaves))]
+            needed = [jnp.maximum(*pair) for pair in zip(needed, _tape_needed(player, played.now.leaves))]
             end = played.now._replace(leaves=on_new_tapes(played.now.leaves))
             return (end, needed), (on_host(self.offload, now.leaves), played.outputs)
 
@@ -146,7 +152,7 @@ class ManySegments(NamedTuple):
             recorded.append(starts)
             outputs = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, ended)
         now, needed = carry
-        return Recorded(_ended(player, Played(now, [], [], outputs)), recorded), outputs, needed
+        return Recorded(_ended(player, Played(now, [], Noted([], []), outputs)), recorded), outputs, needed
 
     def backwards(
         self, player: Player, recorded: Recorded, now: Backwards, given: Cotangents

@@ -13,7 +13,7 @@ from hypergrad._base.compiler import in_place
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guard, Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
-from hypergrad.adjoints.tapes import Taped
+from hypergrad.adjoints.tapes import Taped, held_whole
 from hypergrad.program import EXACT, PARAMS, Leaf, Optimizer
 
 
@@ -47,10 +47,10 @@ class Start:
         names = (PARAMS, *self.program.variables)
         wanted = [
             (
-                {name: (leaf[name].shape, self.program.words_of(name)) for name in names},
-                [(one.shape, one.factor_shape) for one in each],
+                {name: (leaf[name].shape, self.words_of(i, name)) for name in names},
+                [(one.shape, one.factor_shape) for one in each if one.buffer is not None],
             )
-            for leaf, each in zip(start, self.taped)
+            for i, (leaf, each) in enumerate(zip(start, self.taped))
         ]
         try:
             found = [
@@ -103,13 +103,23 @@ class Start:
         """The buffers with which the run begins: empty, or as an earlier run left them."""
         if before is not None:
             return [leaf.buffers for leaf in before]
-        return [[exact.empty(s.shape, s.factor_shape) for s in leaf] for leaf in self.taped]
+        return [
+            [exact.empty(s.shape, s.factor_shape) for s in leaf if s.buffer is not None]
+            for leaf in self.taped
+        ]
 
     def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
         """One variable of all leaves as integers."""
-        radix = self.radix.get(name, exact.UNSET)
-        words = self.program.words_of(name)
-        return bundles.shift(always_true, [exact.zero(x.shape, words, radix) for x in given], given)
+        radix = self.radix.get(name)
+        zeros = [
+            exact.zero(x.shape, self.words_of(i, name), radix, name in held_whole(self.taped[i]))
+            for i, x in enumerate(given)
+        ]
+        return [x for x, _, _ in bundles.shift(always_true, zeros, given, [None] * len(given))]
+
+    def words_of(self, leaf: int, name: str) -> int:
+        """Number of low words of a variable of a leaf: one more where it does not drop bytes."""
+        return self.program.words_of(name) + (name not in held_whole(self.taped[leaf]))
 
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
@@ -144,7 +154,7 @@ class Start:
 
 
 def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Flag:
-    """Whether two states have the same bits, apart from their radices."""
+    """Whether two states have the same bits, apart from their exponents."""
 
     def bits(leaves: Sequence[ExactLeaf]) -> PyTree:
         return [(_bits([*leaf.numbers.values()]), leaf.buffers) for leaf in leaves]
@@ -154,7 +164,13 @@ def same_state(a: Sequence[ExactLeaf], b: Sequence[ExactLeaf]) -> Flag:
 
 def on_new_tapes(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
     """A state from which to continue on new tapes."""
-    return [ExactLeaf(leaf.numbers, [exact.torn_off(b) for b in leaf.buffers]) for leaf in leaves]
+    return [
+        ExactLeaf(
+            {name: x._replace(rows=jnp.zeros_like(x.rows)) for name, x in leaf.numbers.items()},
+            [exact.torn_off(b) for b in leaf.buffers],
+        )
+        for leaf in leaves
+    ]
 
 
 def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -> PyTree:
@@ -189,7 +205,12 @@ def unpacked(state: PyTree) -> tuple[list[ExactLeaf], list[dict[str, Array]]]:
 
         leaves = [
             ExactLeaf(
-                {name: exact.Fixed(wide(x.high), x.low, x.radix) for name, x in numbers.items()},
+                {
+                    name: x._replace(
+                        high=wide(x.high), exponent=wide(x.exponent), floor=wide(x.floor), top=wide(x.top)
+                    )
+                    for name, x in numbers.items()
+                },
                 [exact.Buffer(b.register, wide(b.bits)) for b in buffers],
             )
             for numbers, buffers, _ in state
@@ -199,7 +220,7 @@ def unpacked(state: PyTree) -> tuple[list[ExactLeaf], list[dict[str, Array]]]:
 
 
 def _bits(numbers: Sequence[exact.Fixed]) -> list[Any]:
-    """Numbers without their radix, which does not matter if they are zero."""
+    """Numbers without their exponent, which does not matter if they are zero."""
     return [number[:2] for number in numbers]
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,37 +16,64 @@ from hypergrad import exact
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.tracing import closed_part
 from hypergrad._base.varying import settled
+from hypergrad.adjoints.integers import buffer_name, buffer_place
 from hypergrad.adjoints.run import Constants, Inputs, Run
-from hypergrad.program import PARAMS, Assign, Keep, Leaf, Scale
+from hypergrad.program import PARAMS, Assign, Keep, Leaf, Scale, Shift
 
 
 class Taped(NamedTuple):
-    """One `Scale` or `Keep` of one leaf, which writes to a tape.
+    """What writes to one tape of one leaf.
+
+    A variable that is held whole drops bytes as its factors, each of which is one for the array, make it
+    small.  Everything else has an information buffer: a `Keep`, and a `Scale` of another variable.
 
     Attributes:
-      variable: name of the variable that is scaled, or of what is kept.
+      variable: name of the variable, or of what is kept.
       shape: of the variable, or of the leaf if something is kept.
       factor_shape: of the factor, () or the shape of the variable; () if something is kept.
-      levels: number of levels of what is kept; 0 for a scale.
+      buffer: place of its buffer among those of the leaf; None if it is held whole.
+      levels: number of levels of what is kept; 0 for what is scaled.
+      scales: how many moves scale it.
     """
 
     variable: str
     shape: tuple[int, ...]
     factor_shape: tuple[int, ...]
+    buffer: int | None = None
     levels: int = 0
+    scales: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name of the tape."""
+        return self.variable if self.buffer is None else buffer_name(self.buffer)
 
 
-def _costs(run: Run, leaf: int, start: Leaf, fixed: Any, scheduled: Any, t: Array) -> list[Array | None]:
-    """Bits that each taped move of one leaf costs in one step; None if only the run itself can tell."""
-    costs: list[Array | None] = []
-    for move in run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t):
+def held_whole(taped: Sequence[Taped]) -> frozenset[str]:
+    """The variables of a leaf that are held whole."""
+    return frozenset(each.variable for each in taped if each.buffer is None)
+
+
+def _costs(
+    run: Run, leaf: int, taped: Sequence[Taped], fixed: Any, scheduled: Any, t: Array
+) -> list[Array | None]:
+    """Bits that everything taped of one leaf costs in one step; None if only the run itself can tell."""
+    moves = run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t)
+    whole, shapes = held_whole(taped), {each.name: each.shape for each in taped}
+    costs: dict[str, Array | None] = {each.name: jnp.int64(0) for each in taped}
+    for k, move in enumerate(moves):
         if isinstance(move, Keep):
-            costs.append(jnp.asarray(exact.cost_of_levels(len(move.levels)), jnp.int64))
+            name = buffer_name(buffer_place(moves, k, whole))
+            costs[name] = jnp.asarray(exact.cost_of_levels(len(move.levels)), jnp.int64)
         elif isinstance(move, Scale):
-            known = not callable(move.factor)
-            shape = start[move.variable].shape
-            costs.append(exact.cost(exact.spread(move.numerator(move.factor), shape)) if known else None)
-    return costs
+            name = move.variable
+            name = name if name in whole else buffer_name(buffer_place(moves, k, whole))
+            so_far = costs[name]
+            if callable(move.factor) or so_far is None:
+                costs[name] = None
+            else:
+                costs[name] = so_far + exact.cost(exact.spread(move.numerator(move.factor), shapes[name]))
+    return [costs[each.name] for each in taped]
 
 
 def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
@@ -74,25 +101,39 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
                     f"{run.call}: {what} in a way that cannot be undone, so the run has no exact reversal; "
                     "pass adjoint=Checkpointed() or Stored()"
                 )
-        taped = []
+        factor_shapes: dict[str, list[tuple[int, ...]]] = {}
         for move in moves:
-            if isinstance(move, Keep):
-                taped.append(Taped(move.name, leaf[PARAMS].shape, (), len(move.levels)))
-            elif isinstance(move, Scale):
+            if isinstance(move, Scale):
                 shape = leaf[move.variable].shape
                 # A factor may read only remembered scalars.
                 factor = move.factor(_Ones()) if callable(move.factor) else move.factor
                 n = jax.eval_shape(lambda f, shape=shape: exact.spread(f, shape), factor)
-                taped.append(Taped(move.variable, shape, n.shape))
+                factor_shapes.setdefault(move.variable, []).append(n.shape)
+        # What makes room does so before something is added.
+        shifted = dict.fromkeys(move.variable for move in moves if isinstance(move, Shift))
+        whole = [name for name in shifted if all(s == () for s in factor_shapes.get(name, []))]
+        taped, scaled = list[Taped](), {name: iter(shapes) for name, shapes in factor_shapes.items()}
+        for move in moves:
+            if isinstance(move, Keep):
+                taped.append(Taped(move.name, leaf[PARAMS].shape, (), len(taped), len(move.levels)))
+            elif isinstance(move, Scale) and move.variable not in whole:
+                shape = leaf[move.variable].shape
+                taped.append(Taped(move.variable, shape, next(scaled[move.variable]), len(taped)))
+        for name in whole:
+            taped.append(Taped(name, leaf[name].shape, (), scales=len(factor_shapes.get(name, []))))
         result.append(taped)
     return result
+
+
+def covers_run(run: Run, constants: Constants, length: int) -> bool:
+    """Whether a segment of so many steps is the run, which begins with numbers, not with integers."""
+    return constants.exact is None and length == run.steps
 
 
 def known_lengths(
     run: Run,
     taped: list[list[Taped]],
     length: int,
-    start: list[Leaf],
     constants: Constants,
     inputs: Inputs,
 ) -> list[list[int | None]]:
@@ -102,7 +143,6 @@ def known_lengths(
       run: the run.
       taped: what is taped of every leaf.
       length: steps of the segment.
-      start: the float state before the first step, by leaf.
       constants: what is the same at every step.
       inputs: what differs from step to step.
 
@@ -111,13 +151,19 @@ def known_lengths(
     """
     # A factor may differ by one unit from that of the run: one more bit is enough for all steps.
     # Registers that are not empty at the start hold up to one more byte.
-    more = 1 + (8 if constants.exact is not None or length < run.steps else 0)
+    whole = covers_run(run, constants, length)
+
+    def begun(each: Taped) -> Array:
+        if each.buffer is not None:
+            return exact.empty_bits(each.factor_shape) + (1 if whole else 9) * exact.BIT
+        # The first word of a buffer is no tape.
+        return jnp.int64(exact.DIGITS + 8 * exact.outgrown(whole) + (each.scales > 0)) * exact.BIT
 
     def needed(hypers: list[Any], steps: Array) -> list[list[Array | None]]:
         result = []
-        for i, (leaf, each, (fixed, scheduled)) in enumerate(zip(start, taped, hypers)):
-            empty = [exact.empty_bits(s.factor_shape) + more * exact.BIT for s in each]
-            costs = partial(_costs, run, i, leaf)
+        for i, (each, (fixed, scheduled)) in enumerate(zip(taped, hypers)):
+            empty = [begun(s) for s in each]
+            costs = partial(_costs, run, i, each)
             if all(s.factor_shape == () for s in each):
                 over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, steps)
                 result.append(
@@ -231,11 +277,14 @@ def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: In
       inputs: what differs from step to step.
     """
     taped = taped_of(run, start, constants, inputs)
-    lengths = known_lengths(run, taped, run.steps, start, constants, inputs)
+    lengths = known_lengths(run, taped, run.steps, constants, inputs)
     bits: dict[str, float] = {}
     for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):
-        rate = 1.0 if need is None else 8 * need / max(1, math.prod(each.factor_shape)) / run.steps
-        bits[each.variable] = max(rate, bits.get(each.variable, 0.0))
+        if not each.scales and not each.levels:
+            continue
+        own = 0 if each.buffer is not None else exact.BYTES
+        rate = 1.0 if need is None else 8 * (need - own) / max(1, math.prod(each.factor_shape)) / run.steps
+        bits[each.variable] = max(rate / max(1, each.scales), bits.get(each.variable, 0.0))
     return bits
 
 

@@ -153,7 +153,7 @@ def dadapt_adamw(estim_lr0: float = 1e-6) -> Optimizer:
     variables = {
         "mu": Variable(),
         "nu": SQUARES,
-        "grad_sum": Variable(words=2),  # grows with d
+        "grad_sum": Variable(words=1),  # grows with d
         **_estimate(estim_lr0),
     }
     hypers = {"learning_rate": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
@@ -235,7 +235,7 @@ def prodigy(estim_lr0: float = 1e-6, safeguard_warmup: bool = False) -> Optimize
     variables = {
         "mu": Variable(),
         "nu": SQUARES,
-        "grad_sum": Variable(words=2),  # grows with d²
+        "grad_sum": Variable(words=1),  # grows with d²
         "start": Variable(_itself),
         **_estimate(estim_lr0),
     }
@@ -254,7 +254,7 @@ def _estimate(start: float) -> dict[str, Variable]:
     """The two variables that determine the rate, the same for all leaves."""
     return {
         "estim_lr": Variable(lambda leaf: jnp.full((), start, leaf.dtype)),
-        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=2),  # grows with powers of d
+        "numerator": Variable(lambda leaf: jnp.zeros((), leaf.dtype), words=1),  # grows with powers of d
     }
 
 
