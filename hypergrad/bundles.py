@@ -66,12 +66,7 @@ def _by_axes(function: Function) -> Function:
 
     @wraps(function)
     def apart(always_true: Array, *lists: Sequence[Any]) -> list[Any]:
-        kinds = [axes_of(each) for each in zip(*lists)]
-        result: dict[int, Any] = {}
-        for kind in dict.fromkeys(kinds):
-            places = [i for i, other in enumerate(kinds) if other == kind]
-            result |= zip(places, function(always_true, *([each[i] for i in places] for each in lists)))
-        return [result[i] for i in range(len(kinds))]
+        return _by_kind(function, [()] * len(lists[0]), always_true, *lists)
 
     return typing.cast(Function, apart)
 
