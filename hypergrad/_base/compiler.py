@@ -211,8 +211,8 @@ def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
     def never(value: Array, unused: PyTree) -> Array:
         numbers = [x for x in jax.tree.leaves(unused) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
         wholes = [on_mesh_of(jnp.real(x), jax.typeof(value)) for x in numbers]
-        sums = [jnp.sum(x.reshape(-1)[:1].astype(value.dtype)) for x in wholes]
-        return value + sum(jax.lax.psum(x, tuple(axes_of(x) - axes_of(value))) for x in sums)
+        firsts = [jnp.sum(x.reshape(-1)[:1].astype(value.dtype)) for x in wholes]  # 0 if there is none
+        return value + sum(jax.lax.psum(x, tuple(axes_of(x) - axes_of(value))) for x in firsts)
 
     return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
 

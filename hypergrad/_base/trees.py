@@ -101,10 +101,10 @@ def describe(tree: PyTree) -> str:
     return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree))
 
 
-def sum_of_squares(tree: PyTree) -> Scalar:
-    """The sum of the squares of all elements, in inner products over rows."""
+def finite_squares(tree: PyTree) -> Flag:
+    """Whether the sum of the squares of every array is finite, and therefore all its elements."""
     rows = [x.reshape(-1) if x.ndim < 2 else x for x in jax.tree.leaves(tree)]
-    return jnp.sum(jnp.stack([jnp.sum(jnp.einsum("...i,...i->...", x, x)) for x in rows]))
+    return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(jnp.einsum("...i,...i->...", x, x))) for x in rows]))
 
 
 def sub(a: PyTree, b: PyTree) -> PyTree:

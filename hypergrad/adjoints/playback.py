@@ -31,7 +31,7 @@ from jaxtyping import Int
 from hypergrad import exact
 from hypergrad._base.compiler import same_bits_everywhere
 from hypergrad._base.placement import divided, whole
-from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, split, sum_of_squares
+from hypergrad._base.trees import Flag, PyTree, Scalar, Step, dot, finite_squares, split
 from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
@@ -357,9 +357,8 @@ class Player:
             place = jnp.stack([step, jax.lax.argmax(~numbers, 0, jnp.int32)])
             return jnp.where((broken[0] == Broken.NOWHERE) & ~jnp.all(numbers), place, broken)
 
-        # Where the sum of all squares is a finite number, all are; compilers vectorize it.
-        doubted = ~jnp.isfinite(sum_of_squares(cotangents))
-        return jax.lax.cond(doubted, first, lambda _: broken, cotangents)
+        # Sums of squares are inner products, which compilers vectorize; only overflow needs a second look.
+        return jax.lax.cond(finite_squares(cotangents), lambda _: broken, first, cotangents)
 
 
 class _InFloats(NamedTuple):

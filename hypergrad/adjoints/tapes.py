@@ -278,11 +278,12 @@ def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: In
     """
     taped = taped_of(run, start, constants, inputs)
     lengths = known_lengths(run, taped, run.steps, constants, inputs)
+    for_growth = exact.outgrown(covers_run(run, constants, run.steps))
     bits: dict[str, float] = {}
     for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):
         if not each.scales and not each.levels:
             continue
-        own = 0 if each.buffer is not None else exact.BYTES
+        own = 0 if each.buffer is not None else for_growth
         rate = 1.0 if need is None else 8 * (need - own) / max(1, math.prod(each.factor_shape)) / run.steps
         bits[each.variable] = max(rate / max(1, each.scales), bits.get(each.variable, 0.0))
     return bits

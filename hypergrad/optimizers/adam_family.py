@@ -22,7 +22,7 @@ All products are element by element.
 
 In exact arithmetic the size of the first numbers in an array sets its range (see
 `hypergrad.program.Variable`).  ``v`` may outgrow the first ``(1-β2) g²`` of its leaf by ``2**50``, hence
-gradients those of the first step by ``2**25``, and resolves ``2**-76`` of it.  A run in which ``v`` leaves
+gradients those of the first step by ``2**25``, and resolves ``2**-68`` of it.  A run in which ``v`` leaves
 that range, or in which rounding takes a larger part than ``2**-10`` of what is added to it, is refused.
 Ratios are multiples of ``2**-32``: one such step of β2 is 1e-6 of ``1 - β2`` at 0.9998.
 """

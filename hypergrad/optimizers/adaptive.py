@@ -19,7 +19,7 @@ symbol  name                 meaning
 
 All products are element by element.  In exact arithmetic the size of the first numbers in an array sets its
 range (see `hypergrad.program.Variable`): ``s``, ``v`` and ``d`` may outgrow the first ``g²`` of their leaf
-by ``2**50`` and resolve ``2**-76`` of it.  A run in which one leaves that range, or in which rounding takes
+by ``2**50`` and resolve ``2**-68`` of it.  A run in which one leaves that range, or in which rounding takes
 a larger part than ``2**-10`` of what is added to it, is refused.
 """
 
