@@ -1,6 +1,7 @@
 """Every adjoint against `Stored`, finite differences, and the memory it may take."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -95,6 +96,30 @@ def test_vmap_over_seeds_and_hyperparameters() -> None:
             expected = gradient(rates, momenta[i], starts[i])
             np.testing.assert_allclose(found[0][i], expected[0], rtol=1e-3, atol=1e-9)
             np.testing.assert_allclose(found[1][i], expected[1], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("optimizer", ["heavy_ball", "adamw", "lion"])
+def test_runs_side_by_side_are_those_one_by_one(optimizer: str) -> None:
+    """Under vmap over starts and batches; the gradient is a sum of products, which fusion would round."""
+    steps, make = 40, getattr(hg, optimizer)()
+    curvature = jnp.geomspace(1.0, 0.01, 50)
+
+    def outer(rates: Any, key: Any, adjoint: Any) -> Any:
+        start, noise = jax.random.normal(key, (50,)), jax.random.normal(key, (steps, 50))
+        loss = lambda w, h, xi: jnp.sum(0.5 * h * w**2 + jnp.sqrt(h) * xi * w)  # noqa: E731
+        hypers = {"learning_rate": rates}
+        trained = hg.train(
+            loss, start, hypers, curvature, noise, steps=steps, optimizer=make, adjoint=adjoint
+        )
+        return jnp.sum(trained.params**2)
+
+    rates, keys = jnp.geomspace(0.05, 0.01, steps), jax.random.split(jax.random.key(0), 3)
+    one = jax.jit(jax.grad(partial(outer, adjoint=hg.Reversible())))
+    found = jax.jit(jax.vmap(one, (None, 0)))(rates, keys)
+    plain = jax.jit(jax.vmap(jax.grad(partial(outer, adjoint=hg.Stored())), (None, 0)))(rates, keys)
+    for expected in (jnp.stack([one(rates, key) for key in keys]), plain):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(plain))))
 
 
 def test_loss_may_close_over_traced_values() -> None:

@@ -45,6 +45,22 @@ def test_floats_get_the_same_bits_wherever_they_are_computed(evaluate: Callable[
     assert (different > 0) if evaluate is plainly else (different == 0)
 
 
+@pytest.mark.parametrize("evaluate", [plainly, compiler.noinline, compiler.same_bits])
+def test_floats_get_the_same_bits_in_every_lane_of_vmap(evaluate: Callable[..., Any]) -> None:
+    """Though what makes the condition unknown to the compiler is another number in every lane."""
+
+    def alone(*x: Any) -> Any:
+        return evaluate(compiler.always_true(*x), multiply_add, *x)
+
+    def among_others(*x: Any) -> Any:
+        return alone(*x), jnp.sum(x[0] * x[1])
+
+    lanes = [x.reshape(10, 100) for x in (A, B, C)]
+    first, (second, _) = (jax.jit(jax.vmap(f))(*lanes) for f in (alone, among_others))
+    different = int(jnp.sum(first != second))
+    assert (different > 0) if evaluate is plainly else (different == 0)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_goes_unused_is_computed_all_the_same(kept: bool) -> None:
     """Of a computation that stands apart, an unused part is left out, which makes it another."""

@@ -57,6 +57,24 @@ def always_true(*given: PyTree) -> Flag:
     return jnp.all(jnp.stack([jnp.asarray(True), *(x * 0 != 1 for x in firsts)]))
 
 
+@jax.custom_batching.custom_vmap
+def in_any_lane(flag: Flag) -> Flag:
+    """Whether a flag is true in any lane of `jax.vmap`, which is one flag for all lanes.
+
+    A conditional whose condition differs from lane to lane becomes a choice between what both branches
+    compute, and is not kept apart.
+
+    Args:
+      flag: bool scalar.
+    """
+    return flag
+
+
+@in_any_lane.def_vmap
+def _in_any_lane(lanes: int, batched: list[bool], flags: Array) -> tuple[Flag, bool]:
+    return in_any_lane(jnp.any(flags, axis=0)), False
+
+
 def hidden(tree: PyTree) -> PyTree:
     """The same arrays, of which the compiler does not know the numbers.
 
@@ -139,14 +157,15 @@ def in_place(
         return cast(function(state, *jax.tree.map(lambda x: tied(count, x), arguments)), axes)
 
     with jax.enable_x64(True):
-        return jax.lax.fori_loop(0, always_true.astype(jnp.int32), body, cast(state, axes))
+        once = in_any_lane(always_true).astype(jnp.int32)
+        return jax.lax.fori_loop(0, once, body, cast(state, axes))
 
 
 def seldom(wanted: Flag, function: Callable[..., PyTree], otherwise: PyTree, *arguments: PyTree) -> PyTree:
     """``function(*arguments)`` where that is wanted, which is seldom, and else something like it.
 
-    A conditional would be computed always under `jax.vmap`, and from a loop that hardly ever turns the
-    compiler takes out what does not depend on the turn.  So it is a conditional in a loop.
+    From a loop that hardly ever turns the compiler takes out what does not depend on the turn.  So it is a
+    conditional in a loop.
 
     Args:
       wanted: bool scalar.
@@ -155,12 +174,14 @@ def seldom(wanted: Flag, function: Callable[..., PyTree], otherwise: PyTree, *ar
       arguments: pytrees of arrays.
     """
 
-    def body(_: Array, __: PyTree) -> PyTree:
-        return cast(noinline(wanted, function, *arguments), axes)
+    def body(_: Array, otherwise: PyTree) -> PyTree:
+        found = noinline(wanted, function, *arguments)
+        return cast(jax.tree.map(partial(jnp.where, wanted), found, otherwise), axes)
 
     axes = axes_of((otherwise, arguments, wanted))
     with jax.enable_x64(True):
-        return jax.lax.fori_loop(0, wanted.astype(jnp.int32), body, cast(otherwise, axes))
+        turns = in_any_lane(wanted).astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, body, cast(otherwise, axes))
 
 
 def computed(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
@@ -196,7 +217,7 @@ def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: Py
     def never(*_: PyTree) -> PyTree:
         return jax.tree.map(_zeros, shapes)
 
-    return jax.lax.cond(always_true, function, never, *arguments)
+    return jax.lax.cond(in_any_lane(always_true), function, never, *arguments)
 
 
 def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
@@ -214,7 +235,7 @@ def prevent_dce(always_true: Array, unused: PyTree, value: Array) -> Array:
         firsts = [jnp.sum(x.reshape(-1)[:1].astype(value.dtype)) for x in wholes]  # 0 if there is none
         return value + sum(jax.lax.psum(x, tuple(axes_of(x) - axes_of(value))) for x in firsts)
 
-    return jax.lax.cond(always_true, lambda value, _: value, never, value, unused)
+    return jax.lax.cond(in_any_lane(always_true), lambda value, _: value, never, value, unused)
 
 
 _COMPILED: OrderedDict[Any, Any] = OrderedDict()
