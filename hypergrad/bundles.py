@@ -4,8 +4,8 @@ A model has many leaves, and most are small: biases, gains, little matrices.  Tr
 its own instructions and their compilation; laid end to end, they need one set.  Large arrays stay by
 themselves, since laying them end to end would copy them.
 
-All functions take and return lists with one entry for each array.  All numbers in a list have the same
-number of low words.  ``always_true`` is explained in `hypergrad._base.compiler`.
+All functions take and return lists with one entry for each array.  ``always_true`` is explained in
+`hypergrad._base.compiler`.
 """
 
 import math
@@ -79,15 +79,14 @@ def shift(
     Returns:
       The number, its tape, and how many bytes it dropped, int32.
     """
-    kinds = [(len(number.low), tape is None) for number, tape in zip(numbers, tapes)]
-    return _by_kind(_shift, kinds, always_true, numbers, amounts, tapes)
+    return _by_kind(_shift, [tape is None for tape in tapes], always_true, numbers, amounts, tapes)
 
 
 def _shift(
     always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], tapes: Sequence[Any]
 ) -> list[tuple[Fixed, Any, Array]]:
-    """`shift` of numbers that all have as many words, and a tape or not."""
-    words, most = len(numbers[0].low), 0 if tapes[0] is None else exact.MOST_BYTES
+    """`shift` of numbers that all have a tape or not."""
+    words, most = [len(x.low) for x in numbers], 0 if tapes[0] is None else exact.MOST_BYTES
     with jax.enable_x64(True):
         sizes = jnp.stack([exact.size(x) for x in amounts])
         given = _exponents(numbers), jnp.stack([x.floor for x in numbers])
@@ -128,7 +127,7 @@ def unshift(
       tapes: of the numbers that have one.
       drops: how many bytes each number dropped.
     """
-    kinds = [(len(number.low), tape is None) for number, tape in zip(numbers, tapes)]
+    kinds = [tape is None for tape in tapes]
     return _by_kind(_unshift, kinds, always_true, numbers, amounts, tapes, drops)
 
 
@@ -214,7 +213,8 @@ def _added(
     """`exact.plus` or `exact.minus` of every amount."""
     result = [*numbers]
     up = exact.power(_exponents(numbers))
-    for bundle in bundles([x.shape for x in amounts], [x.dtype for x in amounts]):
+    kinds = [(x.dtype, len(number.low)) for x, number in zip(amounts, numbers)]
+    for bundle in bundles([x.shape for x in amounts], kinds):
         digits, shapes = [numbers[i][:2] for i in bundle], [amounts[i].shape for i in bundle]
         scales = _repeated([up[i] for i in bundle], shapes)
         moved = in_place(always_true, move, _together(digits), joined([amounts[i] for i in bundle]), scales)
@@ -260,7 +260,7 @@ def scale(
 
     grown = _growths(always_true, buffers, ns, undo=False)
     result = [*zip(numbers, buffers, tapes)]
-    for bundle in _scaled_alike(buffers):
+    for bundle in _scaled_alike(numbers, buffers):
         before, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = joined([buffers[i].register for i in bundle])
@@ -288,7 +288,7 @@ def unscale(
 
     grown = _growths(always_true, buffers, ns, undo=True)
     result = [*zip(numbers, buffers)]
-    for bundle in _scaled_alike(buffers):
+    for bundle in _scaled_alike(numbers, buffers):
         after, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = joined([buffers[i].register for i in bundle])
@@ -316,9 +316,9 @@ def _growths(
     return [each for each in result if each is not None]
 
 
-def _scaled_alike(buffers: Sequence[Buffer]) -> list[list[int]]:
+def _scaled_alike(numbers: Sequence[Fixed], buffers: Sequence[Buffer]) -> list[list[int]]:
     """`bundles` for scales: arrays with a factor for every element stay by themselves."""
-    kinds = [i if buffer.bits.ndim else -1 for i, buffer in enumerate(buffers)]
+    kinds = [(i if b.bits.ndim else -1, len(x.low)) for i, (x, b) in enumerate(zip(numbers, buffers))]
     return bundles([buffer.register.shape for buffer in buffers], kinds)
 
 

@@ -41,6 +41,7 @@ All functions work with JAX's 64-bit mode switched off; none of them changes it.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -83,7 +84,13 @@ BYTES = 3  # that a number may drop, besides those that its factors cost, becaus
 
 def headroom(words: int, whole: bool) -> int:
     """How far below the end of the range the largest number of an array is at first, in binary digits."""
-    return GROWTH[words] - 8 * BYTES if whole else GROWTH[words - 1]
+    return GROWTH[min(words, 1)] - 8 * BYTES if whole else GROWTH[words - 1]
+
+
+def _headrooms(words: int | Sequence[int], whole: bool) -> Array:
+    """`headroom` of several arrays; those without words are all held whole."""
+    found = [headroom(n, whole or n == 0) for n in np.ravel(words).tolist()]
+    return jnp.asarray(found, jnp.int64).reshape(np.shape(words))
 
 
 class Fixed(NamedTuple):
@@ -132,7 +139,9 @@ def size(x: Floats) -> Int64[Array, ""]:
         return ((jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) & 2047) - 1022
 
 
-def fitted(exponents: Exponents, top: Array, size: Int64[Array, "..."], words: int) -> Exponents:
+def fitted(
+    exponents: Exponents, top: Array, size: Int64[Array, "..."], words: int | Sequence[int]
+) -> Exponents:
     """Choose the exponent of arrays that are all zero so far, now that numbers are added to them.
 
     The largest number is then `headroom` digits below the end of the range.  Zeros are the same with every
@@ -142,7 +151,7 @@ def fitted(exponents: Exponents, top: Array, size: Int64[Array, "..."], words: i
       exponents: exponent and floor, of one array or of several.
       top: int64, their bounds; zeros whose exponent is set may lower it as far as the floor.
       size: int64, the `size` of what is added to each array.
-      words: number of low words.
+      words: number of low words, one for each array.
 
     Returns:
       Exponents and floors; arrays that already have them keep them.
@@ -150,8 +159,7 @@ def fitted(exponents: Exponents, top: Array, size: Int64[Array, "..."], words: i
     with jax.enable_x64(True):
         exponent, floor = exponents
         usable = (exponent >= UNSET) & (size > -1022) & (size <= 1023)
-        possible = [headroom(words, whole) for whole in (True, False) if words - (not whole) in GROWTH]
-        free = jnp.where(floor < exponent, possible[0], possible[-1])
+        free = jnp.where(floor < exponent, _headrooms(words, True), _headrooms(words, False))
         best = BIT * jnp.clip(62 - free - size, -LARGEST_RADIX, LARGEST_RADIX)
         new = jnp.where(usable, best, exponent), jnp.where(usable, best - (exponent - floor), floor)
         lower = jnp.clip(BIT * (61 - size), new[1], new[0])

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from hypergrad import exact
 from hypergrad._base.errors import error_if
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.integers import LARGEST_LOSS, Trouble
 from hypergrad.adjoints.tapes import Taped
-from hypergrad.program import PARAMS, Optimizer
+from hypergrad.program import PARAMS
 
 
 class Broken(enum.IntEnum):
@@ -35,8 +34,8 @@ class Health(NamedTuple):
         in which leaf.
       needed: length of tape that was needed, in rows or bytes, for everything that is taped.
       recovered: whether the start was recovered.
-      broken: ``(2,)``, int32: the last step whose derivatives were NaN or infinite, or a `Broken`; and the
-        leaf.
+      broken: ``(2,)``, int32: the last step whose derivatives were NaN or infinite, or a `Broken`; and in
+        which of the user's leaves.
     """
 
     failed: Int[Array, "3"]
@@ -57,8 +56,9 @@ class Failures:
 
     Attributes:
       call: the user's call.
-      names: of the leaves.
-      program: the optimizer.
+      names: of the leaves, some of which are made of several of the user's.
+      users: the names of these.
+      growth: how far a variable of a leaf may outgrow its first numbers, in binary digits.
       troubles: see `Exact.troubles`.
       taped: what is taped of every leaf.
       allotted: length of every tape, in rows or bytes; None if there is no way back.
@@ -70,7 +70,8 @@ class Failures:
 
     call: str
     names: Sequence[str]
-    program: Optimizer
+    users: Sequence[str]
+    growth: Callable[[int, str], int]
     troubles: Sequence[Trouble]
     taped: Sequence[Sequence[Taped]]
     allotted: Sequence[Sequence[int]] | None
@@ -81,18 +82,17 @@ class Failures:
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""
         allotted = None if self.allotted is None else list(itertools.chain(*self.allotted))
-        every = [(name, each) for name, leaf in zip(self.names, self.taped) for each in leaf]
+        every = [(i, each) for i, leaf in enumerate(self.taped) for each in leaf]
         told = [False] * len(every) if self.known is None else list(itertools.chain(*self.known))
 
         def explain(
             step: int, why: int, leaf: int, recovered: bool, broken: int, broken_leaf: int, *needed: int
         ) -> str | None:
             if step >= 0:
-                return self.of_step(step, *self.troubles[why], self.names[leaf])
-            for have, known, need, (name, taped) in zip(*(allotted or needed, told, needed, every)):
+                return self.of_step(step, *self.troubles[why], leaf)
+            for have, known, need, (i, taped) in zip(*(allotted or needed, told, needed, every)):
                 if need > have and known and taped.buffer is None:
-                    whose = name if taped.variable == PARAMS else f"{taped.variable!r} of {name}"
-                    return f"{self.call}: {self.too_large(taped.variable, whose)}"
+                    return f"{self.call}: {self.too_large(taped.variable, i)}"
                 if need > have:
                     return self.tape_too_short(taped, need)
             if not recovered:
@@ -103,10 +103,13 @@ class Failures:
 
         return error_if(explain, result, *health.failed, health.recovered, *health.broken, *health.needed)
 
-    def of_step(self, step: int, kind: str, name: str, place: str) -> str:
+    def whose(self, name: str, leaf: int) -> str:
+        """A variable of a leaf, or its parameters, in words."""
+        return f"{name!r} of {self.names[leaf]}" if name != PARAMS else self.names[leaf]
+
+    def of_step(self, step: int, kind: str, name: str, leaf: int) -> str:
         """Message for a step that failed."""
         at = f"{self.call}: at step {step} "
-        whose = f"{name!r} of {place}" if name != PARAMS else place
         if kind == "loss":
             return (
                 f"{at}the loss, or what the optimizer remembers of the step, became NaN or infinite: "
@@ -115,14 +118,16 @@ class Failures:
             )
         if kind == "factor":
             return (
-                f"{at}a factor of {whose} left [2**-7, 1], outside of which it cannot be undone; keep it "
-                "inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no momentum)"
+                f"{at}a factor of {self.whose(name, leaf)} left [2**-7, 1], outside of which it cannot be "
+                "undone; keep it inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no "
+                "momentum)"
             )
         if kind == "level":
+            place = self.names[leaf]
             return f"{at}what the optimizer keeps of {place} was none of the levels that its Keep names"
-        return f"{at}{self.too_coarse(name, whose) if kind == 'rounding' else self.too_large(name, whose)}"
+        return f"{at}{self.too_coarse(name, leaf) if kind == 'rounding' else self.too_large(name, leaf)}"
 
-    def too_coarse(self, name: str, whose: str) -> str:
+    def too_coarse(self, name: str, leaf: int) -> str:
         """Message for rounding that takes too large a part of what is added."""
         if name in self.radix:
             advice = f"a larger radix than {self.radix[name]}"
@@ -131,14 +136,16 @@ class Failures:
                 f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < "
                 "2**(62 - r) all along"
             )
+        own = "a leaf" if self.names[leaf] in self.users else "hyperparameters (a tree like params)"
         return (
-            f"rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
-            "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
-            f"leaf of their own, or pass adjoint=Checkpointed(), or {advice}"
+            f"rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of "
+            f"{self.whose(name, leaf)}: next to the largest numbers there, those are too small for exact "
+            f"arithmetic. Give them {own} of their own, or pass adjoint=Checkpointed(), or {advice}"
         )
 
-    def too_large(self, name: str, whose: str) -> str:
+    def too_large(self, name: str, leaf: int) -> str:
         """Message for numbers that leave the range."""
+        whose = self.whose(name, leaf)
         if name in self.radix:
             given = self.radix[name]
             return (
@@ -146,9 +153,8 @@ class Failures:
                 f"2**{62 - given}, that radix={{{name!r}: {given}}} asks for; leave the radix to be chosen "
                 "from the numbers, or pass a smaller one"
             )
-        headroom = exact.GROWTH[self.program.words_of(name)]
         return (
-            f"{whose} became NaN or grew to 2**{headroom} times the largest number that "
+            f"{whose} became NaN or grew to 2**{self.growth(leaf, name)} times the largest number that "
             "was first in it. Either training has diverged, which a lower learning rate cures, or it began "
             f"with numbers that say nothing of later ones: pass Reversible(radix={{{name!r}: r}}) with "
             f"the largest r for which |{name}| < 2**(62 - r) all along, or adjoint=Checkpointed()"
@@ -178,7 +184,7 @@ class Failures:
         """Message for a derivative that is NaN or infinite."""
         where = "in a hyperparameter, meta or batch"
         if step >= 0:
-            where = f"of step {step} in {self.names[leaf]}"
+            where = f"of step {step} in {self.users[leaf]}"
         return (
             f"{self.call}: the run was recovered, but on the way back the derivative {where} became "
             "NaN or infinite. Either a second derivative of the loss is undefined there (a norm or a root "

@@ -49,25 +49,25 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
     """
     step, guarded = at
     new = [dict(each) for each in guards]
-    for name in dict.fromkeys(name for each in now.coarse for name in each):
-        places = [i for i, each in enumerate(now.coarse) if name in each]
-        totals = [guards[i][name].total for i in places]
-        if name == PARAMS:
-            totals = [total * now.faded[i] for total, i in zip(totals, places)]
-        totals = [total + now.coarse[i][name] for total, i in zip(totals, places)]
-        since = jnp.stack([guards[i][name].since for i in places])
-        doubted = jnp.stack([jnp.any(total > 0) for total in totals])
-        doubted = guarded & jnp.any(doubted & (since < 0))
+    places = [(i, name) for i, each in enumerate(now.coarse) for name in each]
+    if not places:
+        return new
+    totals = []
+    for i, name in places:
+        before = guards[i][name].total
+        totals.append((before * now.faded[i] if name == PARAMS else before) + now.coarse[i][name])
+    since = jnp.stack([guards[i][name].since for i, name in places])
+    doubted = jnp.stack([jnp.any(total > 0) for total in totals])
 
-        def judged(totals: list[Array], numbers: list[exact.Fixed]) -> Array:
-            return bundles.matters(totals, numbers, LARGEST_LOSS, steps)
+    def judged(totals: list[Array], numbers: list[exact.Fixed]) -> Array:
+        return bundles.matters(totals, numbers, LARGEST_LOSS, steps)
 
-        numbers = [now.leaves[i].numbers[name] for i in places]
-        none = jnp.zeros(len(places), bool)
-        found = seldom(doubted, judged, none, totals, numbers)
-        since = jnp.where((since < 0) & found, step, since)
-        for k, i in enumerate(places):
-            new[i][name] = Guard(totals[k], since[k])
+    numbers = [now.leaves[i].numbers[name] for i, name in places]
+    wanted = guarded & jnp.any(doubted & (since < 0))
+    found = seldom(wanted, judged, jnp.zeros(len(places), bool), totals, numbers)
+    since = jnp.where((since < 0) & found, step, since)
+    for k, (i, name) in enumerate(places):
+        new[i][name] = Guard(totals[k], since[k])
     return new
 
 

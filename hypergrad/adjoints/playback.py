@@ -36,6 +36,7 @@ from hypergrad._base.varying import axes_of, cast
 from hypergrad.adjoints.failures import Broken
 from hypergrad.adjoints.guards import Guards, is_guarded, weighed
 from hypergrad.adjoints.integers import BAD_LOSS, Drops, Exact, ExactLeaf, Moment, Tapes
+from hypergrad.adjoints.joint import Joint
 from hypergrad.adjoints.linearize import InParts, Linearized, linearize
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
@@ -155,7 +156,7 @@ class Player:
     """One run on integers: its static part and its arrays.
 
     Attributes:
-      run: to be played.
+      joint: the run to be played, and its joint leaves, which are meant by "leaf" from here on.
       integers: its exact arithmetic.
       beginning: how its integers begin.
       flags: what will be differentiated on the way back.
@@ -167,7 +168,7 @@ class Player:
       shard: the mesh axis over which the state is divided, or None.
     """
 
-    run: Run
+    joint: Joint
     integers: Exact
     beginning: Start
     flags: Flags
@@ -177,6 +178,11 @@ class Player:
     inputs: Inputs
     always_true: Flag
     shard: str | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run to be played."""
+        return self.joint.run
 
     @property
     def taped(self) -> Any:
@@ -245,7 +251,7 @@ class Player:
         x, at = self._moment(t)
         # g = ∇L(w): evaluate the gradient.
         loss, evaluated = self._gradient(leaves, x, at)
-        observations = run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
+        observations = self.joint.observations((at.fixed, at.scheduled), evaluated, at.always_true)
         guarded = is_guarded(t)
         # v <- γ v - (1 - γ) g and w <- w + α v: update velocity and position.
         now = integers.step(at, leaves, tapes, observations, guarded)
@@ -255,7 +261,8 @@ class Player:
         at_step = jnp.concatenate([x.step[None], wrong])
         failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
 
-        snapshot = run.snapshot(integers.floats(at.always_true, leaves), loss, evaluated, x.step)
+        floats = integers.floats(at.always_true, leaves)
+        snapshot = self.joint.snapshot(floats, loss, evaluated, x.step)
         outputs = Outputs(loss, run.watched(snapshot, constants))
         guards = weighed(guards, now, (x.step, guarded), run.steps)
         leaves, tapes = divided(self.shard, (now.leaves, now.tapes))
@@ -268,7 +275,7 @@ class Player:
         return x, Moment(self.constants.hypers, x.hypers, x.step, always_true)
 
     def _gradient(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> tuple[Scalar, list[Observed]]:
-        """Loss and gradient, with the same bits as on the way back, if there will be one."""
+        """Loss and, by the user's leaves, gradient; with the bits of the way back, if there will be one."""
         if self.lengths is None and self.run.shards is None:
             params = self._params(leaves, at)
             return self.run.plain_gradient(params, self.constants.loss, x.batch)
@@ -276,8 +283,9 @@ class Player:
         return loss, evaluated
 
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
+        """The parameters, by the user's leaves."""
         params = [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
-        return whole(self.shard, params)
+        return whole(self.shard, self.joint.split(params))
 
     def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized | InParts:
         theta = (self.constants.loss, x.batch)
@@ -328,7 +336,7 @@ class Player:
         # g = ∇L(w): the gradient at the recovered weights.
         linearized = self._linearized(leaves, x, at)
         _, evaluated, _ = linearized.primal
-        observations = self.run.observations((at.fixed, at.scheduled), evaluated, at.always_true)
+        observations = self.joint.observations((at.fixed, at.scheduled), evaluated, at.always_true)
         # v <- [v + (1 - γ) g] / γ: undo the velocity update.
         leaves = integers.unstep(at, leaves, tapes, observations, records, noted.drops)
 
@@ -347,15 +355,22 @@ class Player:
     ) -> Int[Array, "2"]:
         """`Health.broken` after one more step back."""
 
-        def finite(leaf: Leaf) -> Flag:
-            # Before the first step, cotangents of variables are only the derivatives in their start.
-            unused = {name: (t == 0) & (name != PARAMS) for name in leaf}
-            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) | unused[name] for name, x in leaf.items()]))
+        def wrong(k: int, leaf: Leaf) -> tuple[Flag, Array]:
+            """Whether a cotangent of a leaf is no number, and of which of the user's leaves."""
+            rows = [jnp.zeros(1, bool)]
+            for name, x in ((name, x) for name, x in leaf.items() if x.size):
+                # Before the first step, cotangents of variables are only the derivatives in their start.
+                used = (t > 0) | (name == PARAMS)
+                rows.append(used & jnp.any(~jnp.isfinite(x.reshape(len(x) if x.ndim else 1, -1)), axis=1))
+            if not self.joint.is_joined(k):
+                return jnp.any(jnp.concatenate(rows)), jnp.int32(self.joint.places[k][0])
+            found = jnp.any(jnp.stack(rows[1:]), axis=0)
+            return jnp.any(found), self.joint.leaves_of_rows(k)[jax.lax.argmax(found, 0, jnp.int32)]
 
         def first(cotangents: list[Leaf]) -> Int[Array, "2"]:
-            numbers = jnp.stack([finite(leaf) for leaf in cotangents])
-            place = jnp.stack([step, jax.lax.argmax(~numbers, 0, jnp.int32)])
-            return jnp.where((broken[0] == Broken.NOWHERE) & ~jnp.all(numbers), place, broken)
+            flags, places = (jnp.stack(x) for x in zip(*(wrong(*each) for each in enumerate(cotangents))))
+            place = jnp.stack([step, places[jax.lax.argmax(flags, 0, jnp.int32)]])
+            return jnp.where((broken[0] == Broken.NOWHERE) & jnp.any(flags), place, broken)
 
         # Sums of squares are inner products, which compilers vectorize; only overflow needs a second look.
         return jax.lax.cond(finite_squares(cotangents), lambda _: broken, first, cotangents)
@@ -404,10 +419,10 @@ class _InFloats(NamedTuple):
         def step(
             floats: list[Leaf], loss: Scalar, evaluated: list[Observed], spread: list[Array], watch: Any
         ) -> Any:
-            new = player.run.stepped(floats, evaluated, merge(spread), self.x.step, self.kept)
+            new = player.joint.stepped(floats, evaluated, merge(spread), self.x.step, self.kept)
             if not watches:
                 return new, None
-            snapshot = player.run.snapshot(floats, loss, evaluated, self.x.step)
+            snapshot = player.joint.snapshot(floats, loss, evaluated, self.x.step)
             watched = player.run.watched(snapshot, constants._replace(watch=merge_watch(watch)))
             return new, inexact_leaves(watched)
 
@@ -432,7 +447,7 @@ class _InFloats(NamedTuple):
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
         # dw <- dw - (1 - γ) dv ∇w∇w L;  dθ <- dθ - (1 - γ) dv ∇θ∇w L: Hessian-vector products.
         products = self.linearized.transposed(sum(of_losses) if of_losses else None, direction)
-        for leaf, product in zip(before, products.params):
+        for leaf, product in zip(before, player.joint.join(products.params)):
             leaf[PARAMS] += product
         first_batch = sum(jax.tree.leaves(flags.constants.loss))
         first_scheduled = sum(jax.tree.leaves(flags.constants.hypers))

@@ -29,6 +29,7 @@ from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, pert
 from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
 from hypergrad.adjoints.integers import Exact
+from hypergrad.adjoints.joint import Joint, joined
 from hypergrad.adjoints.linearize import Segments, in_segments
 from hypergrad.adjoints.playback import Backwards, Cotangents, Flags, Player, inexact_leaves
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, closures_refused
@@ -147,12 +148,14 @@ class Reversible:
         return with_automatic_axes(partial(self._solve, run), specs, start, constants, inputs)
 
     def _solve(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-        taped = taped_of(run, start, constants, inputs)
+        joint = joined(run, start, constants, inputs, possible=self.shard is None)
+        start, constants, inputs = joint.together(start, constants, inputs)
+        taped = taped_of(joint, start, constants, inputs)
         self._check_names(run, taped)
         length = self.length(run.steps)
-        lengths_of = partial(known_lengths, run, taped, length)
+        lengths_of = partial(known_lengths, joint, taped, length)
         known = lengths_of(constants, inputs)
-        one_way = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
+        one_way = _Playback.of(self, joint, taped, [leaf[PARAMS].dtype for leaf in start])
         one_way.beginning.refuse_other(run.call, start, constants.exact)
 
         @jax.custom_vjp
@@ -230,7 +233,9 @@ class Reversible:
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of tape that are reserved under ``jit``, when no factor is known."""
-        taped = taped_of(run, start, constants, inputs)
+        joint = joined(run, start, constants, inputs, possible=self.shard is None)
+        start, constants, inputs = joint.together(start, constants, inputs)
+        taped = taped_of(joint, start, constants, inputs)
         length = self.length(run.steps)
         unknown: list[list[int | None]] = [[None] * len(leaf) for leaf in taped]
         lengths = self._allot(taped, unknown, length, covers_run(run, constants, length))
@@ -241,8 +246,10 @@ class Reversible:
 
     def state_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of the integers and buffers between two steps."""
-        taped = taped_of(run, start, constants, inputs)
-        playback = _Playback.of(self, run, taped, [leaf[PARAMS].dtype for leaf in start])
+        joint = joined(run, start, constants, inputs, possible=self.shard is None)
+        start, constants, inputs = joint.together(start, constants, inputs)
+        taped = taped_of(joint, start, constants, inputs)
+        playback = _Playback.of(self, joint, taped, [leaf[PARAMS].dtype for leaf in start])
         with jax.enable_x64(True):
             leaves, _ = jax.eval_shape(lambda *x: playback.player(*x).begin(), start, constants, inputs)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))
@@ -302,7 +309,7 @@ class _Playback(NamedTuple):
     """The static part of playing one run, forwards and backwards.
 
     Attributes:
-      run: to be played.
+      joint: the run to be played, and its joint leaves, which are meant by "leaf" from here on.
       integers: its exact arithmetic.
       beginning: how its integers begin.
       strategy: plays it in one segment or in many.
@@ -312,7 +319,7 @@ class _Playback(NamedTuple):
       known: whether these are what the factors cost, and not what was reserved.
     """
 
-    run: Run
+    joint: Joint
     integers: Exact
     beginning: Start
     strategy: Strategy
@@ -321,15 +328,22 @@ class _Playback(NamedTuple):
     lengths: list[list[int]] | None = None
     known: list[list[bool]] | None = None
 
+    @property
+    def run(self) -> Run:
+        """The run to be played."""
+        return self.joint.run
+
     @staticmethod
-    def of(settings: Reversible, run: Run, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
+    def of(settings: Reversible, joint: Joint, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
         """The playback, without a way back, of a run whose leaves have these dtypes."""
+        run = joint.run
         variables = [PARAMS, *run.program.variables]
         whole = [held_whole(leaf) for leaf in taped]
-        integers = Exact(run.moves, variables, dtypes, whole, run.x64, run.shards is not None)
-        beginning = Start(run.program, dict(settings.radix), taped)
+        integers = Exact(joint.moves, variables, dtypes, whole, run.x64, run.shards is not None)
+        several = [joint.is_joined(k) for k in range(len(taped))]
+        beginning = Start(run.program, dict(settings.radix), taped, several)
         return _Playback(
-            run,
+            joint,
             integers,
             beginning,
             strategy_of(run.steps, settings.length(run.steps), settings.offload),
@@ -344,15 +358,16 @@ class _Playback(NamedTuple):
         arrays = (start, constants, inputs)
         if self.run.shards is not None:  # programs for one device and for many are optimized differently
             arrays = hidden(arrays)
-        static = (self.run, self.integers, self.beginning, flags, self.lengths)
+        static = (self.joint, self.integers, self.beginning, flags, self.lengths)
         return Player(*static, *arrays, always_true(*arrays), self.settings.shard)
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""
         failures = Failures(
             self.run.call,
+            self.joint.names,
             self.run.names,
-            self.beginning.program,
+            self.beginning.growth_of,
             self.integers.troubles(),
             self.beginning.taped,
             self.lengths,
@@ -369,12 +384,15 @@ class _Playback(NamedTuple):
 
         def rule(arguments: Any, tangents: Any) -> Any:
             solution, record = played(*arguments)
-            _, (end, outputs) = jax.jvp(lambda *x: in_floats(self.run, *x), arguments, tangents)
+            _, (end, outputs) = jax.jvp(self._in_floats, arguments, tangents)
             outputs = outputs._replace(exact=_zero_tangents(solution[1].exact))
             return (solution, record), ((end, outputs), _zero_tangents(record))
 
         played = with_rule(self._forward, rule)
         return played
+
+    def _in_floats(self, *arguments: Any) -> Solution:
+        return in_floats(self.run, *self.joint.apart(*arguments))
 
     def _forward(self, *arguments: Any) -> tuple[Solution, _Record]:
         with jax.enable_x64(True):
@@ -388,7 +406,7 @@ class _Playback(NamedTuple):
         with jax.enable_x64(True):
             recorded, outputs, needed = self.strategy.forwards(player)
             now = recorded.last.now
-            end = self.integers.floats(player.always_true, now.leaves)
+            end = self.joint.split_leaves(self.integers.floats(player.always_true, now.leaves))
             state = packed(now.leaves, now.guards)
         health = Health(now.failed, needed, jnp.asarray(True), unbroken(jnp.asarray(True)))
         last = recorded.last._replace(now=now._replace(guards=[]), outputs=Outputs(None, None))
@@ -405,7 +423,7 @@ class _Playback(NamedTuple):
             wanted, merge = split(tuple(self.flags), tuple(arrays))
 
             def solution(start: list[Leaf], wanted: list[Array]) -> Cotangents:
-                end, outputs = in_floats(self.run, start, *merge(wanted))
+                end, outputs = self._in_floats(start, *merge(wanted))
                 loss = None if cotangents.loss is None else [outputs.loss]
                 watched = None if cotangents.watched is None else inexact_leaves(outputs.watched)
                 return Cotangents(end, loss, watched)
@@ -440,10 +458,11 @@ class _Playback(NamedTuple):
         fixed, _ = split(
             (flags.loss, flags.hypers, flags.watch), (constants.loss, constants.hypers, constants.watch)
         )
-        given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(cotangents.end)]))
+        behind = self.joint.join_leaves(cotangents.end)
+        given = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(behind)]))
         with jax.enable_x64(True):
             end = record.recorded.last.now.leaves
-            now = Backwards(end, cotangents.end, [jnp.zeros_like(x) for x in fixed], unbroken(given))
+            now = Backwards(end, behind, [jnp.zeros_like(x) for x in fixed], unbroken(given))
             now, steps, recovered = self.strategy.backwards(player, record.recorded, now, cotangents)
         recovered = checkpoint_name(recovered, RECOVERED)
         of_batch, of_scheduled = steps

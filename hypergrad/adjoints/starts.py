@@ -25,11 +25,13 @@ class Start:
       program: the optimizer.
       radix: as set by the user, by variable.
       taped: what is taped of every leaf.
+      joined: whether each is made of several of the user's leaves, whose numbers may differ much in size.
     """
 
     program: Optimizer
     radix: Mapping[str, int]
     taped: Sequence[Sequence[Taped]]
+    joined: Sequence[bool]
 
     def refuse_other(self, call: str, start: list[Leaf], earlier: PyTree) -> None:
         """Refuse the integers of a run of other arrays, variables or tapes.
@@ -65,7 +67,8 @@ class Start:
         if found != wanted:
             raise ValueError(
                 f"{call}: state[{EXACT!r}] holds the integers of another run: its parameters, optimizer, "
-                "model_state, or which hyperparameters differ from element to element are not as here. "
+                "model_state, or which hyperparameters differ from leaf to leaf or from element to element "
+                "are not as here. "
                 "Leave them out to go on from the floats: "
                 f"{{k: x for k, x in state.items() if k != {EXACT!r}}}"
             )
@@ -83,20 +86,20 @@ class Start:
         before, totals = (None, None) if earlier is None else unpacked(earlier)
         numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
         guards: Guards = [{} for _ in start]
-        for name in (PARAMS, *self.program.variables):
-            given = [leaf[name] for leaf in start]
-            fresh = self.rounded(name, given, always_true)
-            for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
-                number = fresh[i]
-                if before is not None and totals is not None:
-                    # If the start is still what an earlier run left, take the integers behind it: these
-                    # are not rounded again.
-                    left = before[i].numbers[name]
-                    known = jnp.all(exact.to_float(left, given[i].dtype) == given[i])
-                    number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
-                    coarse = jnp.where(known, totals[i][name], coarse)
-                numbers[i][name] = number
-                guards[i][name] = Guard(coarse, jnp.int32(-1))
+        places = [(name, i) for name in (PARAMS, *self.program.variables) for i in range(len(start))]
+        given = [start[i][name] for name, i in places]
+        fresh = self.rounded(places, given, always_true)
+        lost = bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)
+        for (name, i), x, number, coarse in zip(places, given, fresh, lost):
+            if before is not None and totals is not None:
+                # If the start is still what an earlier run left, take the integers behind it: these are
+                # not rounded again.
+                left = before[i].numbers[name]
+                known = jnp.all(exact.to_float(left, x.dtype) == x)
+                number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
+                coarse = jnp.where(known, totals[i][name], coarse)
+            numbers[i][name] = number
+            guards[i][name] = Guard(coarse, jnp.int32(-1))
         return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
@@ -108,18 +111,26 @@ class Start:
             for leaf in self.taped
         ]
 
-    def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
-        """One variable of all leaves as integers."""
-        radix = self.radix.get(name)
+    def rounded(
+        self, places: Sequence[tuple[str, int]], given: list[Array], always_true: Flag
+    ) -> list[exact.Fixed]:
+        """Variables of leaves as integers."""
         zeros = [
-            exact.zero(x.shape, self.words_of(i, name), radix, name in held_whole(self.taped[i]))
-            for i, x in enumerate(given)
+            exact.zero(
+                x.shape, self.words_of(i, name), self.radix.get(name), name in held_whole(self.taped[i])
+            )
+            for (name, i), x in zip(places, given)
         ]
         return [x for x, _, _ in bundles.shift(always_true, zeros, given, [None] * len(given))]
 
     def words_of(self, leaf: int, name: str) -> int:
-        """Number of low words of a variable of a leaf: one more where it does not drop bytes."""
-        return self.program.words_of(name) + (name not in held_whole(self.taped[leaf]))
+        """Number of low words of a variable of a leaf: one more where it drops no bytes, or is joined."""
+        whole = name in held_whole(self.taped[leaf])
+        return self.program.words_of(name) + (not whole) + self.joined[leaf]
+
+    def growth_of(self, leaf: int, name: str) -> int:
+        """How far a variable may outgrow its first numbers, in binary digits."""
+        return exact.GROWTH[min(1, self.program.words_of(name) + self.joined[leaf])]
 
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
@@ -139,7 +150,7 @@ class Start:
             numbers = [leaf.numbers[name] for leaf in found]
 
             def alike(_: Array, numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
-                again = self.rounded(name, given, always_true)
+                again = self.rounded([(name, i) for i in range(len(given))], given, always_true)
                 equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
                 if before is not None:
                     left = [leaf.numbers[name] for leaf in before]

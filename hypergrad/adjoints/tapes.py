@@ -17,6 +17,7 @@ from hypergrad._base.errors import ReversalError
 from hypergrad._base.tracing import closed_part
 from hypergrad._base.varying import settled
 from hypergrad.adjoints.integers import buffer_name, buffer_place
+from hypergrad.adjoints.joint import Joint
 from hypergrad.adjoints.run import Constants, Inputs, Run
 from hypergrad.program import PARAMS, Assign, Keep, Leaf, Scale, Shift
 
@@ -55,10 +56,10 @@ def held_whole(taped: Sequence[Taped]) -> frozenset[str]:
 
 
 def _costs(
-    run: Run, leaf: int, taped: Sequence[Taped], fixed: Any, scheduled: Any, t: Array
+    joint: Joint, leaf: int, taped: Sequence[Taped], fixed: Any, scheduled: Any, t: Array
 ) -> list[Array | None]:
     """Bits that everything taped of one leaf costs in one step; None if only the run itself can tell."""
-    moves = run.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t)
+    moves = joint.leaf_moves(leaf, SimpleNamespace(**fixed, **scheduled), t)
     whole, shapes = held_whole(taped), {each.name: each.shape for each in taped}
     costs: dict[str, Array | None] = {each.name: jnp.int64(0) for each in taped}
     for k, move in enumerate(moves):
@@ -76,11 +77,11 @@ def _costs(
     return [costs[each.name] for each in taped]
 
 
-def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
-    """What is taped of every leaf.
+def taped_of(joint: Joint, start: list[Leaf], constants: Constants, inputs: Inputs) -> list[list[Taped]]:
+    """What is taped of every joint leaf.
 
     Args:
-      run: the run.
+      joint: the run, and its joint leaves, which are meant by "leaf" here.
       start: the float state before the first step, by leaf.
       constants: what is the same at every step.
       inputs: what differs from step to step.
@@ -88,15 +89,15 @@ def taped_of(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) 
     Raises:
       ReversalError: if the program cannot be reversed.
     """
-    name = run.program.name
+    run, name = joint.run, joint.run.program.name
     result = []
     for i, leaf in enumerate(start):
         h = SimpleNamespace(**constants.hypers[i], **{k: x[0] for k, x in inputs.hypers[i].items()})
-        moves = run.leaf_moves(i, h, inputs.step[0])
+        moves = joint.leaf_moves(i, h, inputs.step[0])
         for move in moves:
             if isinstance(move, Assign):
                 overwrites = f"{name} overwrites {move.variable!r}"
-                what = f"{run.names[i]} {move.why}" if move.why else overwrites
+                what = f"{joint.names[i]} {move.why}" if move.why else overwrites
                 raise ReversalError(
                     f"{run.call}: {what} in a way that cannot be undone, so the run has no exact reversal; "
                     "pass adjoint=Checkpointed() or Stored()"
@@ -131,7 +132,7 @@ def covers_run(run: Run, constants: Constants, length: int) -> bool:
 
 
 def known_lengths(
-    run: Run,
+    joint: Joint,
     taped: list[list[Taped]],
     length: int,
     constants: Constants,
@@ -140,7 +141,7 @@ def known_lengths(
     """Lengths of the tapes of a segment, computed before the run; None if a length is not known.
 
     Args:
-      run: the run.
+      joint: the run.
       taped: what is taped of every leaf.
       length: steps of the segment.
       constants: what is the same at every step.
@@ -151,7 +152,7 @@ def known_lengths(
     """
     # A factor may differ by one unit from that of the run: one more bit is enough for all steps.
     # Registers that are not empty at the start hold up to one more byte.
-    whole = covers_run(run, constants, length)
+    whole = covers_run(joint.run, constants, length)
 
     def begun(each: Taped) -> Array:
         if each.buffer is not None:
@@ -163,7 +164,7 @@ def known_lengths(
         result = []
         for i, (each, (fixed, scheduled)) in enumerate(zip(taped, hypers)):
             empty = [begun(s) for s in each]
-            costs = partial(_costs, run, i, each)
+            costs = partial(_costs, joint, i, each)
             if all(s.factor_shape == () for s in each):
                 over = jax.vmap(costs, (None, 0, 0))(fixed, scheduled, steps)
                 result.append(
@@ -265,19 +266,22 @@ class _Ones:
         return 1.0
 
 
-def destroyed_bits(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> dict[str, float]:
+def destroyed_bits(
+    joint: Joint, start: list[Leaf], constants: Constants, inputs: Inputs
+) -> dict[str, float]:
     """Bits per element and step that the run destroys, by variable: the largest over all leaves.
 
     If only the run itself can tell, it is one bit, for which `Reversible` has room by default.
 
     Args:
-      run: the run.
+      joint: the run.
       start: the float state before the first step, by leaf.
       constants: what is the same at every step.
       inputs: what differs from step to step.
     """
-    taped = taped_of(run, start, constants, inputs)
-    lengths = known_lengths(run, taped, run.steps, constants, inputs)
+    run = joint.run
+    taped = taped_of(joint, start, constants, inputs)
+    lengths = known_lengths(joint, taped, run.steps, constants, inputs)
     for_growth = exact.outgrown(covers_run(run, constants, run.steps))
     bits: dict[str, float] = {}
     for each, need in zip(itertools.chain(*taped), itertools.chain(*lengths)):

@@ -156,7 +156,7 @@ def flat_hypers(
     fixed: Hypers = [{} for _ in leaves]
     scheduled: Hypers = [{} for _ in leaves]
     for key, given in complete.items():
-        strong: dict[Any, Array] = {}  # one array for several leaves stays one array
+        strong: dict[Any, Any] = {}  # one array for several leaves stays one array
         domain = optimizer.domains.get(key)
         for i, (x, leaf) in enumerate(zip(_spread(call, key, given, params), leaves)):
             where = f"{call}: hypers[{key!r}] for {paths[i]}"
@@ -168,7 +168,7 @@ def flat_hypers(
             if x.shape[0] == steps:
                 scheduled[i][key] = x
             else:
-                fixed[i][key] = x[0]
+                fixed[i][key] = strong.setdefault((id(x), "first"), x[0])
     if optimizer.by_moves:  # what is trained beside the parameters has none
         more = len(names) - len(leaves)
         fixed, scheduled = fixed + [{} for _ in range(more)], scheduled + [{} for _ in range(more)]
@@ -190,14 +190,15 @@ def _spread(call: str, key: str, given: PyTree, params: PyTree) -> list[Any]:
 
 
 def _typed_hyper(
-    where: str, x: Any, leaf: Array, domain: tuple[float, float] | None, strong: dict[Any, Array]
+    where: str, x: Any, leaf: Array, domain: tuple[float, float] | None, strong: dict[Any, Any]
 ) -> Any:
     """A hyperparameter in the type in which it is used; refused if it is known to be invalid."""
     if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"{where} is {x.dtype}; it must be a real number")
     if not isinstance(x, jax.core.Tracer):
         dtype = x.dtype if x.dtype in (np.float32, np.float64) and np.ndim(x) else leaf.dtype
-        x = np.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        x = strong.setdefault((id(x), dtype), np.asarray(x, dtype))
         _check_domain(where, x, domain)
     else:
         if (known := known_value(x)) is not None:

@@ -42,6 +42,7 @@ from hypergrad._base.checks import checked_steps
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.notebook import short_traceback
 from hypergrad._base.trees import PyTree, split
+from hypergrad.adjoints.joint import joined
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
 from hypergrad.adjoints.strategies import Adjoint, Checkpointed, Stored
@@ -174,7 +175,8 @@ def _candidates(run: Run, arrays: Any) -> list[tuple[str, Callable[[int], Any]]]
         ("Checkpointed", Checkpointed),
     ]
     with contextlib.suppress(ReversalError):  # not every program can be reversed
-        rates = destroyed_bits(run, *arrays)
+        joint = joined(run, *arrays)
+        rates = destroyed_bits(joint, *joint.together(*arrays))
         bits = {
             name: min(7.0, round(float(f"{SPARE * rate:.2g}") + 1e-3, 6)) for name, rate in rates.items()
         }

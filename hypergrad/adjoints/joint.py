@@ -1,0 +1,419 @@
+"""Small leaves that are moved alike, as one leaf for the whole run.
+
+A compiler makes instructions for every array anew, which takes a second for every leaf of a model and both
+directions of a run.  Most leaves are small, and most optimizers move every element by itself.  Such leaves
+are laid end to end before the first step and taken apart only where the loss looks at them.  "Leaf" means
+one of the user's in what follows, and "joint leaf" one on which the moves act.
+
+=========  ==============  ===========================================================================
+symbol     name            meaning
+=========  ==============  ===========================================================================
+``R``      rows            of a joint leaf, ``(R, 32)``; every leaf begins with a new row
+``P``      padding         the rest of the last row of a leaf: its last element again, so that what is
+                           computed for it is not NaN unless it is for a real one
+=========  ==============  ===========================================================================
+
+Cotangents of padding are zero.
+"""
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Literal
+from jaxtyping import Int
+
+from hypergrad._base.compiler import CALLS, noinline, same_bits_everywhere
+from hypergrad._base.trees import Flag, Scalar, Step
+from hypergrad.adjoints.run import Constants, Hypers, Inputs, Run, Snapshot
+from hypergrad.bundles import LARGEST, SMALL
+from hypergrad.program import (
+    PARAMS,
+    Keep,
+    Leaf,
+    Move,
+    Observed,
+    Record,
+    Scale,
+    Shift,
+    factor_of,
+    step,
+    view_of,
+)
+
+ROW = 32  # elements; one leaf has them, so that rounding is judged for every leaf (see `hypergrad.bundles`)
+
+# What computes every element of its result from the same element of its operands.
+BY_ELEMENT = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt",
+    "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv",
+    "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "rem", "round",
+    "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
+    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+}  # fmt: skip
+
+
+class _NotByElementError(Exception):
+    """A computation looks at more than one element at a time, or at the shape."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A run whose small leaves are joined.
+
+    Attributes:
+      run: of the leaves.
+      places: which leaves every joint leaf is made of, in order; most often one.
+      shapes: of the leaves.
+    """
+
+    run: Run
+    places: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    # ---- leaves and joint leaves
+
+    def is_joined(self, joint: int) -> bool:
+        """Whether a joint leaf is made of several leaves."""
+        return len(self.places[joint]) > 1
+
+    @property
+    def names(self) -> list[str]:
+        """Of the joint leaves, for messages."""
+        result = []
+        for place in self.places:
+            first, *others = (self.run.names[i] for i in place)
+            more = (
+                f" or {others[0]}" if len(others) == 1 else f" or one of {len(others)} other small leaves"
+            )
+            result.append(first + (more if others else ""))
+        return result
+
+    def _sizes(self, joint: int) -> list[int]:
+        return [math.prod(self.shapes[i]) for i in self.places[joint]]
+
+    def leaves_of_rows(self, joint: int) -> Int[Array, " rows"]:
+        """Which leaf every row of a joint leaf is of."""
+        rows = [-(-size // ROW) for size in self._sizes(joint)]
+        return jnp.asarray(np.repeat(self.places[joint], rows), jnp.int32)
+
+    def join(self, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays of the leaves as those of the joint leaves, with zeros as padding."""
+        return [self._joined(k, [arrays[i] for i in place]) for k, place in enumerate(self.places)]
+
+    def _joined(self, joint: int, arrays: Sequence[Array]) -> Array:
+        if len(arrays) == 1 or not any(x.size for x in arrays):  # a variable that these leaves lack
+            return arrays[0]
+        parts: list[Array] = []
+        for x in arrays:
+            parts += [x.ravel(), jnp.zeros(-x.size % ROW, x.dtype)]
+        return jnp.concatenate([x for x in parts if x.size]).reshape(-1, ROW)
+
+    def padded(self, arrays: Sequence[Array]) -> list[Array]:
+        """Joint arrays with the last element of every leaf as its padding."""
+        return [self._padded(k, x) if self.is_joined(k) else x for k, x in enumerate(arrays)]
+
+    def _padded(self, joint: int, x: Array) -> Array:
+        sizes = self._sizes(joint)
+        if not x.size or not any(size % ROW for size in sizes):
+            return x
+        rows = [-(-size // ROW) for size in sizes]
+        ends = np.cumsum(rows)
+        last = np.repeat([(end - 1) * ROW + (size - 1) % ROW for end, size in zip(ends, sizes)], rows)
+        filled = np.full(int(ends[-1]), ROW)
+        filled[ends - 1] = [(size - 1) % ROW + 1 for size in sizes]
+        real = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < jnp.asarray(filled, jnp.int32)[:, None]
+        again = jax.lax.stop_gradient(x.ravel()).at[jnp.asarray(last, jnp.int32)]
+        return jnp.where(real, x, again.get(mode="promise_in_bounds")[:, None])
+
+    def split(self, arrays: Sequence[Array]) -> list[Array]:
+        """Undo `join`, or `padded`."""
+        result: list[Any] = [None] * len(self.shapes)
+        for k, (place, x) in enumerate(zip(self.places, arrays)):
+            if len(place) == 1 or not x.size:
+                result = [x if i in place else y for i, y in enumerate(result)]
+                continue
+            flat, start = x.ravel(), 0
+            for i, size in zip(place, self._sizes(k)):
+                result[i] = jax.lax.slice(flat, [start], [start + size]).reshape(self.shapes[i])
+                start += -(-size // ROW) * ROW
+        return result
+
+    def join_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """`join` for every variable."""
+        return [
+            {name: self._joined(k, [leaves[i][name] for i in place]) for name in leaves[place[0]]}
+            for k, place in enumerate(self.places)
+        ]
+
+    def padded_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """`padded` for every variable."""
+        return [
+            {name: self._padded(k, x) if self.is_joined(k) else x for name, x in leaf.items()}
+            for k, leaf in enumerate(leaves)
+        ]
+
+    def split_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """`split` for every variable."""
+        names = [list(leaves[k]) for k, place in enumerate(self.places) for _ in place]
+        result: list[Leaf] = [{} for _ in names]
+        for name in dict.fromkeys(name for each in leaves for name in each):
+            has = [name in leaf for leaf in leaves]
+            found = self.split([leaf.get(name, jnp.zeros(0)) for leaf in leaves])
+            for k, place in enumerate(self.places):
+                for i in place if has[k] else ():
+                    result[i][name] = found[i]
+        return result
+
+    # ---- what a run is given
+
+    def of_first(self, each: Sequence[Any]) -> list[Any]:
+        """What belongs to the leaves, and is the same for all of a joint leaf."""
+        return [each[place[0]] for place in self.places]
+
+    def of_all(self, each: Sequence[Any]) -> list[Any]:
+        """Undo `of_first`."""
+        found = {i: x for place, x in zip(self.places, each) for i in place}
+        return [found[i] for i in range(len(self.shapes))]
+
+    def together(
+        self, start: Sequence[Leaf], constants: Constants, inputs: Inputs
+    ) -> tuple[list[Leaf], Constants, Inputs]:
+        """The arrays of a run, by joint leaf.
+
+        Hyperparameters that leaves of a joint leaf share are one array, and have one cotangent.
+        """
+        fixed, scheduled = self.of_first(constants.hypers), self.of_first(inputs.hypers)
+        leaves = self.padded_leaves(self.join_leaves(start))
+        return leaves, constants._replace(hypers=fixed), inputs._replace(hypers=scheduled)
+
+    def apart(
+        self, start: Sequence[Leaf], constants: Constants, inputs: Inputs
+    ) -> tuple[list[Leaf], Constants, Inputs]:
+        """Undo `together`."""
+        fixed, scheduled = self.of_all(constants.hypers), self.of_all(inputs.hypers)
+        return self.split_leaves(start), constants._replace(hypers=fixed), inputs._replace(hypers=scheduled)
+
+    # ---- what a run does
+
+    def leaf_moves(self, joint: int, h: Any, t: Step) -> Sequence[Move]:
+        """The moves of one joint leaf at one step, from its hyperparameters."""
+        return self.run.leaf_moves(self.places[joint][0], h, t)
+
+    def moves(
+        self, constants: Sequence[Mapping[str, Array]], inputs: Sequence[Mapping[str, Array]], t: Step
+    ) -> list[Sequence[Move]]:
+        """The moves of every joint leaf at one step; see `Run.moves`."""
+        return [
+            self.leaf_moves(k, SimpleNamespace(**fixed, **scheduled), t)
+            for k, (fixed, scheduled) in enumerate(zip(constants, inputs))
+        ]
+
+    def transformed(self, hypers: Hypers, observations: Sequence[Observed]) -> list[Observed]:
+        """`Run.transformed`, from the observations of leaves to those of joint leaves."""
+        if self.run.optimizer.transform is not None:
+            constant, scheduled = (self._hypers_of_all(each) for each in hypers)
+            observations = self.run.transformed((constant, scheduled), observations)
+        return self.padded_leaves(self.join_leaves(observations))
+
+    def _hypers_of_all(self, hypers: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """Hyperparameters of the leaves, from those of joint leaves, which may be spread over them."""
+        result = [dict(each) for each in self.of_all(hypers)]
+        for k, (place, each) in enumerate(zip(self.places, hypers)):
+            for name in [name for name, x in each.items() if self.is_joined(k) and x.ndim]:
+                parts = self.split(
+                    [each[name] if j == k else jnp.zeros(0) for j in range(len(self.places))]
+                )
+                for i in place:
+                    result[i][name] = parts[i]
+        return result
+
+    def observations(
+        self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
+    ) -> list[Observed]:
+        """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
+        if self.run.optimizer.transform is None:
+            return self.transformed(hypers, observations)
+        apart = noinline if self.run.shards is None else same_bits_everywhere
+        return apart(always_true, self.transformed, hypers, list(observations))
+
+    def stepped(
+        self,
+        leaves: Sequence[Leaf],
+        observations: Sequence[Observed],
+        hypers: Hypers,
+        t: Step,
+        kept: Sequence[Record],
+    ) -> list[Leaf]:
+        """The float state of the joint leaves after the moves of one step.
+
+        Args:
+          leaves: the float state before the step, of the joint leaves.
+          observations: the gradient and whatever else is observed, by leaf, not transformed yet.
+          hypers: constant and scheduled hyperparameters of the step, of the joint leaves.
+          t: int32, the step.
+          kept: what `Keep` kept in the step, by joint leaf.
+        """
+        return step(self.moves(*hypers, t), leaves, self.transformed(hypers, observations), kept)
+
+    def snapshot(
+        self, leaves: Sequence[Leaf], loss: Scalar, observations: Sequence[Observed], t: Step
+    ) -> Snapshot:
+        """What ``watch`` sees of a step; the state is that of the joint leaves."""
+        return self.run.snapshot(self.split_leaves(leaves), loss, observations, t)
+
+
+def joined(
+    run: Run, start: Sequence[Leaf], constants: Constants, inputs: Inputs, possible: bool = True
+) -> Joint:
+    """Join the small leaves of a run that are moved element by element, in like ways, by like numbers.
+
+    Args:
+      run: of the leaves.
+      start: the float state before the first step.
+      constants: what is the same at every step.
+      inputs: what differs from step to step.
+      possible: whether any may be joined.
+
+    Raises:
+      ReversalError: the optimizer is no program of moves.
+    """
+    program = run.program
+    shapes = tuple(leaf[PARAMS].shape for leaf in start)
+    possible = possible and run.shards is None and jax.sharding.get_abstract_mesh().empty
+    possible = possible and program.observe is None
+    kinds: list[Hashable] = list(range(len(start)))
+    if possible:
+        found = [_kind(run, i, leaf, constants, inputs) for i, leaf in enumerate(start)]
+        kinds = [i if kind is None else kind for i, kind in enumerate(found)]
+    groups: dict[Hashable, list[list[int]]] = {}
+    for i, (kind, shape) in enumerate(zip(kinds, shapes)):
+        mine = groups.setdefault(kind, [[]])
+        if sum(math.prod(shapes[k]) for k in mine[-1]) + math.prod(shape) > LARGEST:
+            mine.append([])
+        mine[-1].append(i)
+    places = sorted(tuple(each) for every in groups.values() for each in every if each)
+    return Joint(run, tuple(places), shapes)
+
+
+def _kind(run: Run, i: int, leaf: Leaf, constants: Constants, inputs: Inputs) -> Hashable:
+    """What leaves have in common that may be joined; None if this one may not."""
+    fixed, scheduled = constants.hypers[i], inputs.hypers[i]
+    scalars = all(x.ndim == 0 for x in fixed.values()) and all(x.ndim == 1 for x in scheduled.values())
+    size = leaf[PARAMS].size
+    if not scalars or not 0 < size < SMALL or any(x.size not in (0, size) for x in leaf.values()):
+        return None
+    if any(x.size and x.shape != leaf[PARAMS].shape for x in leaf.values()):
+        return None
+    if any(getattr(x, "sharding", None) is not None and _is_divided(x) for x in leaf.values()):
+        return None
+    at_step = {**fixed, **{name: jax.eval_shape(lambda x: x[0], x) for name, x in scheduled.items()}}
+    hypers = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in at_step.items()}
+    written = partial(_written, run, i, {name: (x.dtype, bool(x.size)) for name, x in leaf.items()}, hypers)
+    try:
+        program = written(leaf[PARAMS].shape)
+        if program != written((2, ROW)):  # as a joint leaf has it
+            return None
+    except _NotByElementError:
+        return None
+    numbers = [(name, id(x)) for each in (fixed, scheduled) for name, x in sorted(each.items())]
+    return program, tuple(numbers), tuple((name, x.dtype, bool(x.size)) for name, x in sorted(leaf.items()))
+
+
+def _is_divided(x: Any) -> bool:
+    """Whether a concrete array lies on several devices."""
+    return not isinstance(x, jax.core.Tracer) and isinstance(x, jax.Array) and len(x.devices()) > 1
+
+
+def _written(
+    run: Run, i: int, variables: dict[str, tuple[Any, bool]], hypers: dict[str, Any], shape: tuple[int, ...]
+) -> Hashable:
+    """The moves of a leaf, as they would be written down for any shape.
+
+    Raises:
+      _NotByElementError: they look at more than one element at a time, or cannot be reversed.
+    """
+    told: list[Hashable] = []
+
+    def evaluate(hypers: dict[str, Array], t: Step, leaf: Leaf, gradient: Array) -> list[Array]:
+        moves = run.leaf_moves(i, SimpleNamespace(**hypers), t)
+        record, results = dict[str, Array](), list[Array]()
+        for k, move in enumerate(moves):
+            view = view_of(move, k, moves, leaf, {"gradient": gradient}, record)
+            if isinstance(move, Scale):
+                told.append((Scale, move.variable))
+                with jax.enable_x64(run.x64):
+                    factor = jnp.asarray(factor_of(move, view))
+                results.append(jnp.asarray(move.numerator(factor)))
+            elif isinstance(move, Shift):
+                told.append((Shift, move.variable))
+                with jax.enable_x64(run.x64):
+                    results.append(jnp.asarray(move.amount(view)))
+            elif isinstance(move, Keep):
+                told.append((Keep, move.name, move.levels))
+                with jax.enable_x64(run.x64):
+                    results.append(jnp.asarray(move.value(view)))
+                record[move.name] = jnp.broadcast_to(results[-1], shape).astype(leaf[PARAMS].dtype)
+            else:
+                raise _NotByElementError
+        return results
+
+    leaf = {
+        name: jax.ShapeDtypeStruct(shape if has else (0,), dtype)
+        for name, (dtype, has) in variables.items()
+    }
+    with jax.enable_x64(True):
+        closed = jax.make_jaxpr(evaluate)(hypers, jax.ShapeDtypeStruct((), np.int32), leaf, leaf[PARAMS])
+    return tuple(told), _in_words(closed.jaxpr, closed.consts, shape)
+
+
+def _in_words(jaxpr: Any, consts: Sequence[Any], shape: tuple[int, ...]) -> Hashable:
+    """A jaxpr as a tuple, without the shape of the arrays in it: numbers may be arrays, or the reverse.
+
+    Raises:
+      _NotByElementError: it does not compute element by element.
+    """
+    words: dict[Any, Hashable] = {}
+    numbers = itertools.count()
+
+    def word(v: Any) -> Hashable:
+        aval: Any = v.aval
+        if isinstance(v, Literal):
+            return str(aval.dtype), np.asarray(v.val).tobytes()
+        if v not in words:
+            words[v] = (str(aval.dtype), next(numbers))
+        return words[v]
+
+    for v, x in zip(jaxpr.constvars, consts):
+        if np.ndim(x):
+            raise _NotByElementError
+        word(v)
+    for v in jaxpr.invars:
+        word(v)
+    lines: list[Hashable] = [tuple(id(x) for x in consts)]
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if any(v.aval.shape not in ((), shape) for v in eqn.outvars):
+            raise _NotByElementError
+        if name == "broadcast_in_dim" and eqn.invars[0].aval.shape == ():
+            words[eqn.outvars[0]] = word(eqn.invars[0])
+            continue
+        if name in CALLS:
+            inner = params[CALLS[name]]
+            what: Hashable = _in_words(inner.jaxpr, inner.consts, shape)
+        elif name in BY_ELEMENT:
+            what = str(sorted((key, str(x)) for key, x in params.items()))
+        else:
+            raise _NotByElementError
+        lines.append((name, what, tuple(map(word, eqn.invars)), tuple(map(word, eqn.outvars))))
+    return tuple(lines), tuple(map(word, jaxpr.outvars))

@@ -1,0 +1,283 @@
+"""Small leaves that are moved alike are one leaf for the whole run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hypergrad as hg
+from hypergrad.adjoints.joint import ROW, Joint, joined
+from hypergrad.adjoints.run import Solution
+from hypergrad.bundles import SMALL
+from hypergrad.program import Optimizer, Scale, Shift, Variable
+
+SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=2, max_size=6)
+
+
+def bowl(w: Any, meta: Any, step: Any) -> jax.Array:
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(w))  # type: ignore[return-value]
+
+
+def places_of(params: Any, hypers: Any, optimizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Which leaves are joined in a run."""
+    given: list[Any] = []
+
+    def spy(*arguments: Any) -> Solution:
+        given.append(arguments)
+        return hg.Checkpointed()(*arguments)
+
+    hg.train(bowl, params, hypers, steps=3, optimizer=optimizer, adjoint=spy)
+    return joined(*given[0]).places
+
+
+# ---- laid end to end
+
+
+@hypothesis.given(SHAPES)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_split_undoes_join(shapes: Sequence[tuple[int, ...]]) -> None:
+    joint: Any = Joint(None, (tuple(range(len(shapes))),), tuple(shapes))  # type: ignore[arg-type]
+    arrays = [jnp.arange(1.0, np.prod(shape, dtype=int) + 1).reshape(shape) for shape in shapes]
+    (row,) = joint.join(arrays)
+    (padded,) = joint.padded([row])
+    for whole in (row, padded):
+        for a, b in zip(joint.split([whole]), arrays, strict=True):
+            np.testing.assert_array_equal(a, b)
+    leaves = joint.leaves_of_rows(0)
+    for i, x in enumerate(arrays):  # every row is of one leaf, whose last element fills it
+        mine = padded[leaves == i]
+        assert mine.shape == (-(-x.size // ROW), ROW)
+        np.testing.assert_array_equal(mine.ravel()[x.size :], x.ravel()[-1])
+        np.testing.assert_array_equal(row[leaves == i].ravel()[x.size :], 0)
+
+
+# ---- which leaves
+
+
+@pytest.mark.parametrize(
+    "make", ["momentum", "heavy_ball", "adam", "adamw", "lion", "nadam", "amsgrad", "rmsprop", "signum"]
+)
+def test_leaves_that_are_moved_element_by_element_are_joined(make: str) -> None:
+    if not hasattr(hg, make):
+        pytest.skip(make)
+    optimizer = getattr(hg, make)()
+    if not optimizer.reversible:
+        pytest.skip(f"{make} is not reversible")
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(5), "c": jnp.ones((4, 2))}
+    assert places_of(params, {"learning_rate": 0.1}, optimizer) == ((0, 1, 2),)
+
+
+@pytest.mark.parametrize("make", ["lamb", "lars", "muon", "sgd"])
+def test_others_are_not(make: str) -> None:
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((5, 2))}
+    assert places_of(params, {"learning_rate": 0.1}, getattr(hg, make)()) == ((0,), (1,))
+
+
+def test_only_what_is_alike_is_joined() -> None:
+    f32 = {k: jnp.ones(3) for k in "abcd"}
+    places = lambda params, **hypers: places_of(  # noqa: E731
+        params, {"learning_rate": 0.1, **hypers}, hg.momentum()
+    )
+    assert places(f32) == ((0, 1, 2, 3),)
+    assert places(f32, momentum={"a": 0.5, "b": 0.5, "c": 0.9, "d": 0.9}) == ((0,), (1,), (2,), (3,))
+    assert places({"x": f32, "y": f32}, momentum={"x": 0.5, "y": 0.9}) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert places(f32, momentum={**dict.fromkeys("abc", 0.5), "d": jnp.full((1, 3), 0.5)})[-1] == (3,)
+    assert places({**f32, "b": jnp.ones(SMALL)}) == ((0, 2, 3), (1,))
+    assert places({k: jnp.ones(SMALL - 1) for k in range(20)}) == (tuple(range(16)), (16, 17, 18, 19))
+
+
+def custom(amount: Callable[[Any, Any], Any]) -> Optimizer:
+    """Momentum with another gradient."""
+    return Optimizer(
+        name="custom()",
+        moves=lambda h, t: [
+            Scale("velocity", 0.5),
+            Shift("velocity", lambda s: amount(h, s)),
+            Shift("params", lambda s: -h.learning_rate * s.velocity),
+        ],
+        variables={"velocity": Variable()},
+        hypers={"learning_rate": None},
+    )
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        (lambda h, s: jnp.tanh(s.gradient) + jax.nn.relu(s.params), ((0, 1, 2, 3),)),
+        (lambda h, s: s.gradient / jnp.sqrt(jnp.sum(s.gradient**2)), ((0,), (1,), (2,), (3,))),
+        (lambda h, s: s.gradient - jnp.mean(s.gradient), ((0,), (1,), (2,), (3,))),
+        (lambda h, s: jnp.cumsum(s.gradient.ravel()).reshape(s.gradient.shape), ((0,), (1,), (2,), (3,))),
+        (lambda h, s: s.gradient * s.gradient.size, ((0,), (1,), (2,), (3,))),
+        # What is done to matrices differs from what is done to vectors, which joined would be matrices.
+        (lambda h, s: s.gradient * (2 if s.gradient.ndim > 1 else 1), ((0, 1), (2,), (3,))),
+        (lambda h, s: s.gradient + jnp.ones_like(s.gradient).at[0].set(2), ((0,), (1,), (2,), (3,))),
+    ],
+)
+def test_what_looks_at_more_than_one_element_is_not_joined(amount: Any, expected: Any) -> None:
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4)), "c": jnp.ones(5), "d": jnp.ones(6)}
+    assert places_of(params, {"learning_rate": 0.1}, custom(amount)) == expected
+
+
+# ---- against JAX's own derivatives
+
+
+def many(scale: Callable[[int], float], count: int = 12) -> tuple[Any, Callable[..., jax.Array]]:
+    """Parameters in many leaves, and a loss whose gradients differ in size from leaf to leaf."""
+    rng = np.random.default_rng(0)
+    params = {
+        f"{i:02}": jnp.asarray(rng.normal(size=[(3, 4), (7,), (), (2, 2, 5)][i % 4]), jnp.float32)
+        for i in range(count)
+    }
+    targets = {k: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for k, x in params.items()}
+
+    def loss(w: Any, meta: Any, step: Any) -> jax.Array:
+        each = [jnp.sum(jnp.cos(meta * w[k] - targets[k])) * scale(i) for i, k in enumerate(w)]
+        return jnp.sum(jnp.stack(each))
+
+    return params, loss
+
+
+def plain_adam(loss: Any, params: Any, h: Any, meta: Any, steps: int) -> Any:
+    """Adam as papers write it, in ``jax.lax.scan``."""
+
+    def step(carry: Any, t: Any) -> Any:
+        w, mu, nu = carry
+        g = jax.grad(loss)(w, meta, t)
+        mu = jax.tree.map(lambda m, g: h["b1"] * m + (1 - h["b1"]) * g, mu, g)
+        nu = jax.tree.map(lambda n, g: h["b2"] * n + (1 - h["b2"]) * g * g, nu, g)
+
+        def new(w: Any, m: Any, n: Any) -> Any:
+            m, n = m / (1 - h["b1"] ** (t + 1)), n / (1 - h["b2"] ** (t + 1))
+            return w - h["learning_rate"][t] * m / (jnp.sqrt(n) + h["eps"])
+
+        return (jax.tree.map(new, w, mu, nu), mu, nu), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (w, _, _), _ = jax.lax.scan(step, (params, zeros, zeros), jnp.arange(steps))
+    return w
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_gradients_of_all_sizes_in_one_run(segments: int, jit: bool) -> None:
+    """From 1e-9 to 1e3, leaf by leaf: each is trained and differentiated as if it were alone."""
+    params, loss = many(lambda i: 10.0 ** (i - 8))
+    steps = 40
+    hypers = {"learning_rate": jnp.full(steps, 0.02), "b1": 0.8, "b2": 0.95, "eps": 1e-14}
+
+    def outer(hypers: Any, params: Any, meta: Any, run: Any) -> Any:
+        return {k: jnp.sum(x**2) for k, x in run(hypers, params, meta).items()}
+
+    def ours(hypers: Any, params: Any, meta: Any) -> Any:
+        adjoint = hg.Reversible(segments=segments)
+        return hg.train(
+            loss, params, hypers, meta, steps=steps, optimizer=hg.adam(), adjoint=adjoint
+        ).params
+
+    def plain(hypers: Any, params: Any, meta: Any) -> Any:
+        return plain_adam(loss, params, hypers, meta, steps)
+
+    wrap = jax.jit if jit else lambda f: f
+    total = lambda run: lambda *x: sum(outer(*x, run).values())  # noqa: E731
+    found, expected = (wrap(jax.grad(total(run), (0, 1, 2)))(hypers, params, 1.3) for run in (ours, plain))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.max(jnp.abs(b))))
+    for a, b in zip(*(jax.tree.leaves(outer(hypers, params, 1.3, run)) for run in (ours, plain))):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_padding_changes_no_derivative() -> None:
+    """An optimizer that is undefined at zero gradients, where none is zero."""
+    params, loss = many(lambda i: 1.0)
+    rates = jnp.full(20, 0.01)
+
+    def outer(eps: Any, b2: Any, adjoint: Any) -> Any:
+        hypers = {"learning_rate": rates, "eps": eps, "b2": b2}
+        trained = hg.train(loss, params, hypers, 1.0, steps=20, optimizer=hg.adam(), adjoint=adjoint)
+        return bowl(trained.params, 0, 0)
+
+    # 1e-30 is lost beside any number that is not zero.
+    found, expected = (jax.grad(outer, (0, 1))(1e-30, 0.9, a) for a in (hg.Reversible(), hg.Stored()))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_what_is_watched_and_kept_is_by_the_users_leaves() -> None:
+    params, loss = many(lambda i: 1.0)
+    hypers = {"learning_rate": jnp.full(15, 0.02)}
+
+    def outer(hypers: Any, adjoint: Any) -> Any:
+        watch = lambda s: (bowl(s.gradient, 0, 0), bowl(s.params, 0, 0), bowl(s.state["mu"], 0, 0))  # noqa: E731
+        trained = hg.train(
+            loss, params, hypers, 1.0, steps=15, optimizer=hg.adam(), adjoint=adjoint, watch=watch
+        )
+        assert jax.tree.map(jnp.shape, trained.state["nu"]) == jax.tree.map(jnp.shape, params)
+        return sum(jnp.sum(x) for x in trained.watched) + bowl(trained.state, 0, 0)
+
+    with jax.enable_x64(True):
+        found, expected = (jax.grad(outer)(hypers, a) for a in (hg.Reversible(), hg.Stored()))
+    np.testing.assert_allclose(found["learning_rate"], expected["learning_rate"], rtol=1e-4)
+
+
+def test_one_run_or_two_are_the_same_bits() -> None:
+    params, loss = many(lambda i: 10.0 ** (i - 6))
+    hypers = {"learning_rate": 0.02}
+    run = lambda w, steps, state=None: hg.train(  # noqa: E731
+        loss, w, hypers, 1.0, steps=steps, optimizer=hg.adamw(), state=state
+    )
+    whole, first = run(params, 30), run(params, 11)
+    second = run(first.params, 19, first.state)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(second.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_transformed_gradient_is_that_of_all_leaves() -> None:
+    params, loss = many(lambda i: 3.0)
+    optimizer = hg.clip_by_global_norm(hg.momentum())
+
+    def outer(norm: Any, adjoint: Any) -> Any:
+        hypers = {"learning_rate": jnp.full(20, 0.05), "max_norm": norm}
+        trained = hg.train(loss, params, hypers, 1.0, steps=20, optimizer=optimizer, adjoint=adjoint)
+        return bowl(trained.params, 0, 0)
+
+    found, expected = (jax.grad(outer)(2.0, a) for a in (hg.Reversible(), hg.Stored()))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_derivative_that_is_no_number_is_named_by_the_users_leaf() -> None:
+    def loss(w: Any, meta: Any, step: Any) -> jax.Array:
+        # At 0 the gradient is 0, and its derivative infinite.
+        return bowl(w["a"], 0, 0) + jnp.sum(jnp.abs(w["b"]) ** 1.5) + bowl(w["c"], 0, 0)
+
+    params = {"a": jnp.ones(40), "b": jnp.zeros(3), "c": jnp.ones(2)}
+
+    def outer(rate: Any) -> Any:
+        trained = hg.train(loss, params, {"learning_rate": rate}, steps=5).params
+        return sum(jnp.sum(x) for x in jax.tree.leaves(trained))
+
+    with pytest.raises(hg.ReversalError, match=r"the derivative of step \d in params\['b'\] became NaN"):
+        jax.grad(outer)(0.1)
+
+
+# ---- what it is for
+
+
+def test_a_program_hardly_grows_with_the_number_of_leaves() -> None:
+    """By no more for every leaf than that of rematerialization."""
+
+    def lines(count: int, adjoint: Any) -> int:
+        params, loss = many(lambda i: 1.0, count)
+
+        def outer(rates: Any) -> Any:
+            hypers = {"learning_rate": rates}
+            run = hg.train(loss, params, hypers, 1.0, steps=9, optimizer=hg.adam(), adjoint=adjoint)
+            return bowl(run.params, 0, 0)
+
+        return jax.jit(jax.grad(outer)).lower(jnp.full(9, 0.1)).as_text().count("\n")
+
+    ours, remat = (lines(24, a) - lines(12, a) for a in (hg.Reversible(), hg.Checkpointed(segments=3)))
+    assert 0 < ours <= remat, (ours, remat)
