@@ -29,7 +29,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 from jaxtyping import Int
 
 from hypergrad._base.compiler import CALLS, noinline, same_bits_everywhere
@@ -177,14 +177,37 @@ class Joint:
 
     # ---- what a run is given
 
-    def of_first(self, each: Sequence[Any]) -> list[Any]:
-        """What belongs to the leaves, and is the same for all of a joint leaf."""
-        return [each[place[0]] for place in self.places]
+    def _hypers(self, hypers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Hyperparameters by joint leaf: a scalar that all its leaves share, or ``(leaves,)``, by step."""
+        result: list[dict[str, Any]] = []
+        for place in self.places:
+            each = [hypers[i] for i in place]
+            one = {name: len({id(h[name]) for h in each}) == 1 for name in each[0]}
+            result.append(
+                {name: each[0][name] if one[name] else _stacked([h[name] for h in each]) for name in one}
+            )
+        return result
 
-    def of_all(self, each: Sequence[Any]) -> list[Any]:
-        """Undo `of_first`."""
-        found = {i: x for place, x in zip(self.places, each) for i in place}
-        return [found[i] for i in range(len(self.shapes))]
+    def _hypers_of_all(self, hypers: Sequence[Mapping[str, Any]], scalar: int) -> list[dict[str, Any]]:
+        """Undo `_hypers`.
+
+        Args:
+          hypers: by joint leaf; at one step, they may be spread over the elements.
+          scalar: the dimensions of a scalar: 1 for one at every step.
+        """
+        result: list[dict[str, Any]] = [{} for _ in self.shapes]
+        for k, (place, each) in enumerate(zip(self.places, hypers)):
+            for name, x in each.items():
+                if self.is_joined(k) and x.ndim == scalar + 2:
+                    parts = self.split([x if j == k else jnp.zeros(0) for j in range(len(self.places))])
+                    parts = [parts[i] for i in place]
+                elif self.is_joined(k) and x.ndim == scalar + 1:
+                    parts = [x[..., j] for j in range(len(place))]
+                else:
+                    parts = [x] * len(place)
+                for i, part in zip(place, parts):
+                    result[i][name] = part
+        return result
 
     def together(
         self, start: Sequence[Leaf], constants: Constants, inputs: Inputs
@@ -193,7 +216,7 @@ class Joint:
 
         Hyperparameters that leaves of a joint leaf share are one array, and have one cotangent.
         """
-        fixed, scheduled = self.of_first(constants.hypers), self.of_first(inputs.hypers)
+        fixed, scheduled = self._hypers(constants.hypers), self._hypers(inputs.hypers)
         leaves = self.padded_leaves(self.join_leaves(start))
         return leaves, constants._replace(hypers=fixed), inputs._replace(hypers=scheduled)
 
@@ -201,14 +224,25 @@ class Joint:
         self, start: Sequence[Leaf], constants: Constants, inputs: Inputs
     ) -> tuple[list[Leaf], Constants, Inputs]:
         """Undo `together`."""
-        fixed, scheduled = self.of_all(constants.hypers), self.of_all(inputs.hypers)
+        fixed = self._hypers_of_all(constants.hypers, 0)
+        scheduled = self._hypers_of_all(inputs.hypers, 1)
         return self.split_leaves(start), constants._replace(hypers=fixed), inputs._replace(hypers=scheduled)
 
     # ---- what a run does
 
     def leaf_moves(self, joint: int, h: Any, t: Step) -> Sequence[Move]:
         """The moves of one joint leaf at one step, from its hyperparameters."""
+        if self.is_joined(joint):  # each leaf's own for all its elements
+            spread = {name: self._spread(joint, x) for name, x in vars(h).items() if x.ndim == 1}
+            h = SimpleNamespace(**{**vars(h), **spread})
         return self.run.leaf_moves(self.places[joint][0], h, t)
+
+    def _spread(self, joint: int, x: Array) -> Array:
+        """A number for each leaf of a joint leaf as one for each of its elements."""
+        rows = [-(-size // ROW) for size in self._sizes(joint)]
+        which = jnp.asarray(np.repeat(np.arange(len(rows), dtype=np.int32), rows))
+        each = jnp.asarray(x).at[which].get(mode="promise_in_bounds")
+        return jnp.broadcast_to(each[:, None], (len(which), ROW))
 
     def moves(
         self, constants: Sequence[Mapping[str, Array]], inputs: Sequence[Mapping[str, Array]], t: Step
@@ -222,21 +256,9 @@ class Joint:
     def transformed(self, hypers: Hypers, observations: Sequence[Observed]) -> list[Observed]:
         """`Run.transformed`, from the observations of leaves to those of joint leaves."""
         if self.run.optimizer.transform is not None:
-            constant, scheduled = (self._hypers_of_all(each) for each in hypers)
+            constant, scheduled = (self._hypers_of_all(each, 0) for each in hypers)
             observations = self.run.transformed((constant, scheduled), observations)
         return self.padded_leaves(self.join_leaves(observations))
-
-    def _hypers_of_all(self, hypers: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-        """Hyperparameters of the leaves, from those of joint leaves, which may be spread over them."""
-        result = [dict(each) for each in self.of_all(hypers)]
-        for k, (place, each) in enumerate(zip(self.places, hypers)):
-            for name in [name for name, x in each.items() if self.is_joined(k) and x.ndim]:
-                parts = self.split(
-                    [each[name] if j == k else jnp.zeros(0) for j in range(len(self.places))]
-                )
-                for i in place:
-                    result[i][name] = parts[i]
-        return result
 
     def observations(
         self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
@@ -276,7 +298,10 @@ class Joint:
 def joined(
     run: Run, start: Sequence[Leaf], constants: Constants, inputs: Inputs, possible: bool = True
 ) -> Joint:
-    """Join the small leaves of a run that are moved element by element, in like ways, by like numbers.
+    """Join the small leaves of a run that are moved element by element and in like ways.
+
+    Learning rates and others may differ from leaf to leaf, but not what is in the factor of a `Scale`: the
+    variable could no longer be held whole.
 
     Args:
       run: of the leaves.
@@ -326,8 +351,20 @@ def _kind(run: Run, i: int, leaf: Leaf, constants: Constants, inputs: Inputs) ->
             return None
     except _NotByElementError:
         return None
-    numbers = [(name, id(x)) for each in (fixed, scheduled) for name, x in sorted(each.items())]
-    return program, tuple(numbers), tuple((name, x.dtype, bool(x.size)) for name, x in sorted(leaf.items()))
+    told, words, factors = program
+    numbers = [
+        (name, x.dtype, id(x) if name in factors else 0, x.ndim)
+        for each in (fixed, scheduled)
+        for name, x in sorted(each.items())
+    ]
+    variables = tuple((name, x.dtype, bool(x.size)) for name, x in sorted(leaf.items()))
+    return told, words, tuple(numbers), variables
+
+
+def _stacked(arrays: Sequence[Any]) -> Any:
+    """Arrays along a new last axis; known ones stay known."""
+    known = all(isinstance(x, np.ndarray | np.generic) for x in arrays)
+    return np.stack(arrays, axis=-1) if known else jnp.stack(arrays, axis=-1)
 
 
 def _is_divided(x: Any) -> bool:
@@ -337,13 +374,13 @@ def _is_divided(x: Any) -> bool:
 
 def _written(
     run: Run, i: int, variables: dict[str, tuple[Any, bool]], hypers: dict[str, Any], shape: tuple[int, ...]
-) -> Hashable:
-    """The moves of a leaf, as they would be written down for any shape.
+) -> tuple[Hashable, Hashable, frozenset[str]]:
+    """The moves of a leaf, as they would be written down for any shape, and which hypers are in factors.
 
     Raises:
       _NotByElementError: they look at more than one element at a time, or cannot be reversed.
     """
-    told: list[Hashable] = []
+    told: list[tuple[Any, ...]] = []
 
     def evaluate(hypers: dict[str, Array], t: Step, leaf: Leaf, gradient: Array) -> list[Array]:
         moves = run.leaf_moves(i, SimpleNamespace(**hypers), t)
@@ -374,7 +411,14 @@ def _written(
     }
     with jax.enable_x64(True):
         closed = jax.make_jaxpr(evaluate)(hypers, jax.ShapeDtypeStruct((), np.int32), leaf, leaf[PARAMS])
-    return tuple(told), _in_words(closed.jaxpr, closed.consts, shape)
+    words = _in_words(closed.jaxpr, closed.consts, shape)
+    in_factors = [out for out, (kind, *_) in zip(closed.jaxpr.outvars, told) if kind is Scale]
+    needed = {v for v in in_factors if isinstance(v, Var)}
+    for eqn in reversed(closed.jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    given = zip(sorted(hypers), closed.jaxpr.invars)
+    return tuple(told), words, frozenset(name for name, v in given if v in needed)
 
 
 def _in_words(jaxpr: Any, consts: Sequence[Any], shape: tuple[int, ...]) -> Hashable:

@@ -465,10 +465,12 @@ class _InFloats(NamedTuple):
         alike = all(variable.init is jnp.zeros_like for variable in variables)
         shapes = []
         for part, flags in zip((self.at.fixed, self.at.scheduled), self.player.flags.hypers):
-            for leaf, leaf_hypers, leaf_flags in zip(floats, part, flags):
+            for k, (leaf, leaf_hypers, leaf_flags) in enumerate(zip(floats, part, flags)):
                 for name in sorted(leaf_hypers):
+                    shape = leaf_hypers[name].shape
+                    by_leaf = self.player.joint.is_joined(k) and shape != ()
                     if leaf_flags[name]:
-                        shapes.append(leaf[PARAMS].shape if alike else leaf_hypers[name].shape)
+                        shapes.append(leaf[PARAMS].shape if alike and not by_leaf else shape)
         return shapes
 
 

@@ -6,7 +6,7 @@ the same run in floats (`in_floats`), in segments that are computed again.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution, cl
 from hypergrad.adjoints.segments import Recorded, Strategy, strategy_of
 from hypergrad.adjoints.starts import Start, packed
 from hypergrad.adjoints.tapes import Taped, complete, covers_run, held_whole, known_lengths, taped_of
-from hypergrad.program import PARAMS, Leaf
+from hypergrad.program import EXACT, PARAMS, Leaf
 
 
 def in_floats(run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -148,15 +148,12 @@ class Reversible:
         return with_automatic_axes(partial(self._solve, run), specs, start, constants, inputs)
 
     def _solve(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
-        joint = joined(run, start, constants, inputs, possible=self.shard is None)
-        start, constants, inputs = joint.together(start, constants, inputs)
-        taped = taped_of(joint, start, constants, inputs)
+        one_way, (start, constants, inputs) = self._joined(run, start, constants, inputs)
+        taped = one_way.beginning.taped
         self._check_names(run, taped)
         length = self.length(run.steps)
-        lengths_of = partial(known_lengths, joint, taped, length)
+        lengths_of = partial(known_lengths, one_way.joint, taped, length)
         known = lengths_of(constants, inputs)
-        one_way = _Playback.of(self, joint, taped, [leaf[PARAMS].dtype for leaf in start])
-        one_way.beginning.refuse_other(run.call, start, constants.exact)
 
         @jax.custom_vjp
         def solve(start: list[Leaf], constants: Constants, inputs: Inputs) -> Solution:
@@ -189,7 +186,26 @@ class Reversible:
         with closures_refused(run.call):
             return solve(start, constants, inputs)
 
-    def _check_names(self, run: Run, taped: list[list[Taped]]) -> None:
+    def _joined(
+        self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs
+    ) -> tuple["_Playback", tuple[list[Leaf], Constants, Inputs]]:
+        """The playback of a run, without a way back, and its arrays by joint leaf."""
+        for possible in (self.shard is None, False):
+            joint = joined(run, start, constants, inputs, possible)
+            arrays = joint.together(start, constants, inputs)
+            taped = taped_of(joint, *arrays)
+            playback = _Playback.of(self, joint, taped, [leaf[PARAMS].dtype for leaf in arrays[0]])
+            # Integers of an earlier run may be those of leaves that were not joined.
+            if playback.beginning.goes_on(arrays[0], constants.exact):
+                return playback, arrays
+        raise ValueError(
+            f"{run.call}: state[{EXACT!r}] holds the integers of another run: its parameters, optimizer, "
+            "model_state, or which factors (momentum, decay) differ from leaf to leaf or from element to "
+            "element are not as here. Leave them out to go on from the floats: "
+            f"{{k: x for k, x in state.items() if k != {EXACT!r}}}"
+        )
+
+    def _check_names(self, run: Run, taped: Sequence[Sequence[Taped]]) -> None:
         """Refuse settings for variables that do not exist."""
         variables = [PARAMS, *run.program.variables]
         kept = [each.variable for leaf in taped for each in leaf if each.levels]
@@ -207,7 +223,7 @@ class Reversible:
         return -(-steps // min(self.segments, steps))
 
     def _allot(
-        self, taped: list[list[Taped]], known: list[list[int | None]], length: int, whole: bool
+        self, taped: Sequence[Sequence[Taped]], known: list[list[int | None]], length: int, whole: bool
     ) -> list[list[int]]:
         """Length of every tape: the need if it is known, else what `bits` reserves.
 
@@ -233,9 +249,8 @@ class Reversible:
 
     def tape_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of tape that are reserved under ``jit``, when no factor is known."""
-        joint = joined(run, start, constants, inputs, possible=self.shard is None)
-        start, constants, inputs = joint.together(start, constants, inputs)
-        taped = taped_of(joint, start, constants, inputs)
+        playback, _ = self._joined(run, start, constants, inputs)
+        taped = playback.beginning.taped
         length = self.length(run.steps)
         unknown: list[list[int | None]] = [[None] * len(leaf) for leaf in taped]
         lengths = self._allot(taped, unknown, length, covers_run(run, constants, length))
@@ -246,12 +261,9 @@ class Reversible:
 
     def state_bytes(self, run: Run, start: list[Leaf], constants: Constants, inputs: Inputs) -> int:
         """Bytes of the integers and buffers between two steps."""
-        joint = joined(run, start, constants, inputs, possible=self.shard is None)
-        start, constants, inputs = joint.together(start, constants, inputs)
-        taped = taped_of(joint, start, constants, inputs)
-        playback = _Playback.of(self, joint, taped, [leaf[PARAMS].dtype for leaf in start])
+        playback, arrays = self._joined(run, start, constants, inputs)
         with jax.enable_x64(True):
-            leaves, _ = jax.eval_shape(lambda *x: playback.player(*x).begin(), start, constants, inputs)
+            leaves, _ = jax.eval_shape(lambda *x: playback.player(*x).begin(), *arrays)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))
 
     def bits_of(self, variable: str) -> float:
@@ -334,7 +346,9 @@ class _Playback(NamedTuple):
         return self.joint.run
 
     @staticmethod
-    def of(settings: Reversible, joint: Joint, taped: list[list[Taped]], dtypes: list[Any]) -> "_Playback":
+    def of(
+        settings: Reversible, joint: Joint, taped: Sequence[Sequence[Taped]], dtypes: list[Any]
+    ) -> "_Playback":
         """The playback, without a way back, of a run whose leaves have these dtypes."""
         run = joint.run
         variables = [PARAMS, *run.program.variables]

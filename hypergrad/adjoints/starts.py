@@ -14,7 +14,7 @@ from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guard, Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
 from hypergrad.adjoints.tapes import Taped, held_whole
-from hypergrad.program import EXACT, PARAMS, Leaf, Optimizer
+from hypergrad.program import PARAMS, Leaf, Optimizer
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,15 @@ class Start:
     taped: Sequence[Sequence[Taped]]
     joined: Sequence[bool]
 
-    def refuse_other(self, call: str, start: list[Leaf], earlier: PyTree) -> None:
-        """Refuse the integers of a run of other arrays, variables or tapes.
+    def goes_on(self, start: list[Leaf], earlier: PyTree) -> bool:
+        """Whether an earlier run, if there is one, was one of such arrays, variables and tapes.
 
         Args:
-          call: the user's call.
           start: the float state, by leaf.
           earlier: as given to `begin`.
-
-        Raises:
-          ValueError: they are not of a run like this one.
         """
         if earlier is None:
-            return
+            return True
         names = (PARAMS, *self.program.variables)
         wanted = [
             (
@@ -63,15 +59,8 @@ class Start:
                 for numbers, buffers, _ in earlier
             ]
         except (AttributeError, TypeError, ValueError):
-            found = []
-        if found != wanted:
-            raise ValueError(
-                f"{call}: state[{EXACT!r}] holds the integers of another run: its parameters, optimizer, "
-                "model_state, or which hyperparameters differ from leaf to leaf or from element to element "
-                "are not as here. "
-                "Leave them out to go on from the floats: "
-                f"{{k: x for k, x in state.items() if k != {EXACT!r}}}"
-            )
+            return False
+        return bool(found == wanted)
 
     def begin(
         self, start: list[Leaf], earlier: PyTree, always_true: Flag

@@ -133,7 +133,7 @@ def covers_run(run: Run, constants: Constants, length: int) -> bool:
 
 def known_lengths(
     joint: Joint,
-    taped: list[list[Taped]],
+    taped: Sequence[Sequence[Taped]],
     length: int,
     constants: Constants,
     inputs: Inputs,
