@@ -88,27 +88,51 @@ def _shift(
     """`shift` of numbers that all have a tape or not."""
     words, most = [len(x.low) for x in numbers], 0 if tapes[0] is None else exact.MOST_BYTES
     with jax.enable_x64(True):
-        sizes = jnp.stack([exact.size(x) for x in amounts])
+        by_row = [exact.size(x, number.parts is not None) for x, number in zip(amounts, numbers)]
+        sizes = jnp.stack([jnp.max(x) for x in by_row])
         given = _exponents(numbers), jnp.stack([x.floor for x in numbers])
         tops = jnp.stack([x.top for x in numbers])
         exponents = exact.fitted(given, tops, sizes, words)
-        room, enough = exact.room_as_is(tops, exponents[0], sizes)
+        numbers = [
+            x._replace(exponent=exponents[0][i], floor=exponents[1][i]) for i, x in enumerate(numbers)
+        ]
+        numbers, sizes, largest = _with_offsets(numbers, by_row)
+        room, enough = exact.room_as_is(tops, exponents[0], sizes, largest)
 
-        def made(highs: list[Array], exponents: Any, sizes: Array) -> exact.Room:
+        def made(highs: list[Array], exponents: Any, sizes: Array, largest: Array) -> exact.Room:
             tops = jnp.stack([exact.magnitude(x) for x in highs])
-            return exact.room_made(tops, exponents, sizes, most)
+            return exact.room_made(tops, exponents, sizes, largest, most)
 
         # The bound of a sum is the sum of bounds: only where that is too large, numbers are looked at.
         missing = ~jnp.all(enough)
-        drop, tops = seldom(missing, made, room, [x.high for x in numbers], exponents, sizes)
-        numbers = [
-            x._replace(exponent=exponents[0][i], floor=exponents[1][i], top=tops[i])
-            for i, x in enumerate(numbers)
-        ]
+        drop, tops = seldom(missing, made, room, [x.high for x in numbers], exponents, sizes, largest)
+        numbers = [x._replace(top=tops[i]) for i, x in enumerate(numbers)]
         if most:
             numbers, tapes = _dropped(numbers, tapes, drop)
     moved = _added(always_true, exact.plus, numbers, amounts)
     return [(number, tape, drop[i]) for i, (number, tape) in enumerate(zip(moved, tapes))]
+
+
+def _with_offsets(numbers: Sequence[Fixed], sizes: Sequence[Array]) -> tuple[list[Fixed], Array, Array]:
+    """Numbers whose parts have offsets, the sizes of what is added in their units, and largest exponents.
+
+    Args:
+      numbers: with their exponents.
+      sizes: of what is added, of the array, or by row if it has parts.
+    """
+    result, found, most = [], [], []
+    for number, size in zip(numbers, sizes):
+        offset = jnp.int64(0)
+        if number.parts is not None:
+            exponents = number.exponent, number.floor
+            parts = exact.with_offsets(number.parts, exponents, size, len(number.low))
+            number, each = number._replace(parts=parts), exact.offsets(parts).astype(jnp.int64)
+            size = jnp.max(jnp.where(size > -1022, size + each, -1022))
+            offset = jnp.maximum(jnp.max(each), 0)
+        result.append(number)
+        found.append(size)
+        most.append(exact.BIT * (exact.LARGEST_RADIX - offset))
+    return result, jnp.stack(found), jnp.stack(most)
 
 
 def unshift(
@@ -212,8 +236,12 @@ def _added(
 ) -> list[Fixed]:
     """`exact.plus` or `exact.minus` of every amount."""
     result = [*numbers]
-    up = exact.power(_exponents(numbers))
-    kinds = [(x.dtype, len(number.low)) for x, number in zip(amounts, numbers)]
+    powers = exact.power(_exponents(numbers))
+    up = [exact.raised(x, powers[i], 1) for i, x in enumerate(numbers)]
+    kinds = [
+        (x.dtype, len(number.low), i if up[i].ndim else -1)
+        for i, (x, number) in enumerate(zip(amounts, numbers))
+    ]
     for bundle in bundles([x.shape for x in amounts], kinds):
         digits, shapes = [numbers[i][:2] for i in bundle], [amounts[i].shape for i in bundle]
         scales = _repeated([up[i] for i in bundle], shapes)
@@ -327,8 +355,10 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
     """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
-    down = exact.power(-_exponents(numbers))
-    for bundle in bundles(shapes, [(dtype, len(x.low)) for dtype, x in zip(dtypes, numbers)]):
+    powers = exact.power(-_exponents(numbers))
+    down = [exact.raised(x, powers[i], -1) for i, x in enumerate(numbers)]
+    kinds = [(dtypes[i], len(x.low), i if down[i].ndim else -1) for i, x in enumerate(numbers)]
+    for bundle in bundles(shapes, kinds):
 
         def converted(digits: Digits, down: Array, dtype: Any = dtypes[bundle[0]]) -> Array:
             return exact.float_of(digits, down, dtype)
@@ -358,12 +388,13 @@ def coarseness(
     """
     words = [len(number.low) for number in numbers]
 
-    def lost(amounts: list[Array], down: Array) -> list[Array]:
+    def lost(amounts: list[Array], down: list[Array]) -> list[Array]:
         found = [exact.coarseness(down[i], *each, part) for i, each in enumerate(zip(words, amounts))]
         return [_by_row(x).astype(jnp.float64) for x in found]
 
     with jax.enable_x64(True):
-        down = exact.power(-_exponents(numbers))
+        powers = exact.power(-_exponents(numbers))
+        down = [exact.raised(x, powers[i], -1) for i, x in enumerate(numbers)]
         nothing = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, [*amounts], down)]
         return seldom(wanted, lost, nothing, [*amounts], down)
 

@@ -73,6 +73,8 @@ MARGIN = 24  # the register's bound never falls below 2**24, so rounding it cost
 BIT = 1 << 40  # resolution of exponents and of `Buffer.bits`
 ROUNDING = 2.0**-21  # bits per scale: more than rounding costs in `_bound` and in the quotients
 UNSET = 1 << 60  # the exponent of an array of zeros, for which none has been chosen yet
+LATER = -(1 << 20)  # the offset of an array of zeros, for which none has been chosen yet
+LARGEST_OFFSET = 850  # of the unit of a part, alone or with the exponent
 LARGEST_RADIX = 900  # so that 2**e and its neighbors are normal float64 numbers
 
 # How far an array may outgrow the largest number it held when its exponent was chosen, in binary digits, by
@@ -93,6 +95,18 @@ def _headrooms(words: int | Sequence[int], whole: bool) -> Array:
     return jnp.asarray(found, jnp.int64).reshape(np.shape(words))
 
 
+class Parts(NamedTuple):
+    """How the rows of an array ``(rows, n)`` that is made of several differ: their unit is ``2**-(e + o)``.
+
+    Attributes:
+      owner: int32, ``(rows,)``, of which array every row is.
+      offset: ``o``, int32, ``(rows, 1)``; `LATER` as long as all numbers of its array are zero.
+    """
+
+    owner: Int32[Array, " rows"]
+    offset: Int32[Array, "rows 1"]
+
+
 class Fixed(NamedTuple):
     """Fixed-point numbers of one array, ``2**-e (high + low_1 2**-32 + ...)``.
 
@@ -104,6 +118,7 @@ class Fixed(NamedTuple):
       floor: int64 scalar, the exponent below which it must not fall: that is how far numbers may grow.
       top: int64 scalar, a bound: ``|high| <= top``; kept forwards only.
       rows: int32 scalar, how many bytes of every element are on the tape.
+      parts: of an array that is made of several; else None.
     """
 
     high: Int64[Array, "*leaf"]
@@ -112,6 +127,7 @@ class Fixed(NamedTuple):
     floor: Int64[Array, ""]
     top: Int64[Array, ""]
     rows: Int32[Array, ""]
+    parts: Parts | None = None
 
 
 def with_digits(number: Fixed, digits: Digits) -> Fixed:
@@ -132,10 +148,16 @@ class Buffer(NamedTuple):
     bits: Bits
 
 
-def size(x: Floats) -> Int64[Array, ""]:
-    """The least ``s`` with ``|x| < 2**s``, of all elements; more than 1023 if one is NaN or infinite."""
+def size(x: Floats, by_row: bool = False) -> Int64[Array, "..."]:
+    """The least ``s`` with ``|x| < 2**s``, of all elements; more than 1023 if one is NaN or infinite.
+
+    Args:
+      x: floats of any shape; ``(rows, n)`` if the size of each row is wanted, ``(rows, 1)``.
+      by_row: whether it is.
+    """
     with jax.enable_x64(True):
-        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float64)
+        axis = 1 if by_row else None
+        largest = jnp.max(jnp.abs(x), axis=axis, keepdims=by_row, initial=0).astype(jnp.float64)
         return ((jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) & 2047) - 1022
 
 
@@ -166,6 +188,43 @@ def fitted(
         return jnp.where((top > 0) | (new[0] >= UNSET), new[0], lower), new[1]
 
 
+def with_offsets(parts: Parts, exponents: Exponents, sizes: Int64[Array, "rows 1"], words: int) -> Parts:
+    """Choose the offsets of the parts that are all zero so far, now that numbers are added to them.
+
+    Args:
+      parts: of an array.
+      exponents: its exponent and floor.
+      sizes: of what is added, by row.
+      words: number of its low words.
+
+    Returns:
+      Parts that have an offset keep it.  The others get that with which their numbers have the `headroom`
+      of an array by itself.
+    """
+    with jax.enable_x64(True):
+        exponent, floor = exponents
+        owner, offset = parts
+        largest = jax.ops.segment_max(sizes[:, 0], owner, len(owner), indices_are_sorted=True)
+        size = largest.at[owner].get(mode="promise_in_bounds")[:, None]
+        free = jnp.where(floor < exponent, _headrooms(words, True), _headrooms(words, False))
+        place = (exponent + BIT - 1) >> 40
+        best = jnp.clip(62 - free - size - place, -LARGEST_OFFSET, LARGEST_OFFSET)
+        best = jnp.minimum(best, LARGEST_OFFSET - place).astype(jnp.int32)
+        usable = (offset == LATER) & (size > -1022) & (size <= 1023) & (exponent < UNSET)
+        return Parts(owner, jnp.where(usable, best, offset))
+
+
+def offsets(parts: Parts) -> Int32[Array, "rows 1"]:
+    """The offsets of parts; 0 for those that have none, which are zero."""
+    return jnp.where(parts.offset == LATER, 0, parts.offset)
+
+
+def raised(number: Fixed, power: Float64[Array, ""], sign: int) -> Float64[Array, "..."]:
+    """A power of two, ``2**(sign e)`` of a number, as one for each of its parts."""
+    with jax.enable_x64(True):
+        return power if number.parts is None else power * power_of_two(sign * offsets(number.parts))
+
+
 class Room(NamedTuple):
     """What makes room for a shift, of several arrays.
 
@@ -186,32 +245,33 @@ def _added(exponent: Int64[Array, "..."], size: Int64[Array, "..."]) -> Int64[Ar
     return jnp.where(exponent >= UNSET, 0, jnp.maximum(size + ((exponent + BIT - 1) >> 40), 0))
 
 
-def room_as_is(top: Array, exponent: Array, size: Array) -> tuple[Room, Flags]:
-    """The room for a shift if nothing is dropped, and whether it suffices."""
+def room_as_is(top: Array, exponent: Array, size: Array, largest: Array) -> tuple[Room, Flags]:
+    """The room for a shift if nothing is dropped, and whether it suffices; see `room_made`."""
     with jax.enable_x64(True):
         added = _added(exponent, size)
         after = top + (jnp.int64(1) << jnp.minimum(added, 62))
-        enough = (added < 62) & (after < LIMIT) & ((exponent <= LARGEST_RADIX * BIT) | (exponent >= UNSET))
+        enough = (added < 62) & (after < LIMIT) & ((exponent <= largest) | (exponent >= UNSET))
         return Room(jnp.zeros(top.shape, jnp.int32), after), enough
 
 
-def room_made(top: Array, exponents: Exponents, size: Array, most: int) -> Room:
+def room_made(top: Array, exponents: Exponents, size: Array, largest: Array, most: int) -> Room:
     """The room for a shift if as few bytes are dropped as possible.
 
     Args:
       top: int64, the largest ``|high|`` of each array.
       exponents: exponent and floor of each array.
       size: int64, of what is added.
+      largest: int64, up to where exponents may be.
       most: how many bytes may be dropped.
     """
     with jax.enable_x64(True):
-        top, exponent, floor, size = (
-            jnp.broadcast_to(x, (most + 1, *x.shape)) for x in (top, *exponents, size)
+        top, exponent, floor, size, largest = (
+            jnp.broadcast_to(x, (most + 1, *x.shape)) for x in (top, *exponents, size, largest)
         )
         counts = np.arange(most + 1).reshape(-1, *[1] * (top.ndim - 1))
         k = jnp.broadcast_to(jnp.asarray(counts), top.shape)
         lower = exponent - 8 * BIT * k
-        after, enough = room_as_is((top >> jnp.minimum(8 * k, 63)) + (k > 0), lower, size)
+        after, enough = room_as_is((top >> jnp.minimum(8 * k, 63)) + (k > 0), lower, size, largest)
         enough &= (k == 0) | (lower >= floor)
         drop = jax.lax.argmax(enough, 0, jnp.int32)
         chosen = enough & (k == jnp.broadcast_to(drop, k.shape))
@@ -296,7 +356,13 @@ def _digits(
     return high, tuple(low)
 
 
-def zero(shape: tuple[int, ...], words: int, radix: int | None = None, whole: bool = False) -> Fixed:
+def zero(
+    shape: tuple[int, ...],
+    words: int,
+    radix: int | None = None,
+    whole: bool = False,
+    owner: Int32[np.ndarray, " rows"] | None = None,
+) -> Fixed:
     """Zeros in fixed point.
 
     Args:
@@ -305,12 +371,15 @@ def zero(shape: tuple[int, ...], words: int, radix: int | None = None, whole: bo
       radix: binary digits of ``high`` after the point when no more bytes may be dropped; by default chosen
         when numbers are added.
       whole: whether they may drop bytes to grow; without low words they must, if they are to grow far.
+      owner: of an array ``(rows, n)`` that is made of several, of which every row is.
     """
     with jax.enable_x64(True):
         floor = jnp.int64(UNSET if radix is None else radix * BIT)
         exponent = floor + 8 * BYTES * BIT if whole else floor
         low = (jnp.zeros(shape, jnp.uint32),) * words
-        return Fixed(jnp.zeros(shape, jnp.int64), low, exponent, floor, jnp.int64(0), jnp.int32(0))
+        offset = jnp.full((shape[0], 1), LATER if radix is None else 0, jnp.int32) if shape else None
+        parts = None if owner is None or offset is None else Parts(jnp.asarray(owner), offset)
+        return Fixed(jnp.zeros(shape, jnp.int64), low, exponent, floor, jnp.int64(0), jnp.int32(0), parts)
 
 
 def to_fixed(x: Floats, radix: int, words: int = 1) -> Fixed:
@@ -331,7 +400,7 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
       number: fixed-point numbers of any shape.
       dtype: of the floats that are returned.
     """
-    return float_of(number[:2], power(-number.exponent), dtype)
+    return float_of(number[:2], raised(number, power(-number.exponent), -1), dtype)
 
 
 def float_of(digits: Digits, down: Float64[Array, "..."], dtype: jax.typing.DTypeLike) -> Floats:
@@ -362,7 +431,8 @@ def shift(number: Fixed, amount: Floats) -> Fixed:
     with jax.enable_x64(True):
         most = size(amount)
         exponents = fitted((number.exponent, number.floor), number.top, most, len(number.low))
-        room = room_made(magnitude(number.high), exponents, most, most=0)
+        largest = jnp.int64(LARGEST_RADIX * BIT)
+        room = room_made(magnitude(number.high), exponents, most, largest, most=0)
         new = number._replace(exponent=exponents[0], floor=exponents[1], top=room.top)
         return with_digits(new, plus(number[:2], amount, power(exponents[0])))
 
@@ -399,7 +469,7 @@ def minus(digits: Digits, amount: Floats, up: Float64[Array, "..."]) -> Digits:
         return old_high - high - borrow.astype(jnp.int64), tuple(rests)
 
 
-def coarseness(down: Float64[Array, ""], words: int, amount: Floats, part: float) -> Floats:
+def coarseness(down: Float64[Array, "..."], words: int, amount: Floats, part: float) -> Floats:
     """By how much rounding exceeds the part of an amount that it may take: ``min(|a|, u/2) - part |a|``.
 
     Args:

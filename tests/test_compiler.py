@@ -3,6 +3,7 @@
 Every test looks at both: without the means, too, so that one that is no longer needed is noticed.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_what_is_seldom_wanted_is_computed_only_then() -> None:
         assert (int(compiled(TRUE, x)), int(compiled(~TRUE, x))) == (5000, 7)
     several = jax.vmap(apart, (0, None))(jnp.array([False, True]), x)
     assert several.tolist() == [7, 5000]
+
+
+def test_instructions_are_the_same_for_numbers_that_are_not_known() -> None:
+    starts = [3 * k for k in range(20)]
+
+    def parts(x: Any, starts: Any) -> Any:
+        return [jax.lax.dynamic_slice_in_dim(x, s, 10, allow_negative_indices=False) for s in starts]
+
+    def different(run: Callable[..., Any]) -> int:
+        text = jax.jit(run).lower(A).compile().as_text()
+        bodies = re.findall(r"\n%fused_computation[^\n]*\{\n(.*?)\n\}", text, re.DOTALL)
+        return len({re.sub(r", metadata=.*|%[\w.]+", "", body) for body in bodies})
+
+    known = different(lambda x: parts(x, starts))
+    unknown = different(lambda x: parts(x, compiler.unknown(compiler.always_true(x), starts)))
+    assert known >= len(starts) > 10 > unknown
+    found = jax.jit(lambda x: parts(x, compiler.unknown(compiler.always_true(x), starts)))(A)
+    np.testing.assert_array_equal(found, parts(A, starts))
 
 
 def compiled_in(call: Callable[[], Any]) -> tuple[Any, int]:

@@ -45,8 +45,9 @@ def test_split_undoes_join(shapes: Sequence[tuple[int, ...]]) -> None:
     arrays = [jnp.arange(1.0, np.prod(shape, dtype=int) + 1).reshape(shape) for shape in shapes]
     (row,) = joint.join(arrays)
     (padded,) = joint.padded([row])
+    starts = joint.starts(jnp.asarray(True))
     for whole in (row, padded):
-        for a, b in zip(joint.split([whole]), arrays, strict=True):
+        for a, b in zip(joint.split([whole], starts), arrays, strict=True):
             np.testing.assert_array_equal(a, b)
     leaves = joint.leaves_of_rows(0)
     for i, x in enumerate(arrays):  # every row is of one leaf, whose last element fills it
@@ -187,6 +188,41 @@ def test_gradients_of_all_sizes_in_one_run(segments: int, jit: bool) -> None:
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.max(jnp.abs(b))))
     for a, b in zip(*(jax.tree.leaves(outer(hypers, params, 1.3, run)) for run in (ours, plain))):
         np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_leaves_may_differ_in_size_by_any_factor(segments: int) -> None:
+    """Biases that begin at zero and move by 1e-25 beside weights that move by one."""
+    params, loss = many(lambda i: 10.0 ** (3 * i - 32))
+    params = {k: x * (i % 3 > 0) for i, (k, x) in enumerate(params.items())}
+    steps, momentum = 60, 0.8
+
+    def ours(rates: Any, params: Any) -> Any:
+        hypers, adjoint = {"learning_rate": rates, "momentum": momentum}, hg.Reversible(segments=segments)
+        return hg.train(loss, params, hypers, 1.0, steps=steps, adjoint=adjoint).params
+
+    def plain(rates: Any, params: Any) -> Any:
+        def step(carry: Any, rate: Any) -> Any:
+            w, v = carry
+            g = jax.grad(loss)(w, 1.0, 0)
+            v = jax.tree.map(lambda v, g: momentum * v - (1 - momentum) * g, v, g)
+            return (jax.tree.map(lambda w, v: w + rate * v, w, v), v), None
+
+        return jax.lax.scan(step, (params, jax.tree.map(jnp.zeros_like, params)), rates)[0][0]
+
+    rates = jnp.full(steps, 0.3)
+    ends = [jax.jit(run)(rates, params) for run in (ours, plain)]
+    slopes = [
+        jax.jit(jax.jacrev(lambda r, run=run: {k: jnp.sum(x) for k, x in run(r, params).items()}))(rates)
+        for run in (ours, plain)
+    ]
+    for k, start in params.items():
+        found, expected = (each[k] for each in slopes)
+        np.testing.assert_allclose(
+            found, expected, rtol=1e-3, atol=1e-3 * float(jnp.max(jnp.abs(expected)))
+        )
+        if not start.any():
+            np.testing.assert_allclose(ends[0][k], ends[1][k], rtol=1e-4)
 
 
 def test_padding_changes_no_derivative() -> None:

@@ -32,9 +32,10 @@ from jax import Array
 from jax.extend.core import Literal, Var
 from jaxtyping import Int
 
-from hypergrad._base.compiler import CALLS, noinline, same_bits_everywhere
-from hypergrad._base.trees import Flag, Scalar, Step
-from hypergrad.adjoints.run import Constants, Hypers, Inputs, Run, Snapshot
+from hypergrad._base.compiler import CALLS, noinline, same_bits_everywhere, unknown
+from hypergrad._base.compiler import always_true as known_later
+from hypergrad._base.trees import Flag, Step
+from hypergrad.adjoints.run import Constants, Hypers, Inputs, Run
 from hypergrad.bundles import LARGEST, SMALL
 from hypergrad.program import (
     PARAMS,
@@ -42,11 +43,9 @@ from hypergrad.program import (
     Leaf,
     Move,
     Observed,
-    Record,
     Scale,
     Shift,
     factor_of,
-    step,
     view_of,
 )
 
@@ -102,10 +101,10 @@ class Joint:
     def _sizes(self, joint: int) -> list[int]:
         return [math.prod(self.shapes[i]) for i in self.places[joint]]
 
-    def leaves_of_rows(self, joint: int) -> Int[Array, " rows"]:
+    def leaves_of_rows(self, joint: int) -> Int[np.ndarray, " rows"]:
         """Which leaf every row of a joint leaf is of."""
         rows = [-(-size // ROW) for size in self._sizes(joint)]
-        return jnp.asarray(np.repeat(self.places[joint], rows), jnp.int32)
+        return np.repeat(np.array(self.places[joint], np.int32), rows)
 
     def join(self, arrays: Sequence[Array]) -> list[Array]:
         """Arrays of the leaves as those of the joint leaves, with zeros as padding."""
@@ -136,17 +135,34 @@ class Joint:
         again = jax.lax.stop_gradient(x.ravel()).at[jnp.asarray(last, jnp.int32)]
         return jnp.where(real, x, again.get(mode="promise_in_bounds")[:, None])
 
-    def split(self, arrays: Sequence[Array]) -> list[Array]:
-        """Undo `join`, or `padded`."""
+    def starts(self, always_true: Flag) -> list[Array | None]:
+        """Where every leaf begins in its joint leaf, for `split`; see `hypergrad._base.compiler.unknown`.
+
+        Args:
+          always_true: see `hypergrad._base.compiler`.
+        """
+        places: dict[int, int] = {}
+        for k in range(len(self.places)):
+            start = 0
+            for i, size in zip(self.places[k], self._sizes(k)):
+                places |= {i: start} if self.is_joined(k) else {}
+                start += -(-size // ROW) * ROW
+        found = dict(zip(places, unknown(always_true, list(places.values()))))
+        return [found.get(i) for i in range(len(self.shapes))]
+
+    def split(self, arrays: Sequence[Array], starts: Sequence[Array | None]) -> list[Array]:
+        """Undo `join`, or `padded`; the starts are those of `starts`."""
         result: list[Any] = [None] * len(self.shapes)
         for k, (place, x) in enumerate(zip(self.places, arrays)):
             if len(place) == 1 or not x.size:
                 result = [x if i in place else y for i, y in enumerate(result)]
                 continue
-            flat, start = x.ravel(), 0
+            flat = x.ravel()
             for i, size in zip(place, self._sizes(k)):
-                result[i] = jax.lax.slice(flat, [start], [start + size]).reshape(self.shapes[i])
-                start += -(-size // ROW) * ROW
+                start = starts[i]
+                assert start is not None
+                part = jax.lax.dynamic_slice_in_dim(flat, start, size, allow_negative_indices=False)
+                result[i] = part.reshape(self.shapes[i])
         return result
 
     def join_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -163,13 +179,15 @@ class Joint:
             for k, leaf in enumerate(leaves)
         ]
 
-    def split_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+    def split_leaves(
+        self, leaves: Sequence[Mapping[str, Array]], starts: Sequence[Array | None]
+    ) -> list[Leaf]:
         """`split` for every variable."""
         names = [list(leaves[k]) for k, place in enumerate(self.places) for _ in place]
         result: list[Leaf] = [{} for _ in names]
         for name in dict.fromkeys(name for each in leaves for name in each):
             has = [name in leaf for leaf in leaves]
-            found = self.split([leaf.get(name, jnp.zeros(0)) for leaf in leaves])
+            found = self.split([leaf.get(name, jnp.zeros(0)) for leaf in leaves], starts)
             for k, place in enumerate(self.places):
                 for i in place if has[k] else ():
                     result[i][name] = found[i]
@@ -188,18 +206,22 @@ class Joint:
             )
         return result
 
-    def _hypers_of_all(self, hypers: Sequence[Mapping[str, Any]], scalar: int) -> list[dict[str, Any]]:
+    def _hypers_of_all(
+        self, hypers: Sequence[Mapping[str, Any]], scalar: int, starts: Sequence[Array | None]
+    ) -> list[dict[str, Any]]:
         """Undo `_hypers`.
 
         Args:
           hypers: by joint leaf; at one step, they may be spread over the elements.
           scalar: the dimensions of a scalar: 1 for one at every step.
+          starts: see `split`.
         """
         result: list[dict[str, Any]] = [{} for _ in self.shapes]
         for k, (place, each) in enumerate(zip(self.places, hypers)):
             for name, x in each.items():
                 if self.is_joined(k) and x.ndim == scalar + 2:
-                    parts = self.split([x if j == k else jnp.zeros(0) for j in range(len(self.places))])
+                    alone = [x if j == k else jnp.zeros(0) for j in range(len(self.places))]
+                    parts = self.split(alone, starts)
                     parts = [parts[i] for i in place]
                 elif self.is_joined(k) and x.ndim == scalar + 1:
                     parts = [x[..., j] for j in range(len(place))]
@@ -224,9 +246,14 @@ class Joint:
         self, start: Sequence[Leaf], constants: Constants, inputs: Inputs
     ) -> tuple[list[Leaf], Constants, Inputs]:
         """Undo `together`."""
-        fixed = self._hypers_of_all(constants.hypers, 0)
-        scheduled = self._hypers_of_all(inputs.hypers, 1)
-        return self.split_leaves(start), constants._replace(hypers=fixed), inputs._replace(hypers=scheduled)
+        starts = self.starts(known_later(start, constants, inputs))
+        fixed = self._hypers_of_all(constants.hypers, 0, starts)
+        scheduled = self._hypers_of_all(inputs.hypers, 1, starts)
+        return (
+            self.split_leaves(start, starts),
+            constants._replace(hypers=fixed),
+            inputs._replace(hypers=scheduled),
+        )
 
     # ---- what a run does
 
@@ -253,46 +280,27 @@ class Joint:
             for k, (fixed, scheduled) in enumerate(zip(constants, inputs))
         ]
 
-    def transformed(self, hypers: Hypers, observations: Sequence[Observed]) -> list[Observed]:
+    def transformed(
+        self, hypers: Hypers, observations: Sequence[Observed], starts: Sequence[Array | None]
+    ) -> list[Observed]:
         """`Run.transformed`, from the observations of leaves to those of joint leaves."""
         if self.run.optimizer.transform is not None:
-            constant, scheduled = (self._hypers_of_all(each, 0) for each in hypers)
+            constant, scheduled = (self._hypers_of_all(each, 0, starts) for each in hypers)
             observations = self.run.transformed((constant, scheduled), observations)
         return self.padded_leaves(self.join_leaves(observations))
 
     def observations(
-        self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
+        self,
+        hypers: Hypers,
+        observations: Sequence[Observed],
+        starts: Sequence[Array | None],
+        always_true: Flag,
     ) -> list[Observed]:
         """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
         if self.run.optimizer.transform is None:
-            return self.transformed(hypers, observations)
+            return self.transformed(hypers, observations, starts)
         apart = noinline if self.run.shards is None else same_bits_everywhere
-        return apart(always_true, self.transformed, hypers, list(observations))
-
-    def stepped(
-        self,
-        leaves: Sequence[Leaf],
-        observations: Sequence[Observed],
-        hypers: Hypers,
-        t: Step,
-        kept: Sequence[Record],
-    ) -> list[Leaf]:
-        """The float state of the joint leaves after the moves of one step.
-
-        Args:
-          leaves: the float state before the step, of the joint leaves.
-          observations: the gradient and whatever else is observed, by leaf, not transformed yet.
-          hypers: constant and scheduled hyperparameters of the step, of the joint leaves.
-          t: int32, the step.
-          kept: what `Keep` kept in the step, by joint leaf.
-        """
-        return step(self.moves(*hypers, t), leaves, self.transformed(hypers, observations), kept)
-
-    def snapshot(
-        self, leaves: Sequence[Leaf], loss: Scalar, observations: Sequence[Observed], t: Step
-    ) -> Snapshot:
-        """What ``watch`` sees of a step; the state is that of the joint leaves."""
-        return self.run.snapshot(self.split_leaves(leaves), loss, observations, t)
+        return apart(always_true, self.transformed, hypers, list(observations), starts)
 
 
 def joined(

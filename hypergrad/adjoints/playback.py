@@ -42,6 +42,7 @@ from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run
 from hypergrad.adjoints.starts import Start
 from hypergrad.adjoints.tapes import Taped
 from hypergrad.program import PARAMS, Leaf, Observed, Record
+from hypergrad.program import step as step_in_floats
 
 
 class Flags(NamedTuple):
@@ -165,6 +166,7 @@ class Player:
       constants: what is the same at every step.
       inputs: what differs from step to step.
       always_true: see `hypergrad._base.compiler`.
+      starts: of the user's leaves in the joint ones; see `Joint.starts`.
       shard: the mesh axis over which the state is divided, or None.
     """
 
@@ -177,6 +179,7 @@ class Player:
     constants: Constants
     inputs: Inputs
     always_true: Flag
+    starts: list[Array | None]
     shard: str | None = None
 
     @property
@@ -251,7 +254,8 @@ class Player:
         x, at = self._moment(t)
         # g = ∇L(w): evaluate the gradient.
         loss, evaluated = self._gradient(leaves, x, at)
-        observations = self.joint.observations((at.fixed, at.scheduled), evaluated, at.always_true)
+        hypers = (at.fixed, at.scheduled)
+        observations = self.joint.observations(hypers, evaluated, self.starts, at.always_true)
         guarded = is_guarded(t)
         # v <- γ v - (1 - γ) g and w <- w + α v: update velocity and position.
         now = integers.step(at, leaves, tapes, observations, guarded)
@@ -261,8 +265,8 @@ class Player:
         at_step = jnp.concatenate([x.step[None], wrong])
         failed = jnp.where((failed[0] < 0) & (wrong[0] > 0), at_step, failed)
 
-        floats = integers.floats(at.always_true, leaves)
-        snapshot = self.joint.snapshot(floats, loss, evaluated, x.step)
+        users = self.joint.split_leaves(integers.floats(at.always_true, leaves), self.starts)
+        snapshot = run.snapshot(users, loss, evaluated, x.step)
         outputs = Outputs(loss, run.watched(snapshot, constants))
         guards = weighed(guards, now, (x.step, guarded), run.steps)
         leaves, tapes = divided(self.shard, (now.leaves, now.tapes))
@@ -285,7 +289,7 @@ class Player:
     def _params(self, leaves: list[ExactLeaf], at: Moment) -> list[Array]:
         """The parameters, by the user's leaves."""
         params = [leaf[PARAMS] for leaf in self.integers.floats(at.always_true, leaves, PARAMS)]
-        return whole(self.shard, self.joint.split(params))
+        return whole(self.shard, self.joint.split(params, self.starts))
 
     def _linearized(self, leaves: list[ExactLeaf], x: Inputs, at: Moment) -> Linearized | InParts:
         theta = (self.constants.loss, x.batch)
@@ -336,7 +340,8 @@ class Player:
         # g = ∇L(w): the gradient at the recovered weights.
         linearized = self._linearized(leaves, x, at)
         _, evaluated, _ = linearized.primal
-        observations = self.joint.observations((at.fixed, at.scheduled), evaluated, at.always_true)
+        hypers = (at.fixed, at.scheduled)
+        observations = self.joint.observations(hypers, evaluated, self.starts, at.always_true)
         # v <- [v + (1 - γ) g] / γ: undo the velocity update.
         leaves = integers.unstep(at, leaves, tapes, observations, records, noted.drops)
 
@@ -365,7 +370,8 @@ class Player:
             if not self.joint.is_joined(k):
                 return jnp.any(jnp.concatenate(rows)), jnp.int32(self.joint.places[k][0])
             found = jnp.any(jnp.stack(rows[1:]), axis=0)
-            return jnp.any(found), self.joint.leaves_of_rows(k)[jax.lax.argmax(found, 0, jnp.int32)]
+            owners = jnp.asarray(self.joint.leaves_of_rows(k))
+            return jnp.any(found), owners[jax.lax.argmax(found, 0, jnp.int32)]
 
         def first(cotangents: list[Leaf]) -> Int[Array, "2"]:
             flags, places = (jnp.stack(x) for x in zip(*(wrong(*each) for each in enumerate(cotangents))))
@@ -408,21 +414,31 @@ class _InFloats(NamedTuple):
           Cotangents of the state before the step; of the wanted constants; and of the wanted inputs: of the
           batch, and of scheduled hyperparameters.
         """
-        player, constants = self.player, self.player.constants
+        player, joint, constants = self.player, self.player.joint, self.player.constants
         flags, watches = player.flags, along_watched is not None
         loss, evaluated, _ = self.linearized.primal
         hypers, merge = split(flags.hypers, (self.at.fixed, self.at.scheduled))
         watching, merge_watch = split(flags.constants.watch, constants.watch)
         spread = [jnp.broadcast_to(h, shape) for h, shape in zip(hypers, self.spread_shapes(floats))]
 
+        # What the loss gave by the user's leaves is joined before the step, if nobody else looks at it.
+        early = player.run.optimizer.transform is None and not watches
+        if early:
+            evaluated = joint.transformed((self.at.fixed, self.at.scheduled), evaluated, player.starts)
+
         # The step as a function of everything except the arguments of the loss.
         def step(
             floats: list[Leaf], loss: Scalar, evaluated: list[Observed], spread: list[Array], watch: Any
         ) -> Any:
-            new = player.joint.stepped(floats, evaluated, merge(spread), self.x.step, self.kept)
+            hypers = merge(spread)
+            observed = evaluated if early else joint.transformed(hypers, evaluated, player.starts)
+            new = step_in_floats(
+                joint.moves(hypers[0], hypers[1], self.x.step), floats, observed, self.kept
+            )
             if not watches:
                 return new, None
-            snapshot = player.joint.snapshot(floats, loss, evaluated, self.x.step)
+            users = joint.split_leaves(floats, player.starts)
+            snapshot = player.run.snapshot(users, loss, evaluated, self.x.step)
             watched = player.run.watched(snapshot, constants._replace(watch=merge_watch(watch)))
             return new, inexact_leaves(watched)
 
@@ -444,10 +460,12 @@ class _InFloats(NamedTuple):
             before, of_loss, direction, of_hypers, of_watch = same_bits_everywhere(
                 self.at.always_true, pulled, *given
             )
+        if early:
+            direction = joint.split_leaves(direction, player.starts)
         of_losses = [*(along_loss or []), *([of_loss] if watches else [])]
         # dw <- dw - (1 - γ) dv ∇w∇w L;  dθ <- dθ - (1 - γ) dv ∇θ∇w L: Hessian-vector products.
         products = self.linearized.transposed(sum(of_losses) if of_losses else None, direction)
-        for leaf, product in zip(before, player.joint.join(products.params)):
+        for leaf, product in zip(before, joint.join(products.params)):
             leaf[PARAMS] += product
         first_batch = sum(jax.tree.leaves(flags.constants.loss))
         first_scheduled = sum(jax.tree.leaves(flags.constants.hypers))

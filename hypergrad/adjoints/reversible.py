@@ -354,8 +354,8 @@ class _Playback(NamedTuple):
         variables = [PARAMS, *run.program.variables]
         whole = [held_whole(leaf) for leaf in taped]
         integers = Exact(joint.moves, variables, dtypes, whole, run.x64, run.shards is not None)
-        several = [joint.is_joined(k) for k in range(len(taped))]
-        beginning = Start(run.program, dict(settings.radix), taped, several)
+        owners = [joint.leaves_of_rows(k) if joint.is_joined(k) else None for k in range(len(taped))]
+        beginning = Start(run.program, dict(settings.radix), taped, owners)
         return _Playback(
             joint,
             integers,
@@ -373,7 +373,8 @@ class _Playback(NamedTuple):
         if self.run.shards is not None:  # programs for one device and for many are optimized differently
             arrays = hidden(arrays)
         static = (self.joint, self.integers, self.beginning, flags, self.lengths)
-        return Player(*static, *arrays, always_true(*arrays), self.settings.shard)
+        known_later = always_true(*arrays)
+        return Player(*static, *arrays, known_later, self.joint.starts(known_later), self.settings.shard)
 
     def refuse(self, result: PyTree, health: Health) -> PyTree:
         """Pass the result on, or raise a `ReversalError` if the run failed."""
@@ -420,7 +421,8 @@ class _Playback(NamedTuple):
         with jax.enable_x64(True):
             recorded, outputs, needed = self.strategy.forwards(player)
             now = recorded.last.now
-            end = self.joint.split_leaves(self.integers.floats(player.always_true, now.leaves))
+            floats = self.integers.floats(player.always_true, now.leaves)
+            end = self.joint.split_leaves(floats, player.starts)
             state = packed(now.leaves, now.guards)
         health = Health(now.failed, needed, jnp.asarray(True), unbroken(jnp.asarray(True)))
         last = recorded.last._replace(now=now._replace(guards=[]), outputs=Outputs(None, None))

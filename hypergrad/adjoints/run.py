@@ -16,11 +16,10 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad._base.compiler import noinline, same_bits_everywhere
 from hypergrad._base.tracing import (
     Converted,
 )
-from hypergrad._base.trees import Flag, PyTree, Scalar, Step
+from hypergrad._base.trees import PyTree, Scalar, Step
 from hypergrad._base.varying import axes_of, settled
 from hypergrad.adjoints.shards import Shards
 from hypergrad.program import (
@@ -33,9 +32,7 @@ from hypergrad.program import (
     Move,
     Observed,
     Optimizer,
-    Record,
     StepContext,
-    step,
 )
 
 
@@ -190,15 +187,6 @@ class Run:
             gradient = self.optimizer.transform(given, gradients(observations))
         return [{**each, "gradient": g} for each, g in zip(observations, gradient)]
 
-    def observations(
-        self, hypers: Hypers, observations: Sequence[Observed], always_true: Flag
-    ) -> list[Observed]:
-        """`transformed`, with the same bits in both directions (see `hypergrad._base.compiler`)."""
-        if self.optimizer.transform is None:
-            return list(observations)
-        apart = noinline if self.shards is None else same_bits_everywhere
-        return apart(always_true, self.transformed, hypers, list(observations))
-
     def loss_at(self, params: Sequence[Array], loss_constants: list[Array], batch: list[Array]) -> Scalar:
         """The inner loss at flat parameters: a mean over parts, or over examples if those are looked at."""
         if self.shards is not None:
@@ -309,26 +297,6 @@ class Run:
             return new
 
         return settled(step, start)
-
-    def stepped(
-        self,
-        leaves: Sequence[Leaf],
-        observations: Sequence[Observed],
-        hypers: Hypers,
-        t: Step,
-        kept: Sequence[Record] | None = None,
-    ) -> list[Leaf]:
-        """The float state after the moves of one step.
-
-        Args:
-          leaves: the float state before the step.
-          observations: the gradient and whatever else is observed, by leaf, not transformed yet.
-          hypers: constant and scheduled hyperparameters of the step.
-          t: int32, the step.
-          kept: what `Keep` kept in the step, by leaf, if it is known.
-        """
-        observations = self.transformed(hypers, observations)
-        return step(self.moves(*hypers, t), leaves, observations, kept)
 
     def loss_of(self, constants: Constants, inputs: Inputs, params: PyTree) -> Scalar:
         """The inner loss of a step as a function of the parameters."""

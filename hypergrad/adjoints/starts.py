@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hypergrad import bundles, exact
@@ -25,13 +26,13 @@ class Start:
       program: the optimizer.
       radix: as set by the user, by variable.
       taped: what is taped of every leaf.
-      joined: whether each is made of several of the user's leaves, whose numbers may differ much in size.
+      owners: of each that is made of several of the user's leaves, of which every row is; else None.
     """
 
     program: Optimizer
     radix: Mapping[str, int]
     taped: Sequence[Sequence[Taped]]
-    joined: Sequence[bool]
+    owners: Sequence[np.ndarray | None]
 
     def goes_on(self, start: list[Leaf], earlier: PyTree) -> bool:
         """Whether an earlier run, if there is one, was one of such arrays, variables and tapes.
@@ -106,7 +107,11 @@ class Start:
         """Variables of leaves as integers."""
         zeros = [
             exact.zero(
-                x.shape, self.words_of(i, name), self.radix.get(name), name in held_whole(self.taped[i])
+                x.shape,
+                self.words_of(i, name),
+                self.radix.get(name),
+                name in held_whole(self.taped[i]),
+                self.owners[i] if x.size else None,
             )
             for (name, i), x in zip(places, given)
         ]
@@ -115,11 +120,11 @@ class Start:
     def words_of(self, leaf: int, name: str) -> int:
         """Number of low words of a variable of a leaf: one more where it drops no bytes, or is joined."""
         whole = name in held_whole(self.taped[leaf])
-        return self.program.words_of(name) + (not whole) + self.joined[leaf]
+        return self.program.words_of(name) + (not whole) + (self.owners[leaf] is not None)
 
     def growth_of(self, leaf: int, name: str) -> int:
         """How far a variable may outgrow its first numbers, in binary digits."""
-        return exact.GROWTH[min(1, self.program.words_of(name) + self.joined[leaf])]
+        return exact.GROWTH[min(1, self.program.words_of(name) + (self.owners[leaf] is not None))]
 
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
