@@ -10,6 +10,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import nets
+from hypergrad._base.work import operations
 from hypergrad.training.planner import Estimate, fastest
 
 SIZES = (60, 40, 10)
@@ -80,6 +81,32 @@ def test_predicts_what_the_compiled_programs_take_and_chooses_by_it() -> None:
         return trained.losses[-1]
 
     assert jnp.isfinite(jax.jit(jax.grad(outer))(0.895))
+
+
+def test_small_batches_and_adam_take_longer() -> None:
+    def times(rows: int, optimizer: Any) -> dict[str, float]:
+        loss = lambda w, x, step: jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
+        given: Any = {"params": jnp.ones((30, 20)), "meta": jnp.ones((rows, 30)), "steps": 10}
+        made = hg.plan(loss, hypers={"learning_rate": 0.1}, optimizer=optimizer, budget=1e12, **given)
+        return {type(e.adjoint).__name__: e.time for e in made.estimates}
+
+    large, small, adam = times(512, hg.momentum()), times(64, hg.momentum()), times(64, hg.adam())
+    assert set(large) == {"Stored", "Reversible", "Checkpointed"}
+    for name in ("Reversible", "Checkpointed"):
+        assert large[name] < small[name] < adam[name], name
+    assert large["Stored"] < small["Stored"] <= adam["Stored"]  # up to what was measured
+
+
+def test_operations_of_a_function() -> None:
+    x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=numbers)  # noqa: E731
+    assert operations(jax.make_jaxpr(conv)(x, kernel)) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+    loop = lambda x: jax.lax.fori_loop(0, 7, lambda _, x: x + x, x)  # noqa: E731
+    # Of each turn, the count too is counted.
+    assert operations(jax.make_jaxpr(loop)(x)) == pytest.approx(7 * x.size, rel=0.02)
+    either = lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ x, lambda x: x.sum(), x)  # noqa: E731
+    assert operations(jax.make_jaxpr(either)(jnp.ones(1000))) == pytest.approx(2000, rel=0.01)
 
 
 def test_leaves_out_reversal_where_it_is_impossible() -> None:

@@ -12,19 +12,22 @@ symbol   meaning
 ``s``    bytes of the state in floats
 ``k``    bytes of the state in integers, with its buffers; see `hypergrad.Reversible.state_bytes`
 ``b``    bytes that one step sends to the information buffers
+``f``    thousands of operations that a gradient takes
 =======  ==========================================================================================
 
-===========================  ==================  =====================================
-adjoint                      memory              time, in plain trainings
-===========================  ==================  =====================================
-``Stored()``                 ``w + T m``         3.9: forwards, products
-``Reversible()``             ``w + T b``         4.4: that and the integer arithmetic
-``Checkpointed(S)``          ``w + S s + L m``   4.5: forwards twice, products
-``Reversible(segments=S)``   ``w + S k + L b``   5.9: forwards twice, backwards
-===========================  ==================  =====================================
+===========================  ==================  ==================  ==================================
+adjoint                      memory              time, in trainings  what for
+===========================  ==================  ==================  ==================================
+``Stored()``                 ``w + T m``         2.6 + 0.024 m / f   forwards, products
+``Reversible()``             ``w + T b``         3.75 + 0.045 s / f  that and the integer arithmetic
+``Checkpointed(S)``          ``w + S s + L m``   3.65 + 0.025 s / f  forwards twice, products
+``Reversible(segments=S)``   ``w + S k + L b``   4.9 + 0.06 s / f    forwards twice, backwards
+===========================  ==================  ==================  ==================================
 
-The times are those of perceptrons on a processor (``benchmarks/time.py``).  Measured ones are within a
-quarter of these, except with Adam, where parameters are many and batches small: up to half as much again.
+So a hypergradient takes longer, in plain trainings, where there is more to keep beside what there is to
+compute: with small batches, and with Adam.  The constants are fitted to perceptrons, a transformer and a
+ConvNet on a processor, all of whose times are within a quarter of these (``benchmarks/time.py``); beyond
+the densities measured there, the time stays what it is at their end.
 """
 
 import contextlib
@@ -41,7 +44,8 @@ from jax import Array
 from hypergrad._base.checks import checked_steps
 from hypergrad._base.errors import ReversalError
 from hypergrad._base.notebook import short_traceback
-from hypergrad._base.trees import PyTree, split
+from hypergrad._base.trees import PyTree
+from hypergrad._base.work import operations
 from hypergrad.adjoints.joint import joined
 from hypergrad.adjoints.reversible import Reversible
 from hypergrad.adjoints.run import Constants, Inputs, Outputs, Run, Solution
@@ -52,7 +56,27 @@ from hypergrad.training.arguments import checked_call
 from hypergrad.training.inner_loop import train
 from hypergrad.training.problem import Problem, refuse_beside
 
-TIMES = {"Stored": 3.9, "Reversible": 4.4, "Checkpointed": 4.5, "Reversible in segments": 5.9}
+
+class Cost(NamedTuple):
+    """The time of an adjoint, in plain trainings: ``fixed + by_density`` times bytes per 1000 operations.
+
+    Attributes:
+      fixed: of what takes as long as gradients do.
+      by_density: of what takes as long as memory is read and written.
+      densest: the most bytes per 1000 operations that were measured.
+    """
+
+    fixed: float
+    by_density: float
+    densest: float
+
+
+COSTS = {
+    "Stored": Cost(2.6, 0.024, 190.0),
+    "Reversible": Cost(3.75, 0.045, 45.0),
+    "Checkpointed": Cost(3.65, 0.025, 45.0),
+    "Reversible in segments": Cost(4.9, 0.06, 45.0),
+}
 SHORT = 4  # steps of the runs that are measured
 SPARE = 1.1  # room in the buffers for factors that change while they are learned
 
@@ -236,7 +260,20 @@ class _Sizes:
         best = min(choices, key=lambda adjoint: self.grows(adjoint, steps))
         few = make(2) if short > 1 else make(1)
         workspace = self.measured(few, short) - self.grows(few, short)
-        return Estimate(best, workspace + self.grows(best, steps), TIMES[name])
+        return Estimate(best, workspace + self.grows(best, steps), self.time(name))
+
+    def time(self, name: str) -> float:
+        """The time that an adjoint takes, in plain trainings."""
+        cost, moved = COSTS[name], self.kept if name == "Stored" else self.state
+        return cost.fixed + cost.by_density * min(moved / self.operations, cost.densest)
+
+    @functools.cached_property
+    def operations(self) -> float:
+        """Thousands of operations that a gradient takes."""
+        start, constants, inputs = self.arrays
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs.batch)
+        params = self.run.params_of(start)
+        return operations(jax.make_jaxpr(self.run.plain_gradient)(params, constants.loss, batch)) / 1000
 
 
 def fastest(estimates: Sequence[Estimate], budget: float) -> Adjoint:
@@ -266,6 +303,12 @@ def _divisions(steps: int) -> list[int]:
     return sorted({max(1, round(steps ** (k / count))) for k in range(count + 1)} - {1} or {1})
 
 
+def _shared(function: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    """A function of every array of a tree, called once for one that is there several times."""
+    found: dict[int, Array] = {}
+    return jax.tree.map(lambda x: found.setdefault(id(x), function(x)), tree)
+
+
 def _temporary(
     adjoint: Adjoint, run: Run, arrays: tuple[list[Leaf], Constants, Inputs], wrt: tuple[str, ...]
 ) -> int:
@@ -275,6 +318,7 @@ def _temporary(
     def floats(part: str, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: part in wrt and jnp.issubdtype(x.dtype, jnp.floating), tree)
 
+    inputs = _shared(lambda x: x[: run.steps], inputs)
     captured, meta = constants.loss[: run.captured], constants.loss[run.captured :]
     flags = (
         floats("params", start),
@@ -286,18 +330,21 @@ def _temporary(
         Inputs(floats("batches", inputs.batch), floats("hypers", inputs.hypers), floats("", inputs.step)),
     )
 
-    def hypergradient(start: list[Leaf], constants: Constants, inputs: Inputs) -> Any:
-        wanted, merge = split(flags, (start, constants, inputs))
+    leaves: list[Any]
+    structure: Any
+    leaves, structure = jax.tree.flatten((start, constants, inputs))
+    wanted = {id(x) for x, flag in zip(leaves, jax.tree.leaves(flags)) if flag}
+    # An array that several leaves share is one array here too, and has one cotangent.
+    different = {id(x): x for x in leaves}
 
-        def outer(wanted: list[Array]) -> Array:
-            end, _ = adjoint(run, *merge(wanted))
+    def hypergradient(arrays: dict[int, Array]) -> Any:
+        def outer(changed: dict[int, Array]) -> Array:
+            now = {**arrays, **changed}
+            end, _ = adjoint(run, *structure.unflatten([now[id(x)] for x in leaves]))
             return sum((jnp.sum(x) for x in run.params_of(end)), start=jnp.zeros(()))
 
-        return jax.grad(outer)(wanted)
+        return jax.grad(outer)({key: x for key, x in arrays.items() if key in wanted})
 
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        (start, constants, jax.tree.map(lambda x: x[: run.steps], inputs)),
-    )
+    shapes = ({key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in different.items()},)
     figures: Any = jax.jit(hypergradient).lower(*shapes).compile().memory_analysis()
     return figures.temp_size_in_bytes
