@@ -399,7 +399,9 @@ def coarseness(
         return seldom(wanted, lost, nothing, [*amounts], down)
 
 
-def matters(coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int) -> Array:
+def matters(
+    coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, steps: int
+) -> tuple[Array, Array]:
     """Whether the shifts of each array were too coarse, in sum, for the size of its numbers.
 
     They were not if ``2**-30`` of the number at every step would be as much: then the loss is negligible.
@@ -411,12 +413,17 @@ def matters(coarse: Sequence[Array], numbers: Sequence[Fixed], part: float, step
       steps: of the run.
 
     Returns:
-      bool, one for each array.
+      bool, one for each array; and int32, of which part the first such row is, -1 if there are no parts.
     """
     with jax.enable_x64(True):
         sizes = [_by_row(jnp.abs(exact.to_float(x, jnp.float64))) for x in numbers]
-        found = [jnp.any(c > part * NEGLIGIBLE * steps * size) for c, size in zip(coarse, sizes)]
-        return jnp.stack(found)
+        found = [c > part * NEGLIGIBLE * steps * size for c, size in zip(coarse, sizes)]
+        owners = []
+        for flags, x in zip(found, numbers):
+            row = jax.lax.argmax(flags, 0, jnp.int32) if flags.size else jnp.int32(0)
+            sums = max(1, flags.size)
+            owners.append(jnp.int32(-1) if x.parts is None else x.parts.owner[row * len(x.high) // sums])
+        return jnp.stack([jnp.any(flags) for flags in found]), jnp.stack(owners)
 
 
 def _by_row(x: Array) -> Array:

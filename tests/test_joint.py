@@ -347,6 +347,14 @@ def test_hyperparameters_may_be_shared_otherwise_in_a_run_that_goes_on() -> None
         both(0.1, {"momentum": 0.9}, {"momentum": by_leaf(0.9)})
 
 
+def test_what_rounding_takes_is_named_by_the_users_leaf() -> None:
+    size = jnp.array([1.0] * 39 + [1e-25])
+    loss = lambda w, meta, step: bowl(w["a"], 0, 0) + jnp.sum(size * w["b"]) + jnp.sum(w["c"])  # noqa: E731
+    params = {"a": jnp.ones(33), "b": jnp.zeros(40), "c": jnp.ones(2)}
+    with pytest.raises(hg.ReversalError, match=r"a row of .*params\['b'\]: .* a leaf of their own"):
+        hg.train(loss, params, {"learning_rate": 0.1}, steps=5)
+
+
 # ---- what it is for
 
 

@@ -31,7 +31,7 @@ class Health(NamedTuple):
 
     Attributes:
       failed: ``(3,)``, int32: the first step that failed or -1, why (an index into `Exact.troubles`), and
-        in which leaf.
+        in which leaf; of the user's, if rounding took too much.
       needed: length of tape that was needed, in rows or bytes, for everything that is taped.
       recovered: whether the start was recovered.
       broken: ``(2,)``, int32: the last step whose derivatives were NaN or infinite, or a `Broken`; and in
@@ -136,11 +136,11 @@ class Failures:
                 f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < "
                 "2**(62 - r) all along"
             )
-        own = "a leaf" if self.names[leaf] in self.users else "hyperparameters (a tree like params)"
+        whose = f"{name!r} of {self.users[leaf]}" if name != PARAMS else self.users[leaf]
         return (
-            f"rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of "
-            f"{self.whose(name, leaf)}: next to the largest numbers there, those are too small for exact "
-            f"arithmetic. Give them {own} of their own, or pass adjoint=Checkpointed(), or {advice}"
+            f"rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
+            "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
+            f"leaf of their own, or pass adjoint=Checkpointed(), or {advice}"
         )
 
     def too_large(self, name: str, leaf: int) -> str:

@@ -20,10 +20,12 @@ class Guard(NamedTuple):
     Attributes:
       total: by row, the sum of `exact.coarseness` over the guarded steps.
       since: the first step at which they were too coarse; -1 for none.
+      owner: int32, in which of the user's leaves, if the leaf is made of several; else -1.
     """
 
     total: Float[Array, " rows"]
     since: Step
+    owner: Int[Array, ""]
 
 
 Guards = list[dict[str, Guard]]  # by leaf and variable
@@ -59,15 +61,17 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
     since = jnp.stack([guards[i][name].since for i, name in places])
     doubted = jnp.stack([jnp.any(total > 0) for total in totals])
 
-    def judged(totals: list[Array], numbers: list[exact.Fixed]) -> Array:
+    def judged(totals: list[Array], numbers: list[exact.Fixed]) -> tuple[Array, Array]:
         return bundles.matters(totals, numbers, LARGEST_LOSS, steps)
 
     numbers = [now.leaves[i].numbers[name] for i, name in places]
     wanted = guarded & jnp.any(doubted & (since < 0))
-    found = seldom(wanted, judged, jnp.zeros(len(places), bool), totals, numbers)
-    since = jnp.where((since < 0) & found, step, since)
+    owner = jnp.stack([guards[i][name].owner for i, name in places])
+    found, where = seldom(wanted, judged, (jnp.zeros(len(places), bool), owner), totals, numbers)
+    first = (since < 0) & found
+    since, owner = jnp.where(first, step, since), jnp.where(first, where, owner)
     for k, (i, name) in enumerate(places):
-        new[i][name] = Guard(totals[k], since[k])
+        new[i][name] = Guard(totals[k], since[k], owner[k])
     return new
 
 
@@ -76,18 +80,22 @@ def no_failure() -> Int[Array, "3"]:
     return jnp.array([-1, 0, 0], jnp.int32)
 
 
-def failed_by_rounding(failed: Int[Array, "3"], guards: Guards, integers: Exact) -> Int[Array, "3"]:
+def failed_by_rounding(
+    failed: Int[Array, "3"], guards: Guards, integers: Exact, firsts: Sequence[int]
+) -> Int[Array, "3"]:
     """The first failure of a run, including rounding that took too much.
 
     Args:
       failed: the first failure of another kind; see `Health.failed`.
       guards: at the end of the run.
       integers: the exact arithmetic of the run.
+      firsts: of every leaf, the first of the user's leaves of which it is made.
     """
     for i, leaf in enumerate(guards):
         for name, guard in leaf.items():
             trouble = integers.troubles().index(("rounding", name))
-            found = jnp.stack([guard.since, jnp.int32(trouble), jnp.int32(i)])
+            owner = jnp.where(guard.owner < 0, firsts[i], guard.owner)
+            found = jnp.stack([guard.since, jnp.int32(trouble), owner])
             failed = jnp.where((failed[0] < 0) & (guard.since >= 0), found, failed)
     return failed
 

@@ -71,7 +71,8 @@ def _begun(player: Player) -> Forwards:
 def _ended(player: Player, played: Played) -> Played:
     """A run that was played forwards, with rounding among its failures."""
     now = played.now
-    failed = failed_by_rounding(now.failed, now.guards, player.integers)
+    firsts = [place[0] for place in player.joint.places]
+    failed = failed_by_rounding(now.failed, now.guards, player.integers, firsts)
     return played._replace(now=now._replace(failed=failed))
 
 

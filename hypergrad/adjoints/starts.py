@@ -89,7 +89,7 @@ class Start:
                 number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
                 coarse = jnp.where(known, totals[i][name], coarse)
             numbers[i][name] = number
-            guards[i][name] = Guard(coarse, jnp.int32(-1))
+            guards[i][name] = Guard(coarse, jnp.int32(-1), jnp.int32(-1))
         return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
