@@ -44,7 +44,7 @@ def test_split_undoes_join(shapes: Sequence[tuple[int, ...]]) -> None:
     joint: Any = Joint(None, (tuple(range(len(shapes))),), tuple(shapes))  # type: ignore[arg-type]
     arrays = [jnp.arange(1.0, np.prod(shape, dtype=int) + 1).reshape(shape) for shape in shapes]
     (row,) = joint.join(arrays)
-    (padded,) = joint.padded([row])
+    padded = joint.padded_leaves([{"params": row}])[0]["params"]
     starts = joint.starts(jnp.asarray(True))
     for whole in (row, padded):
         for a, b in zip(joint.split([whole], starts), arrays, strict=True):
@@ -112,6 +112,7 @@ def custom(amount: Callable[[Any, Any], Any]) -> Optimizer:
         (lambda h, s: s.gradient - jnp.mean(s.gradient), ((0,), (1,), (2,), (3,))),
         (lambda h, s: jnp.cumsum(s.gradient.ravel()).reshape(s.gradient.shape), ((0,), (1,), (2,), (3,))),
         (lambda h, s: s.gradient * s.gradient.size, ((0,), (1,), (2,), (3,))),
+        (lambda h, s: s.gradient * s.gradient.shape[0], ((0,), (1,), (2,), (3,))),
         # What is done to matrices differs from what is done to vectors, which joined would be matrices.
         (lambda h, s: s.gradient * (2 if s.gradient.ndim > 1 else 1), ((0, 1), (2,), (3,))),
         (lambda h, s: s.gradient + jnp.ones_like(s.gradient).at[0].set(2), ((0,), (1,), (2,), (3,))),
@@ -120,6 +121,20 @@ def custom(amount: Callable[[Any, Any], Any]) -> Optimizer:
 def test_what_looks_at_more_than_one_element_is_not_joined(amount: Any, expected: Any) -> None:
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4)), "c": jnp.ones(5), "d": jnp.ones(6)}
     assert places_of(params, {"learning_rate": 0.1}, custom(amount)) == expected
+
+
+def test_leaves_that_look_like_joint_ones_are_no_exception() -> None:
+    """Of two rows with 32 elements, as the moves are tried out."""
+    params = {k: jnp.ones((2, ROW)) for k in "abc"}
+    by_rows = custom(lambda h, s: s.gradient * len(s.gradient))
+    assert places_of(params, {"learning_rate": 0.1}, by_rows) == ((0,), (1,), (2,))
+
+
+def test_numbers_in_the_moves_of_leaves_tell_them_apart() -> None:
+    """Also those that live no longer than the moves."""
+    params = {"a": jnp.ones(4), "b": jnp.ones(5), "c": jnp.ones(6), "d": jnp.ones(7)}
+    optimizer = custom(lambda h, s: s.gradient * jnp.asarray(0.5 if s.gradient.size % 2 else 2.0))
+    assert len(places_of(params, {"learning_rate": 0.1}, optimizer)) > 1
 
 
 # ---- against JAX's own derivatives

@@ -5,15 +5,9 @@ directions of a run.  Most leaves are small, and most optimizers move every elem
 are laid end to end before the first step and taken apart only where the loss looks at them.  "Leaf" means
 one of the user's in what follows, and "joint leaf" one on which the moves act.
 
-=========  ==============  ===========================================================================
-symbol     name            meaning
-=========  ==============  ===========================================================================
-``R``      rows            of a joint leaf, ``(R, 32)``; every leaf begins with a new row
-``P``      padding         the rest of the last row of a leaf: its last element again, so that what is
-                           computed for it is not NaN unless it is for a real one
-=========  ==============  ===========================================================================
-
-Cotangents of padding are zero.
+A joint leaf has the shape ``(rows, 32)``, and every leaf begins with a new row.  What is left of its last
+row is padding: its last element again, so that nothing that is computed there is NaN unless it is for a
+real one.  Cotangents of padding are zero.
 """
 
 import itertools
@@ -49,7 +43,7 @@ from hypergrad.program import (
     view_of,
 )
 
-ROW = 32  # elements; one leaf has them, so that rounding is judged for every leaf (see `hypergrad.bundles`)
+ROW = 32  # elements, all of one leaf: sums over rows, which judge rounding, are not of several leaves
 
 # What computes every element of its result from the same element of its operands.
 BY_ELEMENT = {
@@ -118,10 +112,6 @@ class Joint:
             parts += [x.ravel(), jnp.zeros(-x.size % ROW, x.dtype)]
         return jnp.concatenate([x for x in parts if x.size]).reshape(-1, ROW)
 
-    def padded(self, arrays: Sequence[Array]) -> list[Array]:
-        """Joint arrays with the last element of every leaf as its padding."""
-        return [self._padded(k, x) if self.is_joined(k) else x for k, x in enumerate(arrays)]
-
     def _padded(self, joint: int, x: Array) -> Array:
         sizes = self._sizes(joint)
         if not x.size or not any(size % ROW for size in sizes):
@@ -151,7 +141,7 @@ class Joint:
         return [found.get(i) for i in range(len(self.shapes))]
 
     def split(self, arrays: Sequence[Array], starts: Sequence[Array | None]) -> list[Array]:
-        """Undo `join`, or `padded`; the starts are those of `starts`."""
+        """Undo `join`, whatever the padding; the starts are those of `starts`."""
         result: list[Any] = [None] * len(self.shapes)
         for k, (place, x) in enumerate(zip(self.places, arrays)):
             if len(place) == 1 or not x.size:
@@ -173,7 +163,7 @@ class Joint:
         ]
 
     def padded_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
-        """`padded` for every variable."""
+        """Joint leaves with the last element of every leaf as its padding, instead of zeros."""
         return [
             {name: self._padded(k, x) if self.is_joined(k) else x for name, x in leaf.items()}
             for k, leaf in enumerate(leaves)
@@ -327,7 +317,8 @@ def joined(
     possible = possible and program.observe is None
     kinds: list[Hashable] = list(range(len(start)))
     if possible:
-        found = [_kind(run, i, leaf, constants, inputs) for i, leaf in enumerate(start)]
+        kind_of = partial(_kind, run, {})
+        found = [kind_of(i, *each) for i, each in enumerate(zip(start, constants.hypers, inputs.hypers))]
         kinds = [i if kind is None else kind for i, kind in enumerate(found)]
     groups: dict[Hashable, list[list[int]]] = {}
     for i, (kind, shape) in enumerate(zip(kinds, shapes)):
@@ -339,9 +330,24 @@ def joined(
     return Joint(run, tuple(places), shapes)
 
 
-def _kind(run: Run, i: int, leaf: Leaf, constants: Constants, inputs: Inputs) -> Hashable:
-    """What leaves have in common that may be joined; None if this one may not."""
-    fixed, scheduled = constants.hypers[i], inputs.hypers[i]
+def _kind(
+    run: Run,
+    programs: dict[Hashable, Any],
+    i: int,
+    leaf: Leaf,
+    fixed: Mapping[str, Any],
+    scheduled: Mapping[str, Any],
+) -> Hashable:
+    """What leaves have in common that may be joined; None if this one may not.
+
+    Args:
+      run: of the leaves.
+      programs: those of earlier leaves, by what they depend on; the new one is added.
+      i: index of the leaf.
+      leaf: its float state before the first step.
+      fixed: its constant hyperparameters.
+      scheduled: its scheduled ones, by step.
+    """
     scalars = all(x.ndim == 0 for x in fixed.values()) and all(x.ndim == 1 for x in scheduled.values())
     size = leaf[PARAMS].size
     if not scalars or not 0 < size < SMALL or any(x.size not in (0, size) for x in leaf.values()):
@@ -350,23 +356,27 @@ def _kind(run: Run, i: int, leaf: Leaf, constants: Constants, inputs: Inputs) ->
         return None
     if any(getattr(x, "sharding", None) is not None and _is_divided(x) for x in leaf.values()):
         return None
-    at_step = {**fixed, **{name: jax.eval_shape(lambda x: x[0], x) for name, x in scheduled.items()}}
-    hypers = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in at_step.items()}
-    written = partial(_written, run, i, {name: (x.dtype, bool(x.size)) for name, x in leaf.items()}, hypers)
-    try:
-        program = written(leaf[PARAMS].shape)
-        if program != written((2, ROW)):  # as a joint leaf has it
-            return None
-    except _NotByElementError:
+    hypers = {name: x.dtype for name, x in sorted({**fixed, **scheduled}.items())}
+    variables = {name: (x.dtype, bool(x.size)) for name, x in sorted(leaf.items())}
+    label = None if run.layout.labels is None else run.layout.labels[i]
+    key = (leaf[PARAMS].shape, label, *hypers.items(), *variables.items())
+    if key not in programs:
+        written = partial(_written, run, i, variables, hypers)
+        try:
+            # As the leaf has it, and as joint leaves of more and fewer rows have it.
+            one, *others = map(written, (leaf[PARAMS].shape, (2, ROW), (3, ROW)))
+            programs[key] = one if all(other == one for other in others) else None
+        except _NotByElementError:
+            programs[key] = None
+    if programs[key] is None:
         return None
-    told, words, factors = program
+    told, words, factors = programs[key]
     numbers = [
         (name, x.dtype, id(x) if name in factors else 0, x.ndim)
         for each in (fixed, scheduled)
         for name, x in sorted(each.items())
     ]
-    variables = tuple((name, x.dtype, bool(x.size)) for name, x in sorted(leaf.items()))
-    return told, words, tuple(numbers), variables
+    return told, words, tuple(numbers), tuple(variables.items())
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:
@@ -417,8 +427,9 @@ def _written(
         name: jax.ShapeDtypeStruct(shape if has else (0,), dtype)
         for name, (dtype, has) in variables.items()
     }
+    scalars = {name: jax.ShapeDtypeStruct((), dtype) for name, dtype in hypers.items()}
     with jax.enable_x64(True):
-        closed = jax.make_jaxpr(evaluate)(hypers, jax.ShapeDtypeStruct((), np.int32), leaf, leaf[PARAMS])
+        closed = jax.make_jaxpr(evaluate)(scalars, jax.ShapeDtypeStruct((), np.int32), leaf, leaf[PARAMS])
     words = _in_words(closed.jaxpr, closed.consts, shape)
     in_factors = [out for out, (kind, *_) in zip(closed.jaxpr.outvars, told) if kind is Scale]
     needed = {v for v in in_factors if isinstance(v, Var)}
@@ -452,7 +463,9 @@ def _in_words(jaxpr: Any, consts: Sequence[Any], shape: tuple[int, ...]) -> Hash
         word(v)
     for v in jaxpr.invars:
         word(v)
-    lines: list[Hashable] = [tuple(id(x) for x in consts)]
+    # What is traced lives as long as the trace; of what is known, another may come to the same place.
+    traced = [isinstance(x, jax.core.Tracer) for x in consts]
+    lines: list[Hashable] = [id(x) if t else np.asarray(x).tobytes() for x, t in zip(consts, traced)]
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if any(v.aval.shape not in ((), shape) for v in eqn.outvars):
