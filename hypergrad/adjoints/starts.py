@@ -76,20 +76,20 @@ class Start:
         before, totals = (None, None) if earlier is None else unpacked(earlier)
         numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
         guards: Guards = [{} for _ in start]
-        places = [(name, i) for name in (PARAMS, *self.program.variables) for i in range(len(start))]
-        given = [start[i][name] for name, i in places]
-        fresh = self.rounded(places, given, always_true)
-        lost = bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)
-        for (name, i), x, number, coarse in zip(places, given, fresh, lost):
-            if before is not None and totals is not None:
-                # If the start is still what an earlier run left, take the integers behind it: these are
-                # not rounded again.
-                left = before[i].numbers[name]
-                known = jnp.all(exact.to_float(left, x.dtype) == x)
-                number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
-                coarse = jnp.where(known, totals[i][name], coarse)
-            numbers[i][name] = number
-            guards[i][name] = Guard(coarse, jnp.int32(-1), jnp.int32(-1))
+        for name in (PARAMS, *self.program.variables):  # each like other shifts, whose instructions serve
+            given = [leaf[name] for leaf in start]
+            fresh = self.rounded(name, given, always_true)
+            for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
+                number = fresh[i]
+                if before is not None and totals is not None:
+                    # If the start is still what an earlier run left, take the integers behind it: these
+                    # are not rounded again.
+                    left = before[i].numbers[name]
+                    known = jnp.all(exact.to_float(left, given[i].dtype) == given[i])
+                    number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
+                    coarse = jnp.where(known, totals[i][name], coarse)
+                numbers[i][name] = number
+                guards[i][name] = Guard(coarse, jnp.int32(-1), jnp.int32(-1))
         return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
@@ -101,20 +101,12 @@ class Start:
             for leaf in self.taped
         ]
 
-    def rounded(
-        self, places: Sequence[tuple[str, int]], given: list[Array], always_true: Flag
-    ) -> list[exact.Fixed]:
-        """Variables of leaves as integers."""
-        zeros = [
-            exact.zero(
-                x.shape,
-                self.words_of(i, name),
-                self.radix.get(name),
-                name in held_whole(self.taped[i]),
-                self.owners[i] if x.size else None,
-            )
-            for (name, i), x in zip(places, given)
-        ]
+    def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
+        """One variable of all leaves as integers."""
+        radix, zeros = self.radix.get(name), list[exact.Fixed]()
+        for i, x in enumerate(given):
+            whole, owner = name in held_whole(self.taped[i]), self.owners[i] if x.size else None
+            zeros.append(exact.zero(x.shape, self.words_of(i, name), radix, whole, owner))
         return [x for x, _, _ in bundles.shift(always_true, zeros, given, [None] * len(given))]
 
     def words_of(self, leaf: int, name: str) -> int:
@@ -144,7 +136,7 @@ class Start:
             numbers = [leaf.numbers[name] for leaf in found]
 
             def alike(_: Array, numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
-                again = self.rounded([(name, i) for i in range(len(given))], given, always_true)
+                again = self.rounded(name, given, always_true)
                 equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
                 if before is not None:
                     left = [leaf.numbers[name] for leaf in before]
