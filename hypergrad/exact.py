@@ -86,7 +86,7 @@ BYTES = 3  # that a number may drop, besides those that its factors cost, becaus
 
 def headroom(words: int, whole: bool) -> int:
     """How far below the end of the range the largest number of an array is at first, in binary digits."""
-    return GROWTH[min(words, 1)] - 8 * BYTES if whole else GROWTH[words - 1]
+    return GROWTH[min(words, 1)] - 8 * BYTES if whole else GROWTH[min(words - 1, 1)]
 
 
 def _headrooms(words: int | Sequence[int], whole: bool) -> Array:

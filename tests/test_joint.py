@@ -240,6 +240,22 @@ def test_leaves_may_differ_in_size_by_any_factor(segments: int) -> None:
             np.testing.assert_allclose(ends[0][k], ends[1][k], rtol=1e-4)
 
 
+def test_leaves_may_lack_variables() -> None:
+    """Groups of leaves with optimizers of their own, of which each is joined."""
+    params, loss = many(lambda i: 1.0, 8)
+    labels = {k: "adam" if i % 2 else "momentum" for i, k in enumerate(params)}
+    optimizer = hg.partition({"adam": hg.adam(), "momentum": hg.momentum()}, labels)
+
+    def outer(rate: Any, adjoint: Any) -> Any:
+        hypers = {"adam.learning_rate": rate, "momentum.learning_rate": 2 * rate}
+        trained = hg.train(loss, params, hypers, 1.0, steps=20, optimizer=optimizer, adjoint=adjoint)
+        return bowl(trained.params, 0, 0)
+
+    rates = jnp.full(20, 0.02)
+    found, expected = (jax.grad(outer)(rates, a) for a in (hg.Reversible(), hg.Stored()))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_changes_no_derivative() -> None:
     """An optimizer that is undefined at zero gradients, where none is zero."""
     params, loss = many(lambda i: 1.0)
