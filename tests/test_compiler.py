@@ -111,7 +111,7 @@ def test_what_is_seldom_wanted_is_computed_only_then() -> None:
 
 
 def test_instructions_are_the_same_for_numbers_that_are_not_known() -> None:
-    starts = [3 * k for k in range(20)]
+    starts = [3 * k for k in range(60)]
 
     def parts(x: Any, starts: Any) -> Any:
         return [jax.lax.dynamic_slice_in_dim(x, s, 10, allow_negative_indices=False) for s in starts]
@@ -123,7 +123,7 @@ def test_instructions_are_the_same_for_numbers_that_are_not_known() -> None:
 
     known = different(lambda x: parts(x, starts))
     unknown = different(lambda x: parts(x, compiler.unknown(compiler.always_true(x), starts)))
-    assert known >= len(starts) > 10 > unknown
+    assert known >= len(starts) and unknown < len(starts) / 2
     found = jax.jit(lambda x: parts(x, compiler.unknown(compiler.always_true(x), starts)))(A)
     np.testing.assert_array_equal(found, parts(A, starts))
 

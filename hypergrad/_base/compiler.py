@@ -88,26 +88,32 @@ def hidden(tree: PyTree) -> PyTree:
     return jax.lax.optimization_barrier(tree)
 
 
+AT_A_TIME = 8  # numbers that `unknown` looks up, each by instructions of its own
+
+
 def unknown(always_true: Flag, numbers: Sequence[int]) -> list[Array]:
     """Numbers as int32 scalars that no compiler knows, for instructions that are the same for all of them.
 
     `hidden` constants are put into what uses them, and each that is computed takes a computation of its
-    own.  So they are looked up by a loop, one at each turn, that moves all others on.
+    own.  So they are looked up by a loop, a few at each turn, that moves all others on.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
-      numbers: at most some thousand; the loop makes as many moves as the square of their number.
+      numbers: at most some thousand; the loop makes an eighth as many moves as the square of their number.
     """
     if not numbers:
         return []
+    rows = -(-len(numbers) // AT_A_TIME)
     with jax.enable_x64(False):
-        table = jnp.asarray(np.array(numbers, np.int32))
+        table = jnp.asarray(np.resize(np.array(numbers, np.int32), (rows, AT_A_TIME)))
 
         def turn(k: Array, found: list[Array]) -> list[Array]:
-            return [*found[1:], jax.lax.dynamic_index_in_dim(table, k, keepdims=False)]
+            row = jax.lax.dynamic_index_in_dim(table, k, keepdims=False)
+            return [*found[AT_A_TIME:], *(row[j] for j in range(AT_A_TIME))]
 
-        turns = len(numbers) * in_any_lane(always_true).astype(jnp.int32)
-        return jax.lax.fori_loop(jnp.int32(0), turns, turn, [jnp.int32(0) for _ in numbers])
+        turns = rows * in_any_lane(always_true).astype(jnp.int32)
+        blank = [jnp.int32(0)] * (rows * AT_A_TIME)
+        return jax.lax.fori_loop(jnp.int32(0), turns, turn, blank)[: len(numbers)]
 
 
 MOVING = {
