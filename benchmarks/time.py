@@ -3,7 +3,7 @@
 The task is that of `benchmarks.hypergradient`: the gradient of an outer loss in every learning rate of a
 schedule ``(T,)``.  Run it with
 
-    python -m benchmarks.time            # about a quarter of an hour
+    python -m benchmarks.time            # about an hour
     python -m benchmarks.time --fast     # seconds, writes nothing
 
 Times are processor time of a single thread on a single core, so that what else runs on the machine hardly
@@ -77,6 +77,9 @@ WORKLOADS = {
     "784-512-512-10, batch 128": Workload(nets.mlp((784, 512, 512, 10)), (784,), 10, 128, 100),
     "transformer": Workload(
         nets.transformer(64, 32, width=64, depth=2, heads=4), (32,), 64, 16, 100, tokens=True
+    ),
+    "transformer, 204 arrays": Workload(
+        nets.transformer(64, 16, width=32, depth=18, heads=2), (16,), 64, 8, 50, tokens=True
     ),
     "ConvNet": Workload(nets.convnet((16, 16, 3), 10, width=32, depth=2), (16, 16, 3), 10, 32, 100),
 }
