@@ -236,8 +236,7 @@ def _added(
 ) -> list[Fixed]:
     """`exact.plus` or `exact.minus` of every amount."""
     result = [*numbers]
-    powers = exact.power(_exponents(numbers))
-    up = [exact.raised(x, powers[i], 1) for i, x in enumerate(numbers)]
+    up = _scales(numbers, 1)
     kinds = [
         (x.dtype, len(number.low), i if up[i].ndim else -1)
         for i, (x, number) in enumerate(zip(amounts, numbers))
@@ -255,6 +254,13 @@ def _exponents(numbers: Sequence[Fixed]) -> Array:
     """The exponents of numbers, as one array."""
     with jax.enable_x64(True):
         return jnp.stack([x.exponent for x in numbers])
+
+
+def _scales(numbers: Sequence[Fixed], sign: int) -> list[Array]:
+    """``2**(sign e)`` of every number, or of each of its parts."""
+    with jax.enable_x64(True):
+        powers = exact.power(sign * _exponents(numbers))
+    return [exact.raised(x, powers[i], sign) for i, x in enumerate(numbers)]
 
 
 @_by_axes
@@ -355,8 +361,7 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
     """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
-    powers = exact.power(-_exponents(numbers))
-    down = [exact.raised(x, powers[i], -1) for i, x in enumerate(numbers)]
+    down = _scales(numbers, -1)
     kinds = [(dtypes[i], len(x.low), i if down[i].ndim else -1) for i, x in enumerate(numbers)]
     for bundle in bundles(shapes, kinds):
 
@@ -393,8 +398,7 @@ def coarseness(
         return [_by_row(x).astype(jnp.float64) for x in found]
 
     with jax.enable_x64(True):
-        powers = exact.power(-_exponents(numbers))
-        down = [exact.raised(x, powers[i], -1) for i, x in enumerate(numbers)]
+        down = _scales(numbers, -1)
         nothing = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, [*amounts], down)]
         return seldom(wanted, lost, nothing, [*amounts], down)
 

@@ -377,8 +377,10 @@ def zero(
         floor = jnp.int64(UNSET if radix is None else radix * BIT)
         exponent = floor + 8 * BYTES * BIT if whole else floor
         low = (jnp.zeros(shape, jnp.uint32),) * words
-        offset = jnp.full((shape[0], 1), LATER if radix is None else 0, jnp.int32) if shape else None
-        parts = None if owner is None or offset is None else Parts(jnp.asarray(owner), offset)
+        parts = None
+        if owner is not None:
+            offset = jnp.full((len(owner), 1), LATER if radix is None else 0, jnp.int32)
+            parts = Parts(jnp.asarray(owner), offset)
         return Fixed(jnp.zeros(shape, jnp.int64), low, exponent, floor, jnp.int64(0), jnp.int32(0), parts)
 
 

@@ -50,6 +50,11 @@ def unbroken(numbers: Flag) -> Int[Array, "2"]:
     return jnp.stack([where, jnp.int32(0)])
 
 
+def _whose(name: str, place: str) -> str:
+    """A variable of a leaf, or its parameters, in words."""
+    return f"{name!r} of {place}" if name != PARAMS else place
+
+
 @dataclass(frozen=True)
 class Failures:
     """The messages of one call.
@@ -103,10 +108,6 @@ class Failures:
 
         return error_if(explain, result, *health.failed, health.recovered, *health.broken, *health.needed)
 
-    def whose(self, name: str, leaf: int) -> str:
-        """A variable of a leaf, or its parameters, in words."""
-        return f"{name!r} of {self.names[leaf]}" if name != PARAMS else self.names[leaf]
-
     def of_step(self, step: int, kind: str, name: str, leaf: int) -> str:
         """Message for a step that failed."""
         at = f"{self.call}: at step {step} "
@@ -118,9 +119,9 @@ class Failures:
             )
         if kind == "factor":
             return (
-                f"{at}a factor of {self.whose(name, leaf)} left [2**-7, 1], outside of which it cannot be "
-                "undone; keep it inside, or pass adjoint=Checkpointed() (and sgd() if there is to be no "
-                "momentum)"
+                f"{at}a factor of {_whose(name, self.names[leaf])} left [2**-7, 1], outside of which it "
+                "cannot be undone; keep it inside, or pass adjoint=Checkpointed() (and sgd() if there is "
+                "to be no momentum)"
             )
         if kind == "level":
             place = self.names[leaf]
@@ -136,7 +137,7 @@ class Failures:
                 f"Reversible(radix={{{name!r}: r}}) with the largest r for which |{name}| < "
                 "2**(62 - r) all along"
             )
-        whose = f"{name!r} of {self.users[leaf]}" if name != PARAMS else self.users[leaf]
+        whose = _whose(name, self.users[leaf])
         return (
             f"rounding took more than {LARGEST_LOSS:.0e} of what was added to a row of {whose}: "
             "next to the largest numbers in it, those are too small for exact arithmetic. Give them a "
@@ -145,7 +146,7 @@ class Failures:
 
     def too_large(self, name: str, leaf: int) -> str:
         """Message for numbers that leave the range."""
-        whose = self.whose(name, leaf)
+        whose = _whose(name, self.names[leaf])
         if name in self.radix:
             given = self.radix[name]
             return (

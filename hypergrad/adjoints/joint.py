@@ -95,28 +95,22 @@ class Joint:
     def _sizes(self, joint: int) -> list[int]:
         return [math.prod(self.shapes[i]) for i in self.places[joint]]
 
+    def _rows(self, joint: int) -> list[int]:
+        return [-(-size // ROW) for size in self._sizes(joint)]
+
     def leaves_of_rows(self, joint: int) -> Int[np.ndarray, " rows"]:
         """Which leaf every row of a joint leaf is of."""
-        rows = [-(-size // ROW) for size in self._sizes(joint)]
-        return np.repeat(np.array(self.places[joint], np.int32), rows)
+        return np.repeat(np.array(self.places[joint], np.int32), self._rows(joint))
 
     def join(self, arrays: Sequence[Array]) -> list[Array]:
         """Arrays of the leaves as those of the joint leaves, with zeros as padding."""
-        return [self._joined(k, [arrays[i] for i in place]) for k, place in enumerate(self.places)]
-
-    def _joined(self, joint: int, arrays: Sequence[Array]) -> Array:
-        if len(arrays) == 1 or not any(x.size for x in arrays):  # a variable that these leaves lack
-            return arrays[0]
-        parts: list[Array] = []
-        for x in arrays:
-            parts += [x.ravel(), jnp.zeros(-x.size % ROW, x.dtype)]
-        return jnp.concatenate([x for x in parts if x.size]).reshape(-1, ROW)
+        return [_end_to_end([arrays[i] for i in place]) for place in self.places]
 
     def _padded(self, joint: int, x: Array) -> Array:
         sizes = self._sizes(joint)
         if not x.size or not any(size % ROW for size in sizes):
             return x
-        rows = [-(-size // ROW) for size in sizes]
+        rows = self._rows(joint)
         ends = np.cumsum(rows)
         last = np.repeat([(end - 1) * ROW + (size - 1) % ROW for end, size in zip(ends, sizes)], rows)
         filled = np.full(int(ends[-1]), ROW)
@@ -133,33 +127,35 @@ class Joint:
         """
         places: dict[int, int] = {}
         for k in range(len(self.places)):
-            start = 0
-            for i, size in zip(self.places[k], self._sizes(k)):
-                places |= {i: start} if self.is_joined(k) else {}
-                start += -(-size // ROW) * ROW
+            ends = ROW * np.cumsum(self._rows(k))
+            places |= zip(self.places[k], [0, *ends[:-1].tolist()]) if self.is_joined(k) else ()
         found = dict(zip(places, unknown(always_true, list(places.values()))))
         return [found.get(i) for i in range(len(self.shapes))]
 
     def split(self, arrays: Sequence[Array], starts: Sequence[Array | None]) -> list[Array]:
         """Undo `join`, whatever the padding; the starts are those of `starts`."""
-        result: list[Any] = [None] * len(self.shapes)
+        found: dict[int, Array] = {}
         for k, (place, x) in enumerate(zip(self.places, arrays)):
-            if len(place) == 1 or not x.size:
-                result = [x if i in place else y for i, y in enumerate(result)]
-                continue
-            flat = x.ravel()
-            for i, size in zip(place, self._sizes(k)):
-                start = starts[i]
-                assert start is not None
-                part = jax.lax.dynamic_slice_in_dim(flat, start, size, allow_negative_indices=False)
-                result[i] = part.reshape(self.shapes[i])
-        return result
+            found |= zip(place, self._split(k, x, starts))
+        return [found[i] for i in range(len(self.shapes))]
+
+    def _split(self, joint: int, x: Array, starts: Sequence[Array | None]) -> list[Array]:
+        place = self.places[joint]
+        if not self.is_joined(joint) or not x.size:  # alone, or a variable that these leaves lack
+            return [x] * len(place)
+        flat, parts = x.ravel(), list[Array]()
+        for i, size in zip(place, self._sizes(joint)):
+            start = starts[i]
+            assert start is not None
+            part = jax.lax.dynamic_slice_in_dim(flat, start, size, allow_negative_indices=False)
+            parts.append(part.reshape(self.shapes[i]))
+        return parts
 
     def join_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         """`join` for every variable."""
         return [
-            {name: self._joined(k, [leaves[i][name] for i in place]) for name in leaves[place[0]]}
-            for k, place in enumerate(self.places)
+            {name: _end_to_end([leaves[i][name] for i in place]) for name in leaves[place[0]]}
+            for place in self.places
         ]
 
     def padded_leaves(self, leaves: Sequence[Leaf]) -> list[Leaf]:
@@ -173,14 +169,11 @@ class Joint:
         self, leaves: Sequence[Mapping[str, Array]], starts: Sequence[Array | None]
     ) -> list[Leaf]:
         """`split` for every variable."""
-        names = [list(leaves[k]) for k, place in enumerate(self.places) for _ in place]
-        result: list[Leaf] = [{} for _ in names]
-        for name in dict.fromkeys(name for each in leaves for name in each):
-            has = [name in leaf for leaf in leaves]
-            found = self.split([leaf.get(name, jnp.zeros(0)) for leaf in leaves], starts)
-            for k, place in enumerate(self.places):
-                for i in place if has[k] else ():
-                    result[i][name] = found[i]
+        result: list[Leaf] = [{} for _ in self.shapes]
+        for k, (place, leaf) in enumerate(zip(self.places, leaves)):
+            for name, x in leaf.items():
+                for i, part in zip(place, self._split(k, x, starts)):
+                    result[i][name] = part
         return result
 
     # ---- what a run is given
@@ -210,9 +203,7 @@ class Joint:
         for k, (place, each) in enumerate(zip(self.places, hypers)):
             for name, x in each.items():
                 if self.is_joined(k) and x.ndim == scalar + 2:
-                    alone = [x if j == k else jnp.zeros(0) for j in range(len(self.places))]
-                    parts = self.split(alone, starts)
-                    parts = [parts[i] for i in place]
+                    parts = self._split(k, x, starts)
                 elif self.is_joined(k) and x.ndim == scalar + 1:
                     parts = [x[..., j] for j in range(len(place))]
                 else:
@@ -256,7 +247,7 @@ class Joint:
 
     def _spread(self, joint: int, x: Array) -> Array:
         """A number for each leaf of a joint leaf as one for each of its elements."""
-        rows = [-(-size // ROW) for size in self._sizes(joint)]
+        rows = self._rows(joint)
         which = jnp.asarray(np.repeat(np.arange(len(rows), dtype=np.int32), rows))
         each = jnp.asarray(x).at[which].get(mode="promise_in_bounds")
         return jnp.broadcast_to(each[:, None], (len(which), ROW))
@@ -291,6 +282,16 @@ class Joint:
             return self.transformed(hypers, observations, starts)
         apart = noinline if self.run.shards is None else same_bits_everywhere
         return apart(always_true, self.transformed, hypers, list(observations), starts)
+
+
+def _end_to_end(arrays: Sequence[Array]) -> Array:
+    """Arrays as one of rows, with zeros as padding; a single one as it is."""
+    if len(arrays) == 1 or not any(x.size for x in arrays):  # a variable that these leaves lack
+        return arrays[0]
+    parts: list[Array] = []
+    for x in arrays:
+        parts += [x.ravel(), jnp.zeros(-x.size % ROW, x.dtype)]
+    return jnp.concatenate([x for x in parts if x.size]).reshape(-1, ROW)
 
 
 def joined(
