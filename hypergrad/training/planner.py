@@ -237,6 +237,11 @@ class _Sizes:
         stored, half = self.measured(Stored(), self.short), self.short // 2
         return (stored - self.measured(Stored(), half)) // (self.short - half) if half else stored
 
+    @functools.cached_property
+    def integers(self) -> int:
+        """The bytes of the state in integers, which no setting of `Reversible` here changes."""
+        return Reversible().state_bytes(self.run, *self.arrays)
+
     def grows(self, adjoint: Adjoint, steps: int) -> int:
         """The bytes that depend on the steps."""
         if isinstance(adjoint, Stored):
@@ -251,7 +256,7 @@ class _Sizes:
             return tape + cotangents
         # Each segment has separate arrays for the cotangents of its schedules.
         own = adjoint.length(steps) * self.schedules
-        return tape + cotangents + own + adjoint.segments * adjoint.state_bytes(run, *self.arrays)
+        return tape + cotangents + own + adjoint.segments * self.integers
 
     def estimate(self, name: str, make: Callable[[int], Any]) -> Estimate:
         """The best choice of an adjoint over all numbers of segments."""
