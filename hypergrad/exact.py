@@ -84,9 +84,14 @@ MOST_BYTES = 100  # that a number may drop at once, if it has become as small an
 BYTES = 3  # that a number may drop, besides those that its factors cost, because it outgrows its headroom
 
 
+def growth_of(words: int, whole: bool) -> int:
+    """How far an array with so many low words may outgrow its first numbers, in binary digits."""
+    return GROWTH[min(words - (not whole), 1)]
+
+
 def headroom(words: int, whole: bool) -> int:
     """How far below the end of the range the largest number of an array is at first, in binary digits."""
-    return GROWTH[min(words, 1)] - 8 * BYTES if whole else GROWTH[min(words - 1, 1)]
+    return growth_of(words, whole) - 8 * BYTES * whole
 
 
 def _headrooms(words: int | Sequence[int], whole: bool) -> Array:
@@ -181,11 +186,17 @@ def fitted(
     with jax.enable_x64(True):
         exponent, floor = exponents
         usable = (exponent >= UNSET) & (size > -1022) & (size <= 1023)
-        free = jnp.where(floor < exponent, _headrooms(words, True), _headrooms(words, False))
+        free = _free(exponents, words)
         best = BIT * jnp.clip(62 - free - size, -LARGEST_RADIX, LARGEST_RADIX)
         new = jnp.where(usable, best, exponent), jnp.where(usable, best - (exponent - floor), floor)
         lower = jnp.clip(BIT * (61 - size), new[1], new[0])
         return jnp.where((top > 0) | (new[0] >= UNSET), new[0], lower), new[1]
+
+
+def _free(exponents: Exponents, words: int | Sequence[int]) -> Int64[Array, "..."]:
+    """The `headroom` of arrays, which are held whole if the exponent may fall."""
+    exponent, floor = exponents
+    return jnp.where(floor < exponent, _headrooms(words, True), _headrooms(words, False))
 
 
 def with_offsets(parts: Parts, exponents: Exponents, sizes: Int64[Array, "rows 1"], words: int) -> Parts:
@@ -202,11 +213,10 @@ def with_offsets(parts: Parts, exponents: Exponents, sizes: Int64[Array, "rows 1
       of an array by itself.
     """
     with jax.enable_x64(True):
-        exponent, floor = exponents
-        owner, offset = parts
+        exponent, (owner, offset) = exponents[0], parts
         largest = jax.ops.segment_max(sizes[:, 0], owner, len(owner), indices_are_sorted=True)
         size = largest.at[owner].get(mode="promise_in_bounds")[:, None]
-        free = jnp.where(floor < exponent, _headrooms(words, True), _headrooms(words, False))
+        free = _free(exponents, words)
         place = (exponent + BIT - 1) >> 40
         best = jnp.clip(62 - free - size - place, -LARGEST_OFFSET, LARGEST_OFFSET)
         best = jnp.minimum(best, LARGEST_OFFSET - place).astype(jnp.int32)

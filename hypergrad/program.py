@@ -635,8 +635,8 @@ def alike(program: Sequence[Sequence[Move]]) -> list[list[int]]:
 T = TypeVar("T")
 
 
-def members(group: Sequence[int], each: Sequence[T]) -> list[T]:
-    """The entries of a list that belong to a group."""
+def members(group: Sequence[int], each: Sequence[T] | Mapping[int, T]) -> list[T]:
+    """The entries of a list, or of a dictionary by index, that belong to a group."""
     return [each[i] for i in group]
 
 

@@ -37,7 +37,7 @@ from hypergrad import bundles, exact
 from hypergrad._base.compiler import same_bits, same_bits_everywhere
 from hypergrad._base.trees import Flag, PyTree, Step
 from hypergrad._base.varying import axes_of
-from hypergrad.exact import Floats, Numerators
+from hypergrad.exact import Fixed, Floats, Numerators
 from hypergrad.program import (
     PARAMS,
     Keep,
@@ -342,6 +342,15 @@ class _Step:
         given = (members(group, self.observations), members(group, self.records))
         return self.exact.alike(always_true, evaluate, self.at[:3], others, *given)
 
+    def held(self, variable: str, leaves: Sequence[int]) -> list[Fixed]:
+        """A variable of some leaves, as it is now."""
+        return [self.now[i].numbers[variable] for i in leaves]
+
+    def hold(self, variable: str, leaves: Sequence[int], numbers: Sequence[Fixed]) -> None:
+        """Set a variable of some leaves."""
+        for i, number in zip(leaves, numbers):
+            self.now[i].numbers[variable] = number
+
     def by_holding(self, group: Sequence[int], k: int) -> tuple[list[int], list[int]]:
         """The leaves of a group whose variable that move ``k`` moves is held whole, and the others."""
         variable = moved_variable(self.programs[group[0]][k])
@@ -355,34 +364,30 @@ class _Step:
     def unscale(self, group: Sequence[int], k: int) -> None:
         """Undo a `Scale`, with the bits on its tape if it has one: ``v <- v / γ``."""
         variable = moved_variable(self.programs[group[0]][k])
-        numerators = dict(zip(group, map(_at_least_one, self.factors(group, k))))
+        numerators = {i: _at_least_one(n) for i, n in zip(group, self.factors(group, k))}
         whole, others = self.by_holding(group, k)
         if whole:
-            numbers = [self.now[i].numbers[variable] for i in whole]
-            before = bundles.unscale_whole(self.at.always_true, numbers, [numerators[i] for i in whole])
-            for i, number in zip(whole, before):
-                self.now[i].numbers[variable] = number
+            numbers, ns = self.held(variable, whole), members(whole, numerators)
+            self.hold(variable, whole, bundles.unscale_whole(self.at.always_true, numbers, ns))
         if others:
-            numbers = [self.now[i].numbers[variable] for i in others]
+            numbers = self.held(variable, others)
             places = [self.buffer(i, k) for i in others]
             buffers = [self.now[i].buffers[place] for i, place in zip(others, places)]
             read = [self.tapes[i][buffer_name(place)] for i, place in zip(others, places)]
-            states = bundles.unscale(
-                self.at.always_true, numbers, buffers, read, [numerators[i] for i in others]
-            )
+            ns = members(others, numerators)
+            states = bundles.unscale(self.at.always_true, numbers, buffers, read, ns)
             for i, place, (number, buffer) in zip(others, places, states):
                 self.now[i].numbers[variable], self.now[i].buffers[place] = number, buffer
 
     def unshift(self, group: Sequence[int], k: int, dropped: Drops) -> None:
         """Undo a `Shift`: subtract the same amounts, and take back the bytes that were dropped for them."""
         variable = moved_variable(self.programs[group[0]][k])
-        numbers = [self.now[i].numbers[variable] for i in group]
+        numbers = self.held(variable, group)
         tapes = [self.tapes[i].get(variable) for i in group]
         drops = [dropped[j].astype(jnp.int32) for j in range(len(group))]
         amounts = self.amounts(group, k)
         before = bundles.unshift(self.at.always_true, numbers, amounts, tapes, drops)
-        for i, number in zip(group, before):
-            self.now[i].numbers[variable] = number
+        self.hold(variable, group, before)
 
 
 @dataclass
@@ -457,18 +462,15 @@ class _Forwards(_Step):
                 self.faded[i] *= jnp.max(n, initial=0).astype(jnp.float64) / exact.BASE
         whole, others = self.by_holding(group, k)
         if whole:
-            numbers = [self.now[i].numbers[variable] for i in whole]
-            scaled = bundles.scale_whole(self.at.always_true, numbers, [numerators[i] for i in whole])
-            for i, number in zip(whole, scaled):
-                self.now[i].numbers[variable] = number
+            numbers, ns = self.held(variable, whole), members(whole, numerators)
+            self.hold(variable, whole, bundles.scale_whole(self.at.always_true, numbers, ns))
         if others:
-            numbers = [self.now[i].numbers[variable] for i in others]
+            numbers = self.held(variable, others)
             places = [self.buffer(i, k) for i in others]
             buffers = [self.now[i].buffers[place] for i, place in zip(others, places)]
             tapes = [self.written[i][buffer_name(place)] for i, place in zip(others, places)]
-            states = bundles.scale(
-                self.at.always_true, numbers, buffers, tapes, [numerators[i] for i in others]
-            )
+            ns = members(others, numerators)
+            states = bundles.scale(self.at.always_true, numbers, buffers, tapes, ns)
             for i, place, (number, buffer, tape) in zip(others, places, states):
                 self.now[i].numbers[variable], self.now[i].buffers[place] = number, buffer
                 self.written[i][buffer_name(place)] = tape
@@ -477,15 +479,15 @@ class _Forwards(_Step):
         """Make a `Shift`, ``v <- v + u``, and measure how coarse it was."""
         variable = moved_variable(self.programs[group[0]][k])
         amounts = self.amounts(group, k)
-        numbers = [self.now[i].numbers[variable] for i in group]
+        numbers = self.held(variable, group)
         tapes = [self.written[i].get(variable) for i in group]
         moved = bundles.shift(self.at.always_true, numbers, amounts, tapes)
         numbers = [number for number, _, _ in moved]
         for i, more in zip(group, bundles.coarseness(self.guarded, numbers, amounts, LARGEST_LOSS)):
             so_far = self.coarse[i].get(variable)
             self.coarse[i][variable] = more if so_far is None else so_far + more
+        self.hold(variable, group, numbers)
         for i, (number, tape, _) in zip(group, moved):
-            self.now[i].numbers[variable] = number
             if tape is not None:
                 self.written[i][variable] = tape
             self.look(exact.fits(number), ("range", variable), i)

@@ -116,7 +116,7 @@ class Start:
 
     def growth_of(self, leaf: int, name: str) -> int:
         """How far a variable may outgrow its first numbers, in binary digits."""
-        return exact.GROWTH[min(1, self.program.words_of(name) + (self.owners[leaf] is not None))]
+        return exact.growth_of(self.words_of(leaf, name), name in held_whole(self.taped[leaf]))
 
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
