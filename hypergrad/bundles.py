@@ -11,7 +11,8 @@ All functions take and return lists with one entry for each array.  ``always_tru
 import math
 import typing
 from collections.abc import Callable, Hashable, Sequence
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
@@ -69,6 +70,20 @@ def _by_axes(function: Function) -> Function:
         return _by_kind(function, [()] * len(lists[0]), always_true, *lists)
 
     return typing.cast(Function, apart)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arguments"], meta_fields=["function"])
+@dataclass(frozen=True)
+class Later:
+    """An amount that is evaluated where it is added, in one pass over memory.
+
+    Attributes:
+      function: of the arguments, gives the amount, to the same bits wherever it is evaluated.
+      arguments: pytrees of arrays.
+    """
+
+    function: Callable[..., Array]
+    arguments: tuple[PyTree, ...]
 
 
 def shift(
@@ -138,7 +153,7 @@ def _with_offsets(numbers: Sequence[Fixed], sizes: Sequence[Array]) -> tuple[lis
 def unshift(
     always_true: Array,
     numbers: Sequence[Fixed],
-    amounts: Sequence[Array],
+    amounts: Sequence[Array | Later],
     tapes: Sequence[Array | None],
     drops: Sequence[Array],
 ) -> list[Fixed]:
@@ -147,7 +162,7 @@ def unshift(
     Args:
       always_true: see `hypergrad._base.compiler`.
       numbers: after the shift.
-      amounts: as given to `shift`.
+      amounts: as given to `shift`, or to be evaluated later.
       tapes: of the numbers that have one.
       drops: how many bytes each number dropped.
     """
@@ -158,7 +173,7 @@ def unshift(
 def _unshift(
     always_true: Array,
     numbers: Sequence[Fixed],
-    amounts: Sequence[Array],
+    amounts: Sequence[Array | Later],
     tapes: Sequence[Any],
     drops: Sequence[Array],
 ) -> list[Fixed]:
@@ -232,20 +247,26 @@ def _added(
     always_true: Array,
     move: Callable[[Digits, Array, Array], Digits],
     numbers: Sequence[Fixed],
-    amounts: Sequence[Array],
+    amounts: Sequence[Array | Later],
 ) -> list[Fixed]:
     """`exact.plus` or `exact.minus` of every amount."""
-    result = [*numbers]
-    up = _scales(numbers, 1)
-    kinds = [
-        (x.dtype, len(number.low), i if up[i].ndim else -1)
+    result, up = [*numbers], scales(numbers, 1)
+    kinds: list[Hashable] = [
+        (x.function, i) if isinstance(x, Later) else (x.dtype, len(number.low), i if up[i].ndim else -1)
         for i, (x, number) in enumerate(zip(amounts, numbers))
     ]
-    for bundle in bundles([x.shape for x in amounts], kinds):
-        digits, shapes = [numbers[i][:2] for i in bundle], [amounts[i].shape for i in bundle]
-        scales = _repeated([up[i] for i in bundle], shapes)
-        moved = in_place(always_true, move, _together(digits), joined([amounts[i] for i in bundle]), scales)
-        for i, each in zip(bundle, _apart(moved, shapes)):
+    for bundle in bundles([x.high.shape for x in numbers], kinds):
+        digits, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
+        later = amounts[bundle[0]]
+        if not isinstance(later, Later):
+            later = Later(jnp.asarray, (joined([jnp.asarray(amounts[i]) for i in bundle]),))
+
+        def moved(digits: Digits, up: Array, *given: PyTree, amount: Any = later.function) -> Digits:
+            return move(digits, amount(*given), up)
+
+        up_here = _repeated([up[i] for i in bundle], shapes)
+        new = in_place(always_true, moved, _together(digits), up_here, *later.arguments)
+        for i, each in zip(bundle, _apart(new, shapes)):
             result[i] = exact.with_digits(numbers[i], each)
     return result
 
@@ -256,7 +277,7 @@ def _exponents(numbers: Sequence[Fixed]) -> Array:
         return jnp.stack([x.exponent for x in numbers])
 
 
-def _scales(numbers: Sequence[Fixed], sign: int) -> list[Array]:
+def scales(numbers: Sequence[Fixed], sign: int) -> list[Array]:
     """``2**(sign e)`` of every number, or of each of its parts."""
     with jax.enable_x64(True):
         powers = exact.power(sign * _exponents(numbers))
@@ -361,7 +382,7 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
     """`exact.to_float` of every number in its dtype."""
     result: dict[int, Array] = {}
     shapes = [number.high.shape for number in numbers]
-    down = _scales(numbers, -1)
+    down = scales(numbers, -1)
     kinds = [(dtypes[i], len(x.low), i if down[i].ndim else -1) for i, x in enumerate(numbers)]
     for bundle in bundles(shapes, kinds):
 
@@ -398,7 +419,7 @@ def coarseness(
         return [_by_row(x).astype(jnp.float64) for x in found]
 
     with jax.enable_x64(True):
-        down = _scales(numbers, -1)
+        down = scales(numbers, -1)
         nothing = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, [*amounts], down)]
         return seldom(wanted, lost, nothing, [*amounts], down)
 

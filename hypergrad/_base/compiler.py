@@ -180,7 +180,7 @@ def in_place(
     """
 
     def tied(count: Array, x: Array) -> Array:
-        number = jnp.issubdtype(x.dtype, jnp.floating) or (x.dtype == jnp.int32 and x.ndim == 0)
+        number = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (jnp.int32, jnp.int64)
         return x + count.astype(x.dtype) if number else x
 
     axes = axes_of((state, arguments))
@@ -323,15 +323,17 @@ ROUNDED_ALONE = {
 }  # fmt: skip
 
 
-def _rounds_alike(function: Callable[..., PyTree], *arguments: PyTree) -> bool:
-    """Whether a function gives the same bits however it is compiled, so that it need not be isolated.
+def round_alike(equations: Sequence[Any]) -> bool:
+    """Whether equations give the same bits however they are compiled, so that they need not be isolated.
 
-    It does if it consists of single roundings and no addition or subtraction has an operand that comes from
-    a product, because ``a * b + c`` in one rounding would differ.
+    They do if they are single roundings and no addition or subtraction has an operand that comes from a
+    product, because ``a * b + c`` in one rounding would differ.
+
+    Args:
+      equations: of a jaxpr.
     """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     products = set()
-    for eqn in jaxpr.eqns:
+    for eqn in equations:
         name = eqn.primitive.name
         if name not in ROUNDED_ALONE | {"add", "sub"}:
             return False
@@ -357,6 +359,6 @@ def same_bits_everywhere(always_true: Array, function: Callable[..., PyTree], *a
 
 def same_bits(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Evaluate a function so that the same bits come out wherever it is called in a program."""
-    if _rounds_alike(function, *arguments):
+    if round_alike(jax.make_jaxpr(function)(*arguments).jaxpr.eqns):
         return function(*arguments)
     return noinline(always_true, function, *arguments)

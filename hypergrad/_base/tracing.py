@@ -9,6 +9,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Var
 from jax.tree_util import Partial
 
 from hypergrad._base.dtypes import widened
@@ -80,6 +81,21 @@ def thaw(static: Static) -> PyTree:
 def perturbed(tree: PyTree) -> PyTree:
     """Which of a forward rule's arguments are differentiated, as a tree of bools; integers never are."""
     return jax.tree.map(lambda x: x.perturbed and jnp.issubdtype(x.value.dtype, jnp.inexact), tree)
+
+
+def live(jaxpr: Any, outputs: Sequence[Any]) -> tuple[list[Any], set[Any]]:
+    """The equations of a jaxpr from which outputs come, and the variables that these and they are made of.
+
+    Args:
+      jaxpr: in which the outputs are variables or literals.
+      outputs: what is wanted.
+    """
+    needed, eqns = {v for v in outputs if isinstance(v, Var)}, list[Any]()
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            eqns.insert(0, eqn)
+            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    return eqns, needed
 
 
 def part(

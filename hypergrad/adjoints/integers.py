@@ -34,7 +34,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from hypergrad import bundles, exact
-from hypergrad._base.compiler import same_bits, same_bits_everywhere
+from hypergrad._base.compiler import round_alike, same_bits, same_bits_everywhere
+from hypergrad._base.tracing import live, part
 from hypergrad._base.trees import Flag, PyTree, Step
 from hypergrad._base.varying import axes_of
 from hypergrad.exact import Fixed, Floats, Numerators
@@ -321,6 +322,8 @@ class _Step:
 
     def amounts(self, group: Sequence[int], k: int) -> list[Floats]:
         """The amounts that move ``k``, a `Shift`, adds to the leaves of a group."""
+        if not group:
+            return []
         variable = moved_variable(self.programs[group[0]][k])
         others = [
             ExactLeaf({v: x for v, x in self.now[i].numbers.items() if v != variable}, []) for i in group
@@ -331,16 +334,58 @@ class _Step:
             result, programs = [], self.exact.program(*at)
             floats = _floats(always_true, others, dtypes)
             for i, leaf, observed, record in zip(group, floats, observations, records):
-                move = programs[i][k]
-                assert isinstance(move, Shift)
-                with jax.enable_x64(self.exact.x64):
-                    view = view_of(move, k, programs[i], leaf, observed, record)
-                    amount = jnp.asarray(move.amount(view))
-                result.append(jnp.broadcast_to(amount, self.now[i].numbers[variable].high.shape))
+                result.append(self.amount(i, k, programs[i], leaf, observed, record))
             return result
 
         given = (members(group, self.observations), members(group, self.records))
         return self.exact.alike(always_true, evaluate, self.at[:3], others, *given)
+
+    def amount(
+        self, i: int, k: int, moves: Sequence[Move], leaf: Leaf, observed: Observed, record: Record
+    ) -> Floats:
+        """The amount that move ``k`` of leaf ``i``, a `Shift`, adds, given what it may read."""
+        move = moves[k]
+        assert isinstance(move, Shift)
+        with jax.enable_x64(self.exact.x64):
+            amount = jnp.asarray(move.amount(view_of(move, k, moves, leaf, observed, record)))
+        return jnp.broadcast_to(amount, self.now[i].numbers[move.variable].high.shape)
+
+    def amount_later(self, i: int, k: int) -> bundles.Later | None:
+        """What move ``k`` adds to a large leaf, to be evaluated in the computation that adds it.
+
+        Returns:
+          None if the leaf is small or if the amount might then have other bits.
+        """
+        numbers, dtype = self.now[i].numbers, self.exact.dtypes[i]
+        if numbers[PARAMS].high.size < bundles.SMALL or self.exact.everywhere:
+            return None
+
+        def evaluate(leaf: Leaf, *given: Any) -> Array:
+            at, observed, record = given
+            return self.amount(i, k, self.exact.program(*at)[i], leaf, observed, record)
+
+        given = (self.at[:3], self.observations[i], self.records[i])
+        moved = moved_variable(self.programs[i][k])
+        others = {name: x for name, x in numbers.items() if name != moved}
+        leaf = {name: jax.ShapeDtypeStruct(x.high.shape, dtype) for name, x in others.items()}
+        closed = jax.make_jaxpr(evaluate)(leaf, *given)
+        jaxpr, names = closed.jaxpr, sorted(leaf)
+        equations, needed = live(jaxpr, jaxpr.outvars)
+        read = [name for name, v in zip(names, jaxpr.invars) if v in needed]
+        if not round_alike(equations) or any(numbers[v].low or numbers[v].parts for v in read):
+            return None
+        variables = [*jaxpr.invars[len(names) :], *jaxpr.constvars]
+        used = {v: x for v, x in zip(variables, [*jax.tree.leaves(given), *closed.consts]) if v in needed}
+        of_read = [v for name, v in zip(names, jaxpr.invars) if name in read]
+        rest = part(jaxpr, [*of_read, *used], equations, jaxpr.outvars)
+
+        def amount(digits: list[exact.Digits], down: list[Array], *used: Array) -> Array:
+            floats = [exact.float_of(*each, dtype) for each in zip(digits, down)]
+            return rest(*floats, *used)[0]
+
+        found = [numbers[name] for name in read]
+        down = bundles.scales(found, -1) if found else []
+        return bundles.Later(amount, ([x[:2] for x in found], down, *used.values()))
 
     def held(self, variable: str, leaves: Sequence[int]) -> list[Fixed]:
         """A variable of some leaves, as it is now."""
@@ -385,8 +430,10 @@ class _Step:
         numbers = self.held(variable, group)
         tapes = [self.tapes[i].get(variable) for i in group]
         drops = [dropped[j].astype(jnp.int32) for j in range(len(group))]
-        amounts = self.amounts(group, k)
-        before = bundles.unshift(self.at.always_true, numbers, amounts, tapes, drops)
+        later = {i: x for i in group if (x := self.amount_later(i, k)) is not None}
+        now = [i for i in group if i not in later]
+        amounts: dict[int, Any] = {**later, **dict(zip(now, self.amounts(now, k)))}
+        before = bundles.unshift(self.at.always_true, numbers, members(group, amounts), tapes, drops)
         self.hold(variable, group, before)
 
 

@@ -23,11 +23,12 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Literal, Var
+from jax.extend.core import Literal
 from jaxtyping import Int
 
 from hypergrad._base.compiler import CALLS, noinline, same_bits_everywhere, unknown
 from hypergrad._base.compiler import always_true as known_later
+from hypergrad._base.tracing import live
 from hypergrad._base.trees import Flag, Step
 from hypergrad.adjoints.run import Constants, Hypers, Inputs, Run
 from hypergrad.bundles import LARGEST, SMALL
@@ -433,10 +434,7 @@ def _written(
         closed = jax.make_jaxpr(evaluate)(scalars, jax.ShapeDtypeStruct((), np.int32), leaf, leaf[PARAMS])
     words = _in_words(closed.jaxpr, closed.consts, shape)
     in_factors = [out for out, (kind, *_) in zip(closed.jaxpr.outvars, told) if kind is Scale]
-    needed = {v for v in in_factors if isinstance(v, Var)}
-    for eqn in reversed(closed.jaxpr.eqns):
-        if any(v in needed for v in eqn.outvars):
-            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    _, needed = live(closed.jaxpr, in_factors)
     given = zip(sorted(hypers), closed.jaxpr.invars)
     return tuple(told), words, frozenset(name for name, v in given if v in needed)
 

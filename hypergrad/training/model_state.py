@@ -26,10 +26,9 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Var
 
 from hypergrad._base.checks import describe, shape_of
-from hypergrad._base.tracing import Converted, closed_part, closure_convert, narrowed
+from hypergrad._base.tracing import Converted, closed_part, closure_convert, live, narrowed
 from hypergrad._base.trees import PyTree, Step
 from hypergrad.program import (
     PARAMS,
@@ -378,18 +377,14 @@ def _history(state: ModelState, parts: tuple[PyTree, PyTree], steps: int) -> lis
     jaxpr, count = state.loss.jaxpr, len(state.kinds)
     own = jaxpr.invars[len(jaxpr.invars) - count :]
     outputs = [jaxpr.outvars[1 + k] for k in which]
-    needed, eqns = {v for v in outputs if isinstance(v, Var)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in needed for v in eqn.outvars):
-            eqns.append(eqn)
-            needed |= {v for v in eqn.invars if isinstance(v, Var)}
+    eqns, needed = live(jaxpr, outputs)
     params, meta = map(jax.tree.leaves, parts)
     of_meta = jaxpr.invars[len(params) :]
     variables = [*jaxpr.constvars, *of_meta[: len(meta)], *own]
     arrays = [jnp.asarray(x) for x in (*state.captured, *meta, *state.start)]
     known = dict(zip(variables, narrowed(arrays, variables)))
     inputs = [v for v in known if v in needed]
-    advance = jax.extend.core.jaxpr_as_fun(closed_part(jaxpr, inputs, reversed(eqns), outputs))
+    advance = jax.extend.core.jaxpr_as_fun(closed_part(jaxpr, inputs, eqns, outputs))
 
     def step(carry: list[Array], _: None) -> tuple[list[Array], list[Array]]:
         now = known | dict(zip((own[k] for k in which), carry))
