@@ -50,6 +50,7 @@ from jax import Array
 from jax.extend.core import Var
 
 from hypergrad._base.explicit import on_mesh_of
+from hypergrad._base.tracing import bound, evaluated
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad._base.varying import axes_of, cast, zeros_like
 
@@ -139,26 +140,13 @@ def literal(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
 
-    def run(jaxpr: Any, given: list[Any]) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], given))
+    def equation(eqn: Any, read: Callable[[Any], Any]) -> Any:
+        name, operands = eqn.primitive.name, [read(v) for v in eqn.invars]
+        if name in CALLS:
+            return evaluated(eqn.params[CALLS[name]], operands, equation)
+        return bound(eqn, operands if name in MOVING else hidden(operands))
 
-        def read(v: Any) -> Any:
-            return values[v] if isinstance(v, Var) else v.val
-
-        for eqn in jaxpr.eqns:
-            name, operands = eqn.primitive.name, [read(v) for v in eqn.invars]
-            if name in CALLS:
-                called = eqn.params[CALLS[name]]
-                found = run(called.jaxpr, [*called.consts, *operands])
-            else:
-                operands = operands if name in MOVING else hidden(operands)
-                with eqn.ctx.manager:
-                    found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-                found = found if eqn.primitive.multiple_results else [found]
-            values.update(zip(eqn.outvars, found))
-        return [read(v) for v in jaxpr.outvars]
-
-    found = run(closed.jaxpr, [*closed.consts, *jax.tree.leaves(arguments)])
+    found = evaluated(closed, jax.tree.leaves(arguments), equation)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 

@@ -98,6 +98,33 @@ def live(jaxpr: Any, outputs: Sequence[Any]) -> tuple[list[Any], set[Any]]:
     return eqns, needed
 
 
+def evaluated(
+    closed: Any, arguments: Sequence[Any], equation: Callable[[Any, Callable[[Any], Any]], Any]
+) -> list[Any]:
+    """The results of a closed jaxpr.
+
+    Args:
+      closed: the jaxpr.
+      arguments: flat.
+      equation: evaluates an equation, given it and what reads the value of a variable or literal.
+    """
+    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *arguments]))
+
+    def read(v: Any) -> Any:
+        return values[v] if isinstance(v, Var) else v.val
+
+    for eqn in closed.jaxpr.eqns:
+        with eqn.ctx.manager:
+            found = equation(eqn, read)
+        values.update(zip(eqn.outvars, found if isinstance(found, list | tuple) else [found]))
+    return [read(v) for v in closed.jaxpr.outvars]
+
+
+def bound(eqn: Any, operands: Sequence[Any]) -> Any:
+    """The results of an equation for these operands."""
+    return eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+
+
 def part(
     jaxpr: Any, inputs: list[Any], eqns: Iterable[Any], outputs: list[Any]
 ) -> Callable[..., list[Array]]:

@@ -27,7 +27,7 @@ from jax.extend.core import Var
 
 from hypergrad._base.compiler import always_true as known_later
 from hypergrad._base.compiler import noinline, prevent_dce
-from hypergrad._base.tracing import Static, freeze, instantiate, part, perturbed, thaw
+from hypergrad._base.tracing import Static, bound, evaluated, freeze, instantiate, part, perturbed, thaw
 from hypergrad._base.trees import Flag, PyTree, Scalar, scatter, split
 from hypergrad._base.varying import axes_of
 from hypergrad.adjoints.run import Constants, Inputs, Run, Solution, gradients
@@ -326,7 +326,7 @@ def linearize(
             given = {id(x) for x in jax.tree.leaves((params, theta))}
             if sum(x.size for x in other.consts if id(x) not in given) < sum(x.size for x in first_theta):
                 first = other
-        second_map = jax.make_jaxpr(products)(observations)
+        second_map = jax.make_jaxpr(_sums_last(products, observations))(observations)
         linear_maps.append((first.jaxpr, second_map.jaxpr))
         return (value, observations), (list(first.consts), list(second_map.consts))
 
@@ -335,6 +335,38 @@ def linearize(
     else:
         primal, (first, residuals) = _first_apart(always_true, evaluate, params, theta)
     return Linearized((*primal, first), residuals, linear_maps[-1])
+
+
+def _sums_last(function: Callable[..., PyTree], *arguments: PyTree) -> Callable[..., PyTree]:
+    """The function with sums of transposed arrays in place of transposed sums.
+
+    A compiler takes the transpose of a product of matrices for the product of the transposed matrices in
+    the opposite order, but reads a sum of products across memory if it is to be transposed.
+
+    Args:
+      function: of the arguments.
+      arguments: pytrees of arrays.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    made = {v: eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+
+    def transposed(v: Any, axes: tuple[int, ...], read: Callable[[Any], Array]) -> Array:
+        eqn = made.get(v) if isinstance(v, Var) else None
+        if eqn is None or eqn.primitive.name not in ("add", "add_any"):
+            return jax.lax.transpose(read(v), axes)
+        first, second = (transposed(x, axes, read) for x in eqn.invars)
+        return first + second
+
+    def equation(eqn: Any, read: Callable[[Any], Array]) -> Any:
+        if eqn.primitive.name == "transpose":
+            return transposed(eqn.invars[0], eqn.params["permutation"], read)
+        return bound(eqn, [read(v) for v in eqn.invars])
+
+    def run(*arguments: PyTree) -> PyTree:
+        found = evaluated(closed, jax.tree.leaves(arguments), equation)
+        return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+    return run
 
 
 def _first_apart(always_true: Flag, function: Callable[..., Any], *arguments: PyTree) -> Any:
