@@ -279,9 +279,14 @@ def _exponents(numbers: Sequence[Fixed]) -> Array:
 
 def scales(numbers: Sequence[Fixed], sign: int) -> list[Array]:
     """``2**(sign e)`` of every number, or of each of its parts."""
+    return _powers(_exponents(numbers), [x.parts for x in numbers], sign)
+
+
+def _powers(exponents: Array, parts: Sequence[exact.Parts | None], sign: int) -> list[Array]:
+    """`scales` of numbers with these exponents."""
     with jax.enable_x64(True):
-        powers = exact.power(sign * _exponents(numbers))
-    return [exact.raised(x, powers[i], sign) for i, x in enumerate(numbers)]
+        powers = exact.power(sign * exponents)
+    return [exact.raised(x, powers[i], sign) for i, x in enumerate(parts)]
 
 
 @_by_axes
@@ -399,29 +404,42 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
 
 
 def coarseness(
-    wanted: Array, numbers: Sequence[Fixed], amounts: Sequence[Array], part: float
+    wanted: Array,
+    numbers: Sequence[Fixed],
+    amounts: Sequence[Array],
+    part: float,
+    totals: Sequence[Array] | None = None,
+    left: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """`exact.coarseness`, summed over the rows of every array.
+    """What `exact.coarseness` has been so far, summed over the rows of every array.
 
     Args:
-      wanted: bool scalar; if false, zeros are returned without computing anything.
+      wanted: bool scalar; if false, the totals are returned without computing anything.
       numbers: to which the amounts are added.
       amounts: as given to `shift`.
       part: of an amount that rounding may take.
+      totals: the sums so far, if any.
+      left: the part of each total that is left, float64 scalars; by default all.
 
     Returns:
       float64 sums, by row, of every array.
     """
-    words = [len(number.low) for number in numbers]
+    words, parts = [len(number.low) for number in numbers], [number.parts for number in numbers]
 
-    def lost(amounts: list[Array], down: list[Array]) -> list[Array]:
+    def lost(amounts: list[Array], exponents: Array, parts: list[exact.Parts | None]) -> list[Array]:
+        down = _powers(exponents, parts, -1)
         found = [exact.coarseness(down[i], *each, part) for i, each in enumerate(zip(words, amounts))]
         return [_by_row(x).astype(jnp.float64) for x in found]
 
+    def more(totals: list[Array], left: list[Array] | None, *given: Any) -> list[Array]:
+        kept = totals if left is None else [x * part for x, part in zip(totals, left)]
+        return [x + y for x, y in zip(kept, lost(*given))]
+
     with jax.enable_x64(True):
-        down = scales(numbers, -1)
-        nothing = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, [*amounts], down)]
-        return seldom(wanted, lost, nothing, [*amounts], down)
+        given = ([*amounts], _exponents(numbers), parts)
+        if totals is None:
+            totals = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, *given)]
+        return seldom(wanted, more, [*totals], [*totals], left, *given)
 
 
 def matters(

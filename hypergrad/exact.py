@@ -229,10 +229,10 @@ def offsets(parts: Parts) -> Int32[Array, "rows 1"]:
     return jnp.where(parts.offset == LATER, 0, parts.offset)
 
 
-def raised(number: Fixed, power: Float64[Array, ""], sign: int) -> Float64[Array, "..."]:
-    """A power of two, ``2**(sign e)`` of a number, as one for each of its parts."""
+def raised(parts: Parts | None, power: Float64[Array, ""], sign: int) -> Float64[Array, "..."]:
+    """A power of two, ``2**(sign e)`` of a number, as one for each of its parts, if it has any."""
     with jax.enable_x64(True):
-        return power if number.parts is None else power * power_of_two(sign * offsets(number.parts))
+        return power if parts is None else power * power_of_two(sign * offsets(parts))
 
 
 class Room(NamedTuple):
@@ -412,7 +412,7 @@ def to_float(number: Fixed, dtype: jax.typing.DTypeLike) -> Floats:
       number: fixed-point numbers of any shape.
       dtype: of the floats that are returned.
     """
-    return float_of(number[:2], raised(number, power(-number.exponent), -1), dtype)
+    return float_of(number[:2], raised(number.parts, power(-number.exponent), -1), dtype)
 
 
 def float_of(digits: Digits, down: Float64[Array, "..."], dtype: jax.typing.DTypeLike) -> Floats:

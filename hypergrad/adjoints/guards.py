@@ -1,7 +1,7 @@
 """Watches, along the run, how much rounding takes from what is added to the integers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,25 +10,35 @@ from jaxtyping import Float, Int
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import seldom
 from hypergrad._base.trees import Flag, Step
-from hypergrad.adjoints.integers import LARGEST_LOSS, Exact, Stepped
-from hypergrad.program import PARAMS
+from hypergrad.adjoints.integers import LARGEST_LOSS, Exact, Stepped, Totals
 
 
-class Guard(NamedTuple):
-    """How coarse the shifts of one variable of one leaf have been so far.
+class Guards(NamedTuple):
+    """How coarse the shifts of a run have been so far.
 
     Attributes:
-      total: by row, the sum of `exact.coarseness` over the guarded steps.
-      since: the first step at which they were too coarse; -1 for none.
-      owner: int32, in which of the user's leaves, if the leaf is made of several; else -1.
+      totals: by leaf and variable, and by row, the sum of `exact.coarseness` over the guarded steps.
+      faded: by leaf, the part of the parameters that is left since their last guarded shift.
+      since: int32, for all totals one after another, the first step at which they were too large; -1 for
+        none.
+      owner: int32, likewise, in which of the user's leaves, if the leaf is made of several; else -1.
     """
 
-    total: Float[Array, " rows"]
-    since: Step
-    owner: Int[Array, ""]
+    totals: Totals
+    faded: list[Float[Array, ""]]
+    since: Int[Array, " totals"]
+    owner: Int[Array, " totals"]
+
+    @staticmethod
+    def of(totals: Totals) -> "Guards":
+        """Guards of a run that has not failed yet."""
+        nowhere = jnp.full(len(places_of(totals)), -1, jnp.int32)
+        return Guards(totals, [jnp.float64(1) for _ in totals], nowhere, nowhere)
 
 
-Guards = list[dict[str, Guard]]  # by leaf and variable
+def places_of(totals: Totals) -> list[tuple[int, str]]:
+    """The leaf and the variable of every total."""
+    return [(i, name) for i, leaf in enumerate(totals) for name in leaf]
 
 
 def is_guarded(step: Step) -> Flag:
@@ -50,29 +60,23 @@ def weighed(guards: Guards, now: Stepped, at: tuple[Step, Flag], steps: int) -> 
       steps: of the run.
     """
     step, guarded = at
-    new = [dict(each) for each in guards]
-    places = [(i, name) for i, each in enumerate(now.coarse) for name in each]
-    if not places:
-        return new
-    totals = []
-    for i, name in places:
-        before = guards[i][name].total
-        totals.append((before * now.faded[i] if name == PARAMS else before) + now.coarse[i][name])
-    since = jnp.stack([guards[i][name].since for i, name in places])
-    doubted = jnp.stack([jnp.any(total > 0) for total in totals])
-
-    def judged(totals: list[Array], numbers: list[exact.Fixed]) -> tuple[Array, Array]:
-        return bundles.matters(totals, numbers, LARGEST_LOSS, steps)
-
+    places = places_of(now.totals)
+    totals = [now.totals[i][name] for i, name in places]
     numbers = [now.leaves[i].numbers[name] for i, name in places]
-    wanted = guarded & jnp.any(doubted & (since < 0))
-    owner = jnp.stack([guards[i][name].owner for i, name in places])
-    found, where = seldom(wanted, judged, (jnp.zeros(len(places), bool), owner), totals, numbers)
-    first = (since < 0) & found
-    since, owner = jnp.where(first, step, since), jnp.where(first, where, owner)
-    for k, (i, name) in enumerate(places):
-        new[i][name] = Guard(totals[k], since[k], owner[k])
-    return new
+    so_far = (guards.since, guards.owner)
+
+    def judged(since: Array, owner: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Any:
+        found, where = bundles.matters(totals, numbers, LARGEST_LOSS, steps)
+        first = (since < 0) & found
+        return jnp.where(first, step, since), jnp.where(first, where, owner)
+
+    def looked_at(since: Array, owner: Array, totals: list[Array], numbers: list[exact.Fixed]) -> Any:
+        doubted = jnp.stack([jnp.any(total > 0) for total in totals])
+        wanted = jnp.any(doubted & (since < 0))
+        return seldom(wanted, judged, (since, owner), since, owner, totals, numbers)
+
+    since, owner = seldom(guarded, looked_at, so_far, *so_far, totals, numbers)
+    return Guards(now.totals, now.faded, since, owner)
 
 
 def no_failure() -> Int[Array, "3"]:
@@ -91,12 +95,11 @@ def failed_by_rounding(
       integers: the exact arithmetic of the run.
       firsts: of every leaf, the first of the user's leaves of which it is made.
     """
-    for i, leaf in enumerate(guards):
-        for name, guard in leaf.items():
-            trouble = integers.troubles().index(("rounding", name))
-            owner = jnp.where(guard.owner < 0, firsts[i], guard.owner)
-            found = jnp.stack([guard.since, jnp.int32(trouble), owner])
-            failed = jnp.where((failed[0] < 0) & (guard.since >= 0), found, failed)
+    for k, (i, name) in enumerate(places_of(guards.totals)):
+        trouble = integers.troubles().index(("rounding", name))
+        owner = jnp.where(guards.owner[k] < 0, firsts[i], guards.owner[k])
+        found = jnp.stack([guards.since[k], jnp.int32(trouble), owner])
+        failed = jnp.where((failed[0] < 0) & (guards.since[k] >= 0), found, failed)
     return failed
 
 

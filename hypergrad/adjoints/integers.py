@@ -77,6 +77,7 @@ class ExactLeaf(NamedTuple):
 
 Drops = Array | list[Array]  # by leaf of a group
 Tapes = dict[str, Array]  # of one leaf, by the variables that are held whole, and by `buffer_name`
+Totals = list[dict[str, Float[Array, " rows"]]]  # by leaf and variable
 Trouble = tuple[str, str]  # a kind and a variable
 NO_TROUBLE = ("", "")
 BAD_LOSS = ("loss", "")
@@ -107,8 +108,9 @@ class Stepped(NamedTuple):
       tapes: of every leaf, by name.
       drops: how many bytes the numbers of a group dropped, int8, for every `Shift` of every group.
       records: the scalars that were remembered, by leaf.
-      coarse: how coarse the shifts were, by leaf and variable; see `exact.coarseness`.
-      faded: the part of the parameters that is left, by leaf: the product of their largest factors.
+      totals: how coarse the shifts have been; see `Guards` in `hypergrad.adjoints.guards`.
+      faded: the part of the parameters that is left since they were last added up, by leaf: the product of
+        their largest factors.
       wrong: ``(2,)``, what went wrong first, an index into `Exact.troubles` or 0, and in which leaf.
     """
 
@@ -116,7 +118,7 @@ class Stepped(NamedTuple):
     tapes: list[Tapes]
     drops: list[Drops]
     records: list[Record]
-    coarse: list[dict[str, Array]]
+    totals: Totals
     faded: list[Array]
     wrong: Int[Array, "2"]
 
@@ -174,6 +176,7 @@ class Exact(NamedTuple):
         leaves: Sequence[ExactLeaf],
         tapes: Sequence[Tapes],
         observations: Sequence[Observed],
+        so_far: tuple[Totals, Sequence[Array]],
         guarded: Flag,
     ) -> Stepped:
         """One step on integers.
@@ -183,9 +186,12 @@ class Exact(NamedTuple):
           leaves: the state before the step.
           tapes: of every leaf.
           observations: the gradient and whatever else is observed, by leaf.
+          so_far: how coarse the shifts have been, and the part of the parameters that is left since; see
+            `Stepped`.
           guarded: whether to measure how coarse the shifts are.
         """
-        doing = _Forwards(self, at, leaves, tapes, observations, [{} for _ in leaves], guarded=guarded)
+        nothing: list[Record] = [{} for _ in leaves]
+        doing = _Forwards(self, at, leaves, tapes, observations, nothing, so_far=so_far, guarded=guarded)
         for group in alike(doing.programs):
             for k, move in enumerate(doing.programs[group[0]]):
                 if isinstance(move, Remember | Total | Keep):
@@ -441,14 +447,14 @@ class _Step:
 class _Forwards(_Step):
     """A step forwards: also what it writes to the tapes and what it checks; see `Stepped`."""
 
+    so_far: tuple[Totals, Sequence[Array]] = field(kw_only=True)
     guarded: Flag = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.written = [dict(leaf) for leaf in self.tapes]
         self.drops: list[Drops] = []
-        self.coarse: list[dict[str, Array]] = [{} for _ in self.leaves]
-        self.faded = [jnp.float64(1) for _ in self.leaves]
+        self.totals, self.faded = [dict(leaf) for leaf in self.so_far[0]], [*self.so_far[1]]
         self.looked: list[tuple[Flag, int, int]] = []
 
     def look(self, valid: Flag, trouble: Trouble, leaf: int) -> None:
@@ -530,9 +536,16 @@ class _Forwards(_Step):
         tapes = [self.written[i].get(variable) for i in group]
         moved = bundles.shift(self.at.always_true, numbers, amounts, tapes)
         numbers = [number for number, _, _ in moved]
-        for i, more in zip(group, bundles.coarseness(self.guarded, numbers, amounts, LARGEST_LOSS)):
-            so_far = self.coarse[i].get(variable)
-            self.coarse[i][variable] = more if so_far is None else so_far + more
+        fades = variable == PARAMS and any(
+            isinstance(move, Scale) and move.variable == PARAMS for move in self.programs[group[0]]
+        )
+        left = members(group, self.faded) if fades else None
+        before = [self.totals[i][variable] for i in group]
+        totals = bundles.coarseness(self.guarded, numbers, amounts, LARGEST_LOSS, before, left)
+        for i, total in zip(group, totals):
+            self.totals[i][variable] = total
+            if fades:
+                self.faded[i] = jnp.where(self.guarded, 1.0, self.faded[i])
         self.hold(variable, group, numbers)
         for i, (number, tape, _) in zip(group, moved):
             if tape is not None:
@@ -546,7 +559,7 @@ class _Forwards(_Step):
         """The result of the step.  What was kept is on the tape; only scalars are recorded."""
         kept = {move.name for moves in self.programs for move in moves if isinstance(move, Keep)}
         scalars = [{name: x for name, x in each.items() if name not in kept} for each in self.records]
-        return Stepped(self.now, self.written, self.drops, scalars, self.coarse, self.faded, self.wrong())
+        return Stepped(self.now, self.written, self.drops, scalars, self.totals, self.faded, self.wrong())
 
 
 def _floats(

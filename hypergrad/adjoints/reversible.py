@@ -28,6 +28,7 @@ from hypergrad._base.opaque import with_rule
 from hypergrad._base.tracing import RECOVERED, Static, freeze, instantiate, perturbed, thaw
 from hypergrad._base.trees import PyTree, scatter, split
 from hypergrad.adjoints.failures import Broken, Failures, Health, unbroken
+from hypergrad.adjoints.guards import Guards
 from hypergrad.adjoints.integers import Exact
 from hypergrad.adjoints.joint import Joint, joined
 from hypergrad.adjoints.linearize import Segments, in_segments
@@ -425,7 +426,7 @@ class _Playback(NamedTuple):
             end = self.joint.split_leaves(floats, player.starts)
             state = packed(now.leaves, now.guards)
         health = Health(now.failed, needed, jnp.asarray(True), unbroken(jnp.asarray(True)))
-        last = recorded.last._replace(now=now._replace(guards=[]), outputs=Outputs(None, None))
+        last = recorded.last._replace(now=now._replace(guards=Guards.of([])), outputs=Outputs(None, None))
         return (end, outputs._replace(exact=state)), _Record(recorded._replace(last=last), health)
 
     # ---- backwards

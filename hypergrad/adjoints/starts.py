@@ -12,8 +12,8 @@ from jax import Array
 from hypergrad import bundles, exact
 from hypergrad._base.compiler import in_place
 from hypergrad._base.trees import Flag, PyTree
-from hypergrad.adjoints.guards import Guard, Guards
-from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf
+from hypergrad.adjoints.guards import Guards
+from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf, Totals
 from hypergrad.adjoints.tapes import Taped, held_whole
 from hypergrad.program import PARAMS, Leaf, Optimizer
 
@@ -75,7 +75,7 @@ class Start:
         """
         before, totals = (None, None) if earlier is None else unpacked(earlier)
         numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
-        guards: Guards = [{} for _ in start]
+        found: Totals = [{} for _ in start]
         for name in (PARAMS, *self.program.variables):  # each like other shifts, whose instructions serve
             given = [leaf[name] for leaf in start]
             fresh = self.rounded(name, given, always_true)
@@ -89,8 +89,8 @@ class Start:
                     number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
                     coarse = jnp.where(known, totals[i][name], coarse)
                 numbers[i][name] = number
-                guards[i][name] = Guard(coarse, jnp.int32(-1), jnp.int32(-1))
-        return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], guards
+                found[i][name] = coarse
+        return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], Guards.of(found)
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
         """The buffers with which the run begins: empty, or as an earlier run left them."""
@@ -170,7 +170,7 @@ def on_new_tapes(leaves: Sequence[ExactLeaf]) -> list[ExactLeaf]:
     ]
 
 
-def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -> PyTree:
+def packed(leaves: Sequence[ExactLeaf], guards: Guards) -> PyTree:
     """An exact state as arrays of at most 32 bits, which survive if JAX's 64-bit mode is off.
 
     How coarse its shifts were is packed too.  A run that continues where training has almost ended adds
@@ -178,7 +178,7 @@ def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -
 
     Args:
       leaves: the exact state.
-      guards: at the end of the run, by leaf and variable.
+      guards: at the end of the run.
     """
     with jax.enable_x64(True):
 
@@ -189,7 +189,7 @@ def packed(leaves: Sequence[ExactLeaf], guards: Sequence[Mapping[str, Guard]]) -
                 return x
             return jnp.stack([(x >> 32).astype(jnp.uint32), x.astype(jnp.uint32)])
 
-        totals = [{name: guard.total for name, guard in each.items()} for each in guards]
+        totals = [leaf | {PARAMS: leaf[PARAMS] * left} for leaf, left in zip(guards.totals, guards.faded)]
         return jax.tree.map(narrow, [(*leaf, each) for leaf, each in zip(on_new_tapes(leaves), totals)])
 
 
