@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hypergrad as hg
 from hypergrad import bundles
 from hypergrad._base import compiler
-from hypergrad.adjoints import guards, starts
+from hypergrad.adjoints import guards, integers, linearize, starts
 
 pytestmark = pytest.mark.optimized
 
@@ -206,3 +207,77 @@ def test_integers_stay_where_they_are(apart: bool, monkeypatch: pytest.MonkeyPat
     compiled = jax.jit(jax.grad(outer)).lower(others[0], params, others[1]).compile()
     per_parameter = compiled.memory_analysis().temp_size_in_bytes / (700 * 300)
     assert (per_parameter < 110) if apart else (per_parameter > 130)
+
+
+# ---- amounts that are evaluated where they are used, and sums of products
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "expected"),
+    [
+        ("momentum", optax.chain(optax.scale(0.1), optax.trace(0.9)), {"velocity": True, "params": True}),
+        ("heavy_ball", optax.trace(0.9), {"velocity": True, "params": True}),
+        ("adam", optax.scale_by_adam(), {"mu": True, "nu": True, "params": False}),
+    ],
+)
+def test_large_amounts_are_evaluated_where_they_are_subtracted(
+    make: str, rule: Any, expected: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are where they round alike everywhere; the hypergradients are those of a plain scan."""
+    later: dict[str, bool] = {}
+    known = integers._Step.amount_later
+
+    def spy(self: Any, i: int, k: int) -> Any:
+        found = known(self, i, k)
+        later[self.programs[i][k].variable] = found is not None
+        return found
+
+    monkeypatch.setattr(integers._Step, "amount_later", spy)
+    rng, steps = np.random.default_rng(0), 12
+    params = jnp.float32(0.1 * rng.normal(size=(128, 130)))
+    batches = jnp.float32(rng.normal(size=(steps, 4, 128)))
+    optimizer = getattr(hg, make)()
+
+    def loss(w: Any, meta: Any, x: Any) -> Any:
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    def outer(rates: Any, adjoint: Any) -> Any:
+        hypers = {"learning_rate": rates}
+        trained = hg.train(
+            loss, params, hypers, batches=batches, steps=steps, optimizer=optimizer, adjoint=adjoint
+        )
+        return loss(trained.params, None, batches[0])
+
+    def by_hand(rates: Any) -> Any:
+        def step(carry: Any, at: Any) -> Any:
+            (w, state), (rate, x) = carry, at
+            update, state = rule.update(jax.grad(loss)(w, None, x), state, w)
+            return (w - rate * update, state), None
+
+        (w, _), _ = jax.lax.scan(step, (params, rule.init(params)), (rates, batches))
+        return loss(w, None, batches[0])
+
+    rates = jnp.full(steps, 0.05, jnp.float32)
+    found = jax.jit(jax.grad(lambda rates: outer(rates, hg.Reversible())))(rates)
+    expected_gradient = jax.jit(jax.grad(by_hand))(rates)
+    assert later == expected
+    scale = float(jnp.max(jnp.abs(expected_gradient)))
+    np.testing.assert_allclose(found, expected_gradient, atol=1e-3 * scale)
+
+
+def test_sums_of_products_are_not_transposed() -> None:
+    """A transposed sum is a sum of transposed terms, which compilers take for products themselves."""
+    rng = np.random.default_rng(0)
+    a, b, c = (jnp.float32(rng.normal(size=(3, 4))) for _ in range(3))
+
+    def function(a: Any, b: Any, c: Any) -> Any:
+        return {"sum": (a.T @ b + b.T @ c + a.T @ c).T, "alone": jnp.transpose(a), "other": a + b}
+
+    again = linearize._sums_last(function, a, b, c)
+    for x, y in zip(jax.tree.leaves(function(a, b, c)), jax.tree.leaves(again(a, b, c)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    jaxpr = jax.make_jaxpr(again)(a, b, c).jaxpr
+    sums = {v for eqn in jaxpr.eqns if eqn.primitive.name == "add" for v in eqn.outvars}
+    transposed = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "transpose"]
+    wanted = [eqn for eqn in transposed if jaxpr.outvars[2] not in eqn.outvars]
+    assert wanted and not any(eqn.invars[0] in sums for eqn in wanted)
