@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import pickle
 import socket
@@ -34,7 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import hypergrad as hg
-from benchmarks.machine import describe_machine, say, show, versions
+from benchmarks.machine import describe_machine, say, show
+from experiments.common import records
 from hypergrad import sums
 
 RESULTS = Path(__file__).parent / "results" / "shards.json"
@@ -222,9 +222,9 @@ def everything(given: argparse.Namespace) -> None:
             })  # fmt: skip
             bits = "all alike" if all(same) else f"{sum(same)} of {len(same)}"
             say(f"{model:>12}  {optimizer:>9}  {count:>7}  {bits:>10}  {show(price, '.2f'):>5}")
-    if not given.fast:
-        named = {"machine": describe_machine(), "versions": versions(["jax", "jaxlib", "numpy"])}
-        RESULTS.write_text(json.dumps(named | {"parts": PARTS, "rows": rows}, indent=1) + "\n")
+            if not given.fast:
+                record = {"machine": describe_machine(), "parts": PARTS, "rows": rows}
+                records.write(RESULTS, record)  # at once, so that a run that is stopped loses nothing
 
 
 def elsewhere(devices: int, *flags: str) -> list[str]:
