@@ -271,7 +271,8 @@ def test_sums_of_products_are_not_transposed() -> None:
     a, b, c = (jnp.float32(rng.normal(size=(3, 4))) for _ in range(3))
 
     def function(a: Any, b: Any, c: Any) -> Any:
-        return {"sum": (a.T @ b + b.T @ c + a.T @ c).T, "alone": jnp.transpose(a), "other": a + b}
+        sum_of_products = (a.T @ b + b.T @ c + a.T @ c + 1.0).T
+        return {"sum": sum_of_products, "alone": jnp.transpose(a), "other": a + b}
 
     again = linearize._sums_last(function, a, b, c)
     for x, y in zip(jax.tree.leaves(function(a, b, c)), jax.tree.leaves(again(a, b, c)), strict=True):

@@ -354,7 +354,8 @@ def _sums_last(function: Callable[..., PyTree], *arguments: PyTree) -> Callable[
         eqn = made.get(v) if isinstance(v, Var) else None
         if eqn is None or eqn.primitive.name not in ("add", "add_any"):
             return jax.lax.transpose(read(v), axes)
-        first, second = (transposed(x, axes, read) for x in eqn.invars)
+        # A literal may be a scalar, for all elements.
+        first, second = (transposed(x, axes, read) if x.aval.shape else read(x) for x in eqn.invars)
         return first + second
 
     def equation(eqn: Any, read: Callable[[Any], Array]) -> Any:
