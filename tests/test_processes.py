@@ -39,6 +39,10 @@ with jax.set_mesh(mesh):
     best = hg.meta.optimize(
         objective, {"learning_rate": np.full(4, 0.1, "f")}, steps=steps, checkpoint=folder + "/optimize.npz"
     )
+    exact = hg.meta.optimize(
+        objective, {"learning_rate": np.full(4, 0.1, "f")}, steps=steps, optimizer=hg.meta.LBFGSB(),
+        checkpoint=folder + "/exact.npz",
+    )
     tuned = hg.tune(
         loss, np.zeros(3, "f"), {"learning_rate": 0.1}, steps=4, meta_steps=steps, trials=0,
         optimizer=hg.sgd(), adjoint=stored, checkpoint=folder + "/tune.npz",
@@ -48,7 +52,7 @@ made = hg.distill(
     hg.nets.mlp((4, 2)), images, labels, hg.Recipe(steps=3), meta_steps=steps,
     adjoint=stored, checkpoint=folder + "/distill.npz",
 )
-rates = best.hypers["learning_rate"].tolist()
+rates = [x for found in (best, exact) for x in found.hypers["learning_rate"].tolist()]
 print(json.dumps([rates, float(tuned.hypers["learning_rate"]), made.images.tolist()]))
 """
 
@@ -83,9 +87,14 @@ def numbers(result: Any) -> np.ndarray:
 def test_one_process_shows_progress_and_writes_checkpoints_and_any_number_goes_on(tmp_path: Path) -> None:
     (first, shown), (second, quiet) = run(tmp_path, 2, steps=2)
     np.testing.assert_array_equal(numbers(first), numbers(second))
-    for name in ("optimize", "tune", "distill"):
+    for name in ("optimize", "tune", "distill"):  # both outer loops of `optimize` have its name
         assert f"{name}: " in shown and f"{name}: " not in quiet
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["distill.npz", "optimize.npz", "tune.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "distill.npz",
+        "exact.npz",
+        "optimize.npz",
+        "tune.npz",
+    ]
 
     ((resumed, _),) = run(tmp_path, 1, steps=3)  # what two processes began, one goes on with
     (again, _), (other, _) = run(tmp_path, 2, steps=4)  # and two with what one did
