@@ -237,7 +237,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     say(f"{machine['name']}; jax {jax.__version__}, hypergrad {hg.__version__}; one thread on one core")
     works = FAST if args.fast else {k: v for k, v in WORKLOADS.items() if k in (args.problems or WORKLOADS)}
-    rows: list[Row] = []
+    report: dict[str, Any] = {
+        "config": {
+            "rounds": args.rounds,
+            "optimizers": {k: OPTIMIZERS[k].hypers for k in args.optimizers},
+        },
+        "machine": machine | {"packages": versions(("jaxlib",))},
+        "parameters": {},
+        "rows": [],
+    }
     for problem, work in works.items():
         everyone = [
             r for name in args.optimizers for r in runners(problem, work, name, args.fast or args.brief)
@@ -246,19 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         new = [runner.row for runner in everyone]
         compared(new)
         say(table(new))
-        rows += new
+        report["parameters"][problem] = parameters(work)
+        report["rows"] += new
+        if args.output:  # at once, so that a run that is stopped loses nothing
+            records.write(args.output, report)
     if args.output:
-        report = {
-            "config": {
-                "rounds": args.rounds,
-                "optimizers": {k: OPTIMIZERS[k].hypers for k in args.optimizers},
-            },
-            "parameters": {k: parameters(w) for k, w in works.items()},
-            "machine": machine | {"packages": versions(("jaxlib",))},
-            "rows": rows,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        records.write(args.output, report)
         say(f"\nwritten: {args.output}")
     return 0
 
