@@ -18,9 +18,8 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
                  integers is looked up at every step and not at every fiftieth.
 `compiled_once`  An equal program is not compiled again.  Without it, every call outside of ``jit``
                  compiles both directions of a run, and keeps them in memory.
-`in_place`       Integers that change stay where they are.  Without it, old and new state of all
-                 leaves are in memory together: a hypergradient through Adam takes 153 bytes
-                 per parameter instead of 95.
+`in_place`       Integers that change stay where they are, in a computation of their own.  Without
+                 it, AdamW of GPT-2-small takes 90.7 bytes per parameter instead of 89.7.
 `hidden`         Numbers that are known when a program is compiled are used like others.
                  Without it, Adam on one device and on two, which is compiled in other ways,
                  differs from the first step on: ``b1`` is folded into one of them only.
@@ -33,8 +32,8 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
 
 `same_bits_everywhere` is `noinline` with `literal`.
 
-``tests/test_compiler.py`` tests them, with and without; `hidden` and `literal` need devices, and are
-tested in ``tests/test_shards.py``.
+``tests/test_compiler.py`` tests them, with and without, but for `in_place`; `hidden` and `literal` need
+devices, and are tested in ``tests/test_shards.py``.
 """
 
 import hashlib
