@@ -26,7 +26,7 @@ adjoint                      memory              time, in trainings  what for
 
 So a hypergradient takes longer, in plain trainings, where there is more to keep beside what there is to
 compute: with small batches, and with Adam.  The constants are fitted to perceptrons, a transformer and a
-ConvNet on a processor, all of whose times are within a quarter of these (``benchmarks/time.py``); beyond
+ConvNet on an AMD EPYC, all of whose times are within a quarter of these (``benchmarks/time.py``); beyond
 the densities measured there, the time stays what it is at their end.
 """
 
