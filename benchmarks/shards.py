@@ -202,7 +202,8 @@ def everything(given: argparse.Namespace) -> None:
     if given.fast:
         models, optimizers, counts = models[:1], optimizers[:1], counts[:2]
     steps = 12 if given.fast else 1000
-    rows = []
+    rows: list[Any] = []
+    record = {"machine": describe_machine(), "parts": PARTS, "rows": rows}
     say(f"{'network':>12}  {'optimizer':>9}  {'devices':>7}  {'bits':>10}  {'time':>5}")
     for model, optimizer in itertools.product(models, optimizers):
         whole = elsewhere(1, model, optimizer, "--steps", str(steps), "--seconds", "--whole")
@@ -223,7 +224,6 @@ def everything(given: argparse.Namespace) -> None:
             bits = "all alike" if all(same) else f"{sum(same)} of {len(same)}"
             say(f"{model:>12}  {optimizer:>9}  {count:>7}  {bits:>10}  {show(price, '.2f'):>5}")
             if not given.fast:
-                record = {"machine": describe_machine(), "parts": PARTS, "rows": rows}
                 records.write(RESULTS, record)  # at once, so that a run that is stopped loses nothing
 
 

@@ -252,7 +252,7 @@ def _added(
     """`exact.plus` or `exact.minus` of every amount."""
     result, up = [*numbers], scales(numbers, 1)
     kinds: list[Hashable] = [
-        (x.function, i) if isinstance(x, Later) else (x.dtype, len(number.low), i if up[i].ndim else -1)
+        (Later, i) if isinstance(x, Later) else (x.dtype, len(number.low), i if up[i].ndim else -1)
         for i, (x, number) in enumerate(zip(amounts, numbers))
     ]
     for bundle in bundles([x.high.shape for x in numbers], kinds):

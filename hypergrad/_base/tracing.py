@@ -93,9 +93,9 @@ def live(jaxpr: Any, outputs: Sequence[Any]) -> tuple[list[Any], set[Any]]:
     needed, eqns = {v for v in outputs if isinstance(v, Var)}, list[Any]()
     for eqn in reversed(jaxpr.eqns):
         if any(v in needed for v in eqn.outvars):
-            eqns.insert(0, eqn)
+            eqns.append(eqn)
             needed |= {v for v in eqn.invars if isinstance(v, Var)}
-    return eqns, needed
+    return eqns[::-1], needed
 
 
 def evaluated(

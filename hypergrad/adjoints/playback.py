@@ -258,7 +258,8 @@ class Player:
         observations = self.joint.observations(hypers, evaluated, self.starts, at.always_true)
         guarded = is_guarded(t)
         # v <- γ v - (1 - γ) g and w <- w + α v: update velocity and position.
-        now = integers.step(at, leaves, tapes, observations, guards[:2], guarded)
+        so_far = guards.totals, guards.faded
+        now = integers.step(at, leaves, tapes, observations, so_far, guarded)
 
         bad_loss = jnp.array([integers.troubles().index(BAD_LOSS), 0], jnp.int32)
         wrong = jnp.where(jnp.isfinite(loss), now.wrong, bad_loss)
