@@ -333,6 +333,12 @@ def _to_integer(x: Float64[Array, "..."]) -> Int64[Array, "..."]:
     return ones - int(np.float64(MAGIC).view(np.int64))
 
 
+def _to_long(x: Float64[Array, "..."]) -> Int64[Array, "..."]:
+    """The integer nearest to a float64 below ``2**63`` in size, as int64, by halves; see `_to_integer`."""
+    upper = x / BASE
+    return (_to_integer(upper) << DIGITS) + _to_integer((upper - jnp.round(upper)) * BASE)
+
+
 def _from_integer(x: Int64[Array, "..."]) -> Float64[Array, "..."]:
     """An int64 below ``2**51`` in size as float64: the inverse of `_to_integer`."""
     return jax.lax.bitcast_convert_type(x + int(np.float64(MAGIC).view(np.int64)), jnp.float64) - MAGIC
@@ -354,16 +360,16 @@ def _digits(
     limit = 2.0 * LIMIT - 1024
     rest = jnp.where(wide < limit, wide, limit)
     rest = jnp.where(rest > -limit, rest, -limit)
-    digits: list[Array] = []
+    high, below, low = _to_long(rest), list[Array](), list[Array]()
     for _ in range(words):
-        whole = jnp.round(rest)
-        digits.append(whole.astype(jnp.int64))
-        rest = (rest - whole) * 2.0**DIGITS  # exact: both floats begin with the same digits
-    high, low = jnp.round(rest).astype(jnp.int64), list[Array]()
-    for digit in reversed(digits):
-        low.insert(0, high.astype(jnp.uint32))
-        high = digit + (high >> DIGITS)
-    return high, tuple(low)
+        rest = (rest - jnp.round(rest)) * BASE  # exact: both floats begin with the same digits
+        below.append(_to_integer(rest))
+    carry = jnp.int64(0)
+    for digit in reversed(below):
+        digit += carry
+        low.insert(0, digit.astype(jnp.uint32))
+        carry = digit >> DIGITS
+    return high + carry, tuple(low)
 
 
 def zero(
