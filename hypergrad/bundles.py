@@ -103,51 +103,53 @@ def _shift(
     """`shift` of numbers that all have a tape or not."""
     words, most = [len(x.low) for x in numbers], 0 if tapes[0] is None else exact.MOST_BYTES
     with jax.enable_x64(True):
-        by_row = [exact.size(x, number.parts is not None) for x, number in zip(amounts, numbers)]
-        sizes = jnp.stack([jnp.max(x) for x in by_row])
-        given = _exponents(numbers), jnp.stack([x.floor for x in numbers])
-        tops = jnp.stack([x.top for x in numbers])
-        exponents = exact.fitted(given, tops, sizes, words)
-        numbers = [
-            x._replace(exponent=exponents[0][i], floor=exponents[1][i]) for i, x in enumerate(numbers)
-        ]
-        numbers, sizes, largest = _with_offsets(numbers, by_row)
-        room, enough = exact.room_as_is(tops, exponents[0], sizes, largest)
+        sizes = [exact.size(x, number.parts is not None) for x, number in zip(amounts, numbers)]
+        exponents = _exponents(numbers), jnp.stack([x.floor for x in numbers])
+        tops, parts = jnp.stack([x.top for x in numbers]), [x.parts for x in numbers]
+        added, largest = _in_units(parts, sizes)
+        room, enough = exact.room_as_is(tops, exponents[0], added, largest)
+        enough &= (exponents[0] < exact.UNSET) | (added <= exact.NOTHING)
 
-        def made(highs: list[Array], exponents: Any, sizes: Array, largest: Array) -> exact.Room:
+        def made(highs: list[Array], exponents: Any, parts: Any, tops: Array, sizes: list[Array]) -> Any:
+            largest = jnp.stack([jnp.max(x) for x in sizes])
+            exponents = exact.fitted(exponents, tops, largest, words)
+            for i, each in enumerate(parts):
+                if each is not None:
+                    of_array = exponents[0][i], exponents[1][i]
+                    parts[i] = exact.with_offsets(each, of_array, sizes[i], words[i])
             tops = jnp.stack([exact.magnitude(x) for x in highs])
-            return exact.room_made(tops, exponents, sizes, largest, most)
+            return exponents, parts, exact.room_made(tops, exponents, *_in_units(parts, sizes), most)
 
         # The bound of a sum is the sum of bounds: only where that is too large, numbers are looked at.
-        missing = ~jnp.all(enough)
-        drop, tops = seldom(missing, made, room, [x.high for x in numbers], exponents, sizes, largest)
-        numbers = [x._replace(top=tops[i]) for i, x in enumerate(numbers)]
+        as_is = exponents, parts, room
+        given = [x.high for x in numbers], exponents, parts, tops, sizes
+        exponents, parts, (drop, tops) = seldom(~jnp.all(enough), made, as_is, *given)
+        numbers = [
+            x._replace(exponent=exponents[0][i], floor=exponents[1][i], top=tops[i], parts=parts[i])
+            for i, x in enumerate(numbers)
+        ]
         if most:
             numbers, tapes = _dropped(numbers, tapes, drop)
     moved = _added(always_true, exact.plus, numbers, amounts)
     return [(number, tape, drop[i]) for i, (number, tape) in enumerate(zip(moved, tapes))]
 
 
-def _with_offsets(numbers: Sequence[Fixed], sizes: Sequence[Array]) -> tuple[list[Fixed], Array, Array]:
-    """Numbers whose parts have offsets, the sizes of what is added in their units, and largest exponents.
+def _in_units(parts: Sequence[exact.Parts | None], sizes: Sequence[Array]) -> tuple[Array, Array]:
+    """The sizes of what is added to arrays, in units of ``2**-e``, and how large ``e`` may be.
 
     Args:
-      numbers: with their exponents.
+      parts: of the arrays.
       sizes: of what is added, of the array, or by row if it has parts.
     """
-    result, found, most = [], [], []
-    for number, size in zip(numbers, sizes):
-        offset = jnp.int64(0)
-        if number.parts is not None:
-            exponents = number.exponent, number.floor
-            parts = exact.with_offsets(number.parts, exponents, size, len(number.low))
-            number, each = number._replace(parts=parts), exact.offsets(parts).astype(jnp.int64)
-            size = jnp.max(jnp.where(size > -1022, size + each, -1022))
-            offset = jnp.maximum(jnp.max(each), 0)
-        result.append(number)
+    found, most = [], []
+    for each, size in zip(parts, sizes):
+        offset = jnp.int32(0)
+        if each is not None:
+            size = jnp.max(exact.size_in_units(each, size))
+            offset = jnp.max(each.offset, initial=0)
         found.append(size)
-        most.append(exact.BIT * (exact.LARGEST_RADIX - offset))
-    return result, jnp.stack(found), jnp.stack(most)
+        most.append(exact.LARGEST_RADIX - offset)
+    return jnp.stack(found), exact.BIT * jnp.stack(most).astype(jnp.int64)
 
 
 def unshift(

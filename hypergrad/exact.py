@@ -74,6 +74,7 @@ BIT = 1 << 40  # resolution of exponents and of `Buffer.bits`
 ROUNDING = 2.0**-21  # bits per scale: more than rounding costs in `_bound` and in the quotients
 UNSET = 1 << 60  # the exponent of an array of zeros, for which none has been chosen yet
 LATER = -(1 << 20)  # the offset of an array of zeros, for which none has been chosen yet
+NOTHING = -1022  # the `size` of zeros
 LARGEST_OFFSET = 850  # of the unit of a part, alone or with the exponent
 LARGEST_RADIX = 900  # so that 2**e and its neighbors are normal float64 numbers
 
@@ -163,7 +164,7 @@ def size(x: Floats, by_row: bool = False) -> Int64[Array, "..."]:
     with jax.enable_x64(True):
         axis = 1 if by_row else None
         largest = jnp.max(jnp.abs(x), axis=axis, keepdims=by_row, initial=0).astype(jnp.float64)
-        return ((jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) & 2047) - 1022
+        return ((jax.lax.bitcast_convert_type(largest, jnp.int64) >> 52) & 2047) + NOTHING
 
 
 def fitted(
@@ -185,7 +186,7 @@ def fitted(
     """
     with jax.enable_x64(True):
         exponent, floor = exponents
-        usable = (exponent >= UNSET) & (size > -1022) & (size <= 1023)
+        usable = (exponent >= UNSET) & (size > NOTHING) & (size <= 1023)
         free = _free(exponents, words)
         best = BIT * jnp.clip(62 - free - size, -LARGEST_RADIX, LARGEST_RADIX)
         new = jnp.where(usable, best, exponent), jnp.where(usable, best - (exponent - floor), floor)
@@ -214,19 +215,27 @@ def with_offsets(parts: Parts, exponents: Exponents, sizes: Int64[Array, "rows 1
     """
     with jax.enable_x64(True):
         exponent, (owner, offset) = exponents[0], parts
-        largest = jax.ops.segment_max(sizes[:, 0], owner, len(owner), indices_are_sorted=True)
-        size = largest.at[owner].get(mode="promise_in_bounds")[:, None]
+        # Counted anew: an array may be the last of many, and of fewer rows than there are arrays.
+        part = jnp.cumsum(jnp.diff(owner, prepend=owner[:1]) != 0, dtype=jnp.int32)
+        largest = jax.ops.segment_max(sizes[:, 0], part, len(owner), indices_are_sorted=True)
+        size = largest.at[part].get(mode="promise_in_bounds")[:, None]
         free = _free(exponents, words)
         place = (exponent + BIT - 1) >> 40
         best = jnp.clip(62 - free - size - place, -LARGEST_OFFSET, LARGEST_OFFSET)
         best = jnp.minimum(best, LARGEST_OFFSET - place).astype(jnp.int32)
-        usable = (offset == LATER) & (size > -1022) & (size <= 1023) & (exponent < UNSET)
+        usable = (offset == LATER) & (size > NOTHING) & (size <= 1023) & (exponent < UNSET)
         return Parts(owner, jnp.where(usable, best, offset))
 
 
 def offsets(parts: Parts) -> Int32[Array, "rows 1"]:
     """The offsets of parts; 0 for those that have none, which are zero."""
     return jnp.where(parts.offset == LATER, 0, parts.offset)
+
+
+def size_in_units(parts: Parts, size: Int64[Array, "rows 1"]) -> Int64[Array, "rows 1"]:
+    """The `size` of what is added to parts in units of ``2**-e``; too large if they have no offset yet."""
+    offset = jnp.where(parts.offset == LATER, -LATER, parts.offset).astype(jnp.int64)
+    return jnp.where(size > NOTHING, size + offset, NOTHING)
 
 
 def raised(parts: Parts | None, power: Float64[Array, ""], sign: int) -> Float64[Array, "..."]:
