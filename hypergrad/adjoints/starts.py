@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from hypergrad import bundles, exact
-from hypergrad._base.compiler import in_place
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf, Totals
@@ -134,18 +133,14 @@ class Start:
         for name in (PARAMS, *self.program.variables):
             given = [leaf[name] for leaf in start]
             numbers = [leaf.numbers[name] for leaf in found]
-
-            def alike(_: Array, numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
-                again = self.rounded(name, given, always_true)
-                equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
-                if before is not None:
-                    left = [leaf.numbers[name] for leaf in before]
-                    known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given)]
-                    kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
-                    equal = [jnp.where(*each) for each in zip(known, kept, equal)]
-                return jnp.all(jnp.stack(equal))
-
-            same.append(in_place(always_true, alike, jnp.asarray(False), numbers, given))
+            again = self.rounded(name, given, always_true)
+            equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
+            if before is not None:
+                left = [leaf.numbers[name] for leaf in before]
+                known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given)]
+                kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
+                equal = [jnp.where(*each) for each in zip(known, kept, equal)]
+            same += equal
         same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(before)))
         return jnp.all(jnp.stack(same))
 
