@@ -103,20 +103,13 @@ def _shift(
     """`shift` of numbers that all have a tape or not."""
     words, most = [len(x.low) for x in numbers], 0 if tapes[0] is None else exact.MOST_BYTES
     with jax.enable_x64(True):
-        sizes = [exact.size(x, number.parts is not None) for x, number in zip(amounts, numbers)]
-        exponents = _exponents(numbers), jnp.stack([x.floor for x in numbers])
-        tops, parts = jnp.stack([x.top for x in numbers]), [x.parts for x in numbers]
+        exponents, parts, tops, sizes = _of_shift(numbers, amounts)
         added, largest = _in_units(parts, sizes)
         room, enough = exact.room_as_is(tops, exponents[0], added, largest)
         enough &= (exponents[0] < exact.UNSET) | (added <= exact.NOTHING)
 
         def made(highs: list[Array], exponents: Any, parts: Any, tops: Array, sizes: list[Array]) -> Any:
-            largest = jnp.stack([jnp.max(x) for x in sizes])
-            exponents = exact.fitted(exponents, tops, largest, words)
-            for i, each in enumerate(parts):
-                if each is not None:
-                    of_array = exponents[0][i], exponents[1][i]
-                    parts[i] = exact.with_offsets(each, of_array, sizes[i], words[i])
+            exponents, parts = _fitted(exponents, parts, tops, sizes, words)
             tops = jnp.stack([exact.magnitude(x) for x in highs])
             return exponents, parts, exact.room_made(tops, exponents, *_in_units(parts, sizes), most)
 
@@ -124,14 +117,61 @@ def _shift(
         as_is = exponents, parts, room
         given = [x.high for x in numbers], exponents, parts, tops, sizes
         exponents, parts, (drop, tops) = seldom(~jnp.all(enough), made, as_is, *given)
-        numbers = [
-            x._replace(exponent=exponents[0][i], floor=exponents[1][i], top=tops[i], parts=parts[i])
-            for i, x in enumerate(numbers)
-        ]
+        numbers = _with_exponents(numbers, exponents, parts, tops)
         if most:
             numbers, tapes = _dropped(numbers, tapes, drop)
     moved = _added(exact.plus, numbers, amounts)
     return [(number, tape, drop[i]) for i, (number, tape) in enumerate(zip(moved, tapes))]
+
+
+def _of_shift(numbers: Sequence[Fixed], amounts: Sequence[Array]) -> tuple[Any, Any, Array, list[Array]]:
+    """Exponents and floors, parts and bounds of numbers, and the `exact.size` of what is added to each."""
+    exponents = _exponents(numbers), jnp.stack([x.floor for x in numbers])
+    tops, parts = jnp.stack([x.top for x in numbers]), [x.parts for x in numbers]
+    return exponents, parts, tops, [exact.size(x, each is not None) for x, each in zip(amounts, parts)]
+
+
+def _fitted(
+    exponents: exact.Exponents,
+    parts: Sequence[exact.Parts | None],
+    tops: Array,
+    sizes: Sequence[Array],
+    words: Sequence[int],
+) -> tuple[exact.Exponents, list[exact.Parts | None]]:
+    """Exponents and parts of arrays, chosen for those that are all zero so far; see `exact.fitted`."""
+    exponents = exact.fitted(exponents, tops, jnp.stack([jnp.max(x) for x in sizes]), words)
+    found = [*parts]
+    for i, each in enumerate(parts):
+        if each is not None:
+            found[i] = exact.with_offsets(each, (exponents[0][i], exponents[1][i]), sizes[i], words[i])
+    return exponents, found
+
+
+def _with_exponents(
+    numbers: Sequence[Fixed], exponents: exact.Exponents, parts: Sequence[exact.Parts | None], tops: Array
+) -> list[Fixed]:
+    """Numbers with other exponents and floors, parts and bounds."""
+    return [
+        x._replace(exponent=exponents[0][i], floor=exponents[1][i], top=tops[i], parts=parts[i])
+        for i, x in enumerate(numbers)
+    ]
+
+
+@_by_axes
+def rounded(always_true: Array, zeros: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+    """`shift` of numbers that are all zero: amounts as numbers, with exponents that suit them."""
+    with jax.enable_x64(True):
+        exponents, parts, tops, sizes = _of_shift(zeros, amounts)
+        exponents, parts = _fitted(exponents, parts, tops, sizes, [len(x.low) for x in zeros])
+        room = exact.room_made(tops, exponents, *_in_units(parts, sizes), most=0)
+        return _added(exact.plus, _with_exponents(zeros, exponents, parts, room.top), amounts)
+
+
+@_by_axes
+def rounded_like(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
+    """Amounts as numbers, with the exponents of others."""
+    zeros = [exact.with_digits(x, jax.tree.map(jnp.zeros_like, x[:2])) for x in numbers]
+    return _added(exact.plus, zeros, amounts)
 
 
 def _in_units(parts: Sequence[exact.Parts | None], sizes: Sequence[Array]) -> tuple[Array, Array]:
@@ -392,42 +432,61 @@ def floats(always_true: Array, numbers: Sequence[Fixed], dtypes: Sequence[Any]) 
     return [result[i] for i in range(len(numbers))]
 
 
-def coarseness(
-    wanted: Array,
-    numbers: Sequence[Fixed],
-    amounts: Sequence[Array],
-    part: float,
-    totals: Sequence[Array] | None = None,
-    left: Sequence[Array] | None = None,
-) -> list[Array]:
-    """What `exact.coarseness` has been so far, summed over the rows of every array.
+def coarseness(numbers: Sequence[Fixed], amounts: Sequence[Array], part: float) -> list[Array]:
+    """`exact.coarseness` of adding amounts to numbers, summed over the rows of every array.
 
     Args:
-      wanted: bool scalar; if false, the totals are returned without computing anything.
       numbers: to which the amounts are added.
       amounts: as given to `shift`.
       part: of an amount that rounding may take.
-      totals: the sums so far, if any.
-      left: the part of each total that is left, float64 scalars; by default all.
 
     Returns:
       float64 sums, by row, of every array.
     """
     words, parts = [len(number.low) for number in numbers], [number.parts for number in numbers]
+    return _lost(words, part, amounts, _exponents(numbers), parts)
 
-    def lost(amounts: list[Array], exponents: Array, parts: list[exact.Parts | None]) -> list[Array]:
+
+def _lost(
+    words: Sequence[int],
+    part: float,
+    amounts: Sequence[Array],
+    exponents: Array,
+    parts: Sequence[exact.Parts | None],
+) -> list[Array]:
+    """`coarseness` of adding amounts to numbers of so many low words, with these exponents and parts."""
+    with jax.enable_x64(True):
         down = _powers(exponents, parts, -1)
-        found = [exact.coarseness(down[i], *each, part) for i, each in enumerate(zip(words, amounts))]
+        found = [exact.coarseness(*each, part) for each in zip(down, words, amounts)]
         return [_by_row(x).astype(jnp.float64) for x in found]
+
+
+def coarseness_so_far(
+    wanted: Array,
+    totals: Sequence[Array],
+    left: Sequence[Array] | None,
+    numbers: Sequence[Fixed],
+    amounts: Sequence[Array],
+    part: float,
+) -> list[Array]:
+    """Totals of `coarseness` with that of one more shift.
+
+    Args:
+      wanted: bool scalar; if false, the totals are returned without computing anything.
+      totals: the sums so far.
+      left: the part of each total that is left, float64 scalars; None if all is.
+      numbers: to which the amounts are added.
+      amounts: as given to `shift`.
+      part: of an amount that rounding may take.
+    """
+    words, parts = [len(number.low) for number in numbers], [number.parts for number in numbers]
 
     def more(totals: list[Array], left: list[Array] | None, *given: Any) -> list[Array]:
         kept = totals if left is None else [x * part for x, part in zip(totals, left)]
-        return [x + y for x, y in zip(kept, lost(*given))]
+        return [x + y for x, y in zip(kept, _lost(words, part, *given))]
 
     with jax.enable_x64(True):
         given = ([*amounts], _exponents(numbers), parts)
-        if totals is None:
-            totals = [jnp.zeros(x.shape, jnp.float64) for x in jax.eval_shape(lost, *given)]
         return seldom(wanted, more, [*totals], [*totals], left, *given)
 
 

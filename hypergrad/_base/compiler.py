@@ -46,7 +46,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Var
 
-from hypergrad._base.explicit import on_mesh_of
+from hypergrad._base.explicit import explicit_mesh, on_mesh_of
 from hypergrad._base.tracing import bound, evaluated
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad._base.varying import axes_of, cast, zeros_like
@@ -161,13 +161,38 @@ def seldom(wanted: Flag, function: Callable[..., PyTree], otherwise: PyTree, *ar
     """
 
     def body(_: Array, otherwise: PyTree) -> PyTree:
-        found = noinline(wanted, function, *arguments)
-        return cast(jax.tree.map(partial(jnp.where, wanted), found, otherwise), axes)
+        def as_is(otherwise: PyTree, *_: PyTree) -> PyTree:
+            return otherwise
+
+        def changed(_: PyTree, *arguments: PyTree) -> PyTree:
+            return cast(function(*arguments), axes)
+
+        found = jax.lax.cond(in_any_lane(wanted), changed, as_is, otherwise, *arguments)
+        return _in_each_lane(wanted, found, otherwise)
 
     axes = axes_of((otherwise, arguments, wanted))
     with jax.enable_x64(True):
         turns = in_any_lane(wanted).astype(jnp.int32)
         return jax.lax.fori_loop(0, turns, body, cast(otherwise, axes))
+
+
+@jax.custom_batching.custom_vmap
+def _in_each_lane(wanted: Flag, found: PyTree, otherwise: PyTree) -> PyTree:
+    """What was found; in lanes of `jax.vmap` where it was not wanted, what is otherwise."""
+    return found
+
+
+@_in_each_lane.def_vmap
+def _in_lanes(
+    lanes: int, batched: list[PyTree], wanted: Array, found: PyTree, otherwise: PyTree
+) -> tuple[PyTree, PyTree]:
+    axes = jax.tree.map(lambda one_by_one: 0 if one_by_one else None, tuple(batched))
+
+    def choice(wanted: Flag, *both: PyTree) -> PyTree:
+        return jax.tree.map(partial(jnp.where, wanted), *both)
+
+    chosen = jax.vmap(choice, in_axes=axes, axis_size=lanes)(wanted, found, otherwise)
+    return chosen, jax.tree.map(lambda _: True, found)
 
 
 def computed(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
@@ -213,8 +238,11 @@ def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: Py
     """
     shapes = jax.eval_shape(function, *arguments)
 
-    def never(*_: PyTree) -> PyTree:
-        return jax.tree.map(_zeros, shapes)
+    def never(*given: PyTree) -> PyTree:
+        """Something of the same types: arguments if there are such, which take no instructions."""
+        leaves = jax.tree.leaves(given)
+        known = {} if explicit_mesh([jax.typeof(x) for x in leaves]) else {_kind(x): x for x in leaves}
+        return jax.tree.map(lambda x: known[_kind(x)] if _kind(x) in known else _zeros(x), shapes)
 
     return jax.lax.cond(in_any_lane(always_true), function, never, *arguments)
 
@@ -310,6 +338,11 @@ def round_alike(equations: Sequence[Any]) -> bool:
         if name == "mul" or from_product:
             products.update(eqn.outvars)
     return True
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    """The type of an array, but for its mesh."""
+    return x.shape, x.dtype, axes_of(x)
 
 
 def _zeros(like: Any) -> Array:

@@ -541,7 +541,7 @@ class _Forwards(_Step):
         )
         left = members(group, self.faded) if fades else None
         before = [self.totals[i][variable] for i in group]
-        totals = bundles.coarseness(self.guarded, numbers, amounts, LARGEST_LOSS, before, left)
+        totals = bundles.coarseness_so_far(self.guarded, before, left, numbers, amounts, LARGEST_LOSS)
         for i, total in zip(group, totals):
             self.totals[i][variable] = total
             if fades:

@@ -72,24 +72,29 @@ class Start:
           earlier: the `packed` end of an earlier run, or None.
           always_true: see `hypergrad._base.compiler`.
         """
-        before, totals = (None, None) if earlier is None else unpacked(earlier)
+        given = self.by_variable(start)
+        zeros = [self.zero(i, name, x) for (i, name), x in given.items()]
+        fresh = bundles.rounded(always_true, zeros, [*given.values()])
         numbers: list[dict[str, exact.Fixed]] = [{} for _ in start]
         found: Totals = [{} for _ in start]
-        for name in (PARAMS, *self.program.variables):  # each like other shifts, whose instructions serve
-            given = [leaf[name] for leaf in start]
-            fresh = self.rounded(name, given, always_true)
-            for i, coarse in enumerate(bundles.coarseness(always_true, fresh, given, LARGEST_LOSS)):
-                number = fresh[i]
-                if before is not None and totals is not None:
-                    # If the start is still what an earlier run left, take the integers behind it: these
-                    # are not rounded again.
-                    left = before[i].numbers[name]
-                    known = jnp.all(exact.to_float(left, given[i].dtype) == given[i])
-                    number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
-                    coarse = jnp.where(known, totals[i][name], coarse)
-                numbers[i][name] = number
-                found[i][name] = coarse
+        before, totals = (None, None) if earlier is None else unpacked(earlier)
+        coarse_of = bundles.coarseness(fresh, [*given.values()], LARGEST_LOSS)
+        for ((i, name), x), number, coarse in zip(given.items(), fresh, coarse_of):
+            if before is not None and totals is not None:
+                # If the start is still what an earlier run left, take the integers behind it: these
+                # are not rounded again.
+                left = before[i].numbers[name]
+                known = jnp.all(exact.to_float(left, x.dtype) == x)
+                number = jax.tree.map(lambda a, b, known=known: jnp.where(known, a, b), left, number)
+                coarse = jnp.where(known, totals[i][name], coarse)
+            numbers[i][name] = number
+            found[i][name] = coarse
         return [ExactLeaf(*each) for each in zip(numbers, self.buffers(before))], Guards.of(found)
+
+    def by_variable(self, start: list[Leaf]) -> dict[tuple[int, str], Array]:
+        """The arrays of a state, by leaf and variable."""
+        names = (PARAMS, *self.program.variables)
+        return {(i, name): leaf[name] for name in names for i, leaf in enumerate(start)}
 
     def buffers(self, before: Sequence[ExactLeaf] | None) -> list[list[exact.Buffer]]:
         """The buffers with which the run begins: empty, or as an earlier run left them."""
@@ -100,13 +105,10 @@ class Start:
             for leaf in self.taped
         ]
 
-    def rounded(self, name: str, given: list[Array], always_true: Flag) -> list[exact.Fixed]:
-        """One variable of all leaves as integers."""
-        radix, zeros = self.radix.get(name), list[exact.Fixed]()
-        for i, x in enumerate(given):
-            whole, owner = name in held_whole(self.taped[i]), self.owners[i] if x.size else None
-            zeros.append(exact.zero(x.shape, self.words_of(i, name), radix, whole, owner))
-        return [x for x, _, _ in bundles.shift(always_true, zeros, given, [None] * len(given))]
+    def zero(self, leaf: int, name: str, x: Array) -> exact.Fixed:
+        """Zeros for a variable of a leaf, of the shape of its floats."""
+        whole, owner = name in held_whole(self.taped[leaf]), self.owners[leaf] if x.size else None
+        return exact.zero(x.shape, self.words_of(leaf, name), self.radix.get(name), whole, owner)
 
     def words_of(self, leaf: int, name: str) -> int:
         """Number of low words of a variable of a leaf: one more where it drops no bytes, or is joined."""
@@ -120,7 +122,7 @@ class Start:
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
     ) -> Flag:
-        """Whether the run backwards arrived at its start, checked one variable at a time.
+        """Whether the run backwards arrived at its start.
 
         Args:
           start: the float state with which the run began, by leaf.
@@ -128,19 +130,15 @@ class Start:
           found: the exact state at the end of the way back.
           always_true: see `hypergrad._base.compiler`.
         """
-        before = None if earlier is None else unpacked(earlier)[0]
-        same = []
-        for name in (PARAMS, *self.program.variables):
-            given = [leaf[name] for leaf in start]
-            numbers = [leaf.numbers[name] for leaf in found]
-            again = self.rounded(name, given, always_true)
-            equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
-            if before is not None:
-                left = [leaf.numbers[name] for leaf in before]
-                known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given)]
-                kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
-                equal = [jnp.where(*each) for each in zip(known, kept, equal)]
-            same += equal
+        given, before = self.by_variable(start), None if earlier is None else unpacked(earlier)[0]
+        numbers = [found[i].numbers[name] for i, name in given]
+        again = bundles.rounded_like(always_true, numbers, [*given.values()])
+        same = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
+        if before is not None:
+            left = [before[i].numbers[name] for i, name in given]
+            known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given.values())]
+            kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
+            same = [jnp.where(*each) for each in zip(known, kept, same)]
         same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(before)))
         return jnp.all(jnp.stack(same))
 
