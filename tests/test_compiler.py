@@ -108,6 +108,8 @@ def test_what_is_seldom_wanted_is_computed_only_then() -> None:
         assert (int(compiled(TRUE, x)), int(compiled(~TRUE, x))) == (5000, 7)
     several = jax.vmap(apart, (0, None))(jnp.array([False, True]), x)
     assert several.tolist() == [7, 5000]
+    lanes = jax.vmap(jax.vmap(apart, (None, 0)), (0, None))(jnp.array([False, True]), jnp.stack([x, 2 * x]))
+    assert lanes.tolist() == [[7, 7], [5000, 10000]]
 
 
 def test_instructions_are_the_same_for_numbers_that_are_not_known() -> None:

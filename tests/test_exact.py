@@ -34,9 +34,14 @@ def radix_of(number: exact.Fixed) -> int:
 
 
 def coarseness(radix: int, words: int, amount: Any, part: float, wanted: Any) -> Any:
-    """`bundles.coarseness` of one amount."""
+    """`bundles.coarseness_so_far` of one amount."""
     number = exact.zero(amount.shape, words, radix)
-    return bundles.coarseness(wanted, [number], [amount], part)[0]
+    (once,) = bundles.coarseness([number], [amount], part)
+    with jax.enable_x64(True):
+        nothing = jnp.zeros_like(once)
+    (so_far,) = bundles.coarseness_so_far(wanted, [nothing], None, [number], [amount], part)
+    assert jnp.array_equal(so_far, once if wanted else nothing)
+    return so_far
 
 
 FACTORS = st.one_of(
@@ -544,6 +549,29 @@ def test_numbers_of_many_sizes_drop_bytes_when_each_of_them_has_to() -> None:
     assert same(back, once)
     too_far = bundles.shift(TRUE, once, [jnp.full(3, 2.0**34), first[1]], tapes)
     assert [bool(exact.fits(number)) for number, _, _ in too_far] == [False, True]
+
+
+@pytest.mark.parametrize("words", [0, 1, 2])
+def test_numbers_are_compared_with_floats_by_their_own_exponents(words: int) -> None:
+    """What `shift` makes of floats is found again; with another exponent, or one digit more, it is not."""
+    rng = np.random.default_rng(words)
+    floats = [jnp.asarray(10.0**k * rng.normal(size=(40,)), jnp.float32) for k in (-12, 0, 9)]
+    floats.append(jnp.zeros(3))
+    zeros = [exact.zero(x.shape, words, whole=words == 0) for x in floats]
+    numbers = bundles.rounded(TRUE, zeros, floats)
+    moved = bundles.shift(TRUE, zeros, floats, [None] * len(floats))
+    assert same(numbers, [number for number, _, _ in moved]) and all(exact.fits(x) for x in numbers)
+    assert [int(x.exponent) for x in numbers] == [int(x.exponent) for x, _, _ in moved]
+    assert same(numbers, bundles.rounded_like(TRUE, numbers, floats))
+    for number, x in zip(numbers[:-1], floats):
+        with jax.enable_x64(True):
+            longer = number._replace(exponent=number.exponent + 1)
+            larger = number._replace(high=number.high.at[7].add(1))
+        for other in (longer, larger):
+            assert not same([other], bundles.rounded_like(TRUE, [other], [x]))
+    limit = exact.zero((2,), words, radix=50)
+    fit = [exact.fits(bundles.rounded(TRUE, [limit], [jnp.full(2, x)])[0]) for x in (1000.0, 2.0**12)]
+    assert [bool(x) for x in fit] == [True, False]
 
 
 def test_what_decays_for_ever_stays_a_number() -> None:

@@ -242,7 +242,7 @@ def test_leaves_may_differ_in_size_by_any_factor(segments: int) -> None:
 
 @pytest.mark.parametrize("base", [1.0, 1e-3])
 def test_leaves_may_lack_variables(base: float) -> None:
-    """Groups of leaves with optimizers of their own, of which each is joined, with gradients of all sizes."""
+    """Groups of leaves with optimizers of their own, each of them joined, with gradients of all sizes."""
     params, loss = many(lambda i: base**i, 8)
     labels = {k: "adam" if i % 2 else "momentum" for i, k in enumerate(params)}
     optimizer = hg.partition({"adam": hg.adam(), "momentum": hg.momentum()}, labels)
