@@ -30,8 +30,8 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
 
 `same_bits_everywhere` is `noinline` with `literal`.
 
-``tests/test_compiler.py`` tests them, with and without; `hidden` and `literal` need
-devices, and are tested in ``tests/test_shards.py``.
+``tests/test_compiler.py`` tests them, with and without; `hidden` and `literal` need devices, and
+are tested in ``tests/test_shards.py``.
 """
 
 import hashlib

@@ -140,6 +140,7 @@ class Start:
             kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
             same = [jnp.where(*each) for each in zip(known, kept, same)]
         same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(before)))
+        same.append(jnp.all(jnp.stack([x.rows for x in numbers]) == 0))
         return jnp.all(jnp.stack(same))
 
 
