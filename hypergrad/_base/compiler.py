@@ -46,7 +46,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Var
 
-from hypergrad._base.explicit import explicit_mesh, on_mesh_of
+from hypergrad._base.explicit import on_mesh_of
 from hypergrad._base.tracing import bound, evaluated
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad._base.varying import axes_of, cast, zeros_like
@@ -238,11 +238,8 @@ def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: Py
     """
     shapes = jax.eval_shape(function, *arguments)
 
-    def never(*given: PyTree) -> PyTree:
-        """Something of the same types: arguments if there are such, which take no instructions."""
-        leaves = jax.tree.leaves(given)
-        known = {} if explicit_mesh([jax.typeof(x) for x in leaves]) else {_kind(x): x for x in leaves}
-        return jax.tree.map(lambda x: known[_kind(x)] if _kind(x) in known else _zeros(x), shapes)
+    def never(*_: PyTree) -> PyTree:
+        return jax.tree.map(_zeros, shapes)
 
     return jax.lax.cond(in_any_lane(always_true), function, never, *arguments)
 
@@ -338,11 +335,6 @@ def round_alike(equations: Sequence[Any]) -> bool:
         if name == "mul" or from_product:
             products.update(eqn.outvars)
     return True
-
-
-def _kind(x: Any) -> tuple[Any, ...]:
-    """The type of an array, but for its mesh."""
-    return x.shape, x.dtype, axes_of(x)
 
 
 def _zeros(like: Any) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from hypergrad import bundles, exact
+from hypergrad._base.compiler import computed
 from hypergrad._base.trees import Flag, PyTree
 from hypergrad.adjoints.guards import Guards
 from hypergrad.adjoints.integers import LARGEST_LOSS, ExactLeaf, Totals
@@ -122,7 +123,11 @@ class Start:
     def recovered(
         self, start: list[Leaf], earlier: PyTree, found: Sequence[ExactLeaf], always_true: Flag
     ) -> Flag:
-        """Whether the run backwards arrived at its start.
+        """Whether the run backwards arrived at its start, checked one variable at a time.
+
+        A compiler for several devices divides the numbers of a run as what they are compared with.  Were
+        that no computation by itself, it could divide the way back otherwise than the way there, whose
+        sums would then have other bits.
 
         Args:
           start: the float state with which the run began, by leaf.
@@ -130,17 +135,26 @@ class Start:
           found: the exact state at the end of the way back.
           always_true: see `hypergrad._base.compiler`.
         """
-        given, before = self.by_variable(start), None if earlier is None else unpacked(earlier)[0]
-        numbers = [found[i].numbers[name] for i, name in given]
-        again = bundles.rounded_like(always_true, numbers, [*given.values()])
-        same = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
-        if before is not None:
-            left = [before[i].numbers[name] for i, name in given]
-            known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given.values())]
-            kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
-            same = [jnp.where(*each) for each in zip(known, kept, same)]
+        before = None if earlier is None else unpacked(earlier)[0]
+        same = []
+        for name in (PARAMS, *self.program.variables):
+            given = [leaf[name] for leaf in start]
+            numbers = [leaf.numbers[name] for leaf in found]
+
+            def alike(numbers: list[exact.Fixed], given: list[Array], name: str = name) -> Array:
+                again = bundles.rounded_like(always_true, numbers, given)
+                equal = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(again))]
+                if before is not None:
+                    left = [leaf.numbers[name] for leaf in before]
+                    known = [jnp.all(exact.to_float(a, x.dtype) == x) for a, x in zip(left, given)]
+                    kept = [_all_equal(*pair) for pair in zip(_bits(numbers), _bits(left))]
+                    equal = [jnp.where(*each) for each in zip(known, kept, equal)]
+                return jnp.all(jnp.stack(equal))
+
+            same.append(computed(always_true, alike, numbers, given))
         same.append(_all_equal([leaf.buffers for leaf in found], self.buffers(before)))
-        same.append(jnp.all(jnp.stack([x.rows for x in numbers]) == 0))
+        rows = [x.rows for leaf in found for x in leaf.numbers.values()]
+        same.append(jnp.all(jnp.stack(rows) == 0))
         return jnp.all(jnp.stack(same))
 
 
