@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import exact
-from hypergrad._base.compiler import computed, seldom
+from hypergrad._base.compiler import computed, in_place, seldom
 from hypergrad._base.trees import PyTree
 from hypergrad._base.varying import axes_of, cast
-from hypergrad.exact import Buffer, Digits, Fixed, Growth
+from hypergrad.exact import Buffer, Digits, Fixed, Growth, Ratio
 
 SMALL = 1 << 14  # arrays with fewer elements are not worth a computation of their own
 LARGEST = 1 << 18  # most elements of a bundle, which are copied at a time
@@ -120,7 +120,7 @@ def _shift(
         numbers = _with_exponents(numbers, exponents, parts, tops)
         if most:
             numbers, tapes = _dropped(numbers, tapes, drop)
-    moved = _added(exact.plus, numbers, amounts)
+    moved = _added(always_true, exact.plus, numbers, amounts)
     return [(number, tape, drop[i]) for i, (number, tape) in enumerate(zip(moved, tapes))]
 
 
@@ -164,14 +164,14 @@ def rounded(always_true: Array, zeros: Sequence[Fixed], amounts: Sequence[Array]
         exponents, parts, tops, sizes = _of_shift(zeros, amounts)
         exponents, parts = _fitted(exponents, parts, tops, sizes, [len(x.low) for x in zeros])
         room = exact.room_made(tops, exponents, *_in_units(parts, sizes), most=0)
-        return _added(exact.plus, _with_exponents(zeros, exponents, parts, room.top), amounts)
+        return _added(always_true, exact.plus, _with_exponents(zeros, exponents, parts, room.top), amounts)
 
 
 @_by_axes
 def rounded_like(always_true: Array, numbers: Sequence[Fixed], amounts: Sequence[Array]) -> list[Fixed]:
     """Amounts as numbers, with the exponents of others."""
     zeros = [exact.with_digits(x, jax.tree.map(jnp.zeros_like, x[:2])) for x in numbers]
-    return _added(exact.plus, zeros, amounts)
+    return _added(always_true, exact.plus, zeros, amounts)
 
 
 def _in_units(parts: Sequence[exact.Parts | None], sizes: Sequence[Array]) -> tuple[Array, Array]:
@@ -219,7 +219,7 @@ def _unshift(
     tapes: Sequence[Any],
     drops: Sequence[Array],
 ) -> list[Fixed]:
-    before = _added(exact.minus, numbers, amounts)
+    before = _added(always_true, exact.minus, numbers, amounts)
     return before if tapes[0] is None else _regained(before, tapes, jnp.stack(drops))
 
 
@@ -286,6 +286,7 @@ def _by_kind(
 
 
 def _added(
+    always_true: Array,
     move: Callable[[Digits, Array, Array], Digits],
     numbers: Sequence[Fixed],
     amounts: Sequence[Array | Later],
@@ -301,9 +302,12 @@ def _added(
         later = amounts[bundle[0]]
         if not isinstance(later, Later):
             later = Later(jnp.asarray, (joined([jnp.asarray(amounts[i]) for i in bundle]),))
+
+        def moved(digits: Digits, up: Array, *given: PyTree, amount: Any = later.function) -> Digits:
+            return move(digits, amount(*given), up)
+
         up_here = _repeated([up[i] for i in bundle], shapes)
-        with jax.enable_x64(True):
-            new = move(_together(digits), later.function(*later.arguments), up_here)
+        new = in_place(always_true, moved, _together(digits), up_here, *later.arguments)
         for i, each in zip(bundle, _apart(new, shapes)):
             result[i] = exact.with_digits(numbers[i], each)
     return result
@@ -352,13 +356,18 @@ def scale(
     ns: Sequence[Array],
 ) -> list[tuple[Fixed, Buffer, Array]]:
     """`exact.scale` of every number by its numerator: the number, the buffer and the tape after it."""
+
+    def scaled(state: tuple[Digits, Array, Array], ratio: Ratio) -> tuple[Digits, Array, Array]:
+        return exact.scaled(*state[:2], ratio)
+
     grown = _growths(always_true, buffers, ns, undo=False)
     result = [*zip(numbers, buffers, tapes)]
     for bundle in _scaled_alike(numbers, buffers):
         before, shapes = [numbers[i][:2] for i in bundle], [numbers[i].high.shape for i in bundle]
         ratio = _repeated([grown[i].ratio for i in bundle], shapes)
         register = joined([buffers[i].register for i in bundle])
-        digits, register, byte = exact.scaled(_together(before), register, ratio)
+        state = (_together(before), register, jnp.zeros(register.shape, jnp.uint8))
+        digits, register, byte = in_place(always_true, scaled, state, ratio)
         parts = zip(_apart(digits, shapes), parted(register, shapes), parted(byte, shapes))
         for i, state in zip(bundle, parts):
             tape = exact.written(tapes[i], state[2], grown[i].ratio.full, grown[i].before)
@@ -375,6 +384,10 @@ def unscale(
     ns: Sequence[Array],
 ) -> list[tuple[Fixed, Buffer]]:
     """`exact.unscale` of every number by its numerator: the number and the buffer before it."""
+
+    def unscaled(state: tuple[Digits, Array], byte: Array, ratio: Ratio) -> tuple[Digits, Array]:
+        return exact.unscaled(*state, byte, ratio)
+
     grown = _growths(always_true, buffers, ns, undo=True)
     result = [*zip(numbers, buffers)]
     for bundle in _scaled_alike(numbers, buffers):
@@ -383,7 +396,7 @@ def unscale(
         register = joined([buffers[i].register for i in bundle])
         rows = [(tapes[i], grown[i].ratio.full, grown[i].before) for i in bundle]
         byte = joined([exact.read(*row, shape) for row, shape in zip(rows, shapes)])
-        digits, register = exact.unscaled(_together(after), register, byte, ratio)
+        digits, register = in_place(always_true, unscaled, (_together(after), register), byte, ratio)
         for i, x, held in zip(bundle, _apart(digits, shapes), parted(register, shapes)):
             result[i] = (exact.with_digits(numbers[i], x), Buffer(held, grown[i].before))
     return result

@@ -18,6 +18,9 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
                  integers is looked up at every step and not at every fiftieth.
 `compiled_once`  An equal program is not compiled again.  Without it, every call outside of ``jit``
                  compiles both directions of a run, and keeps them in memory.
+`in_place`       Integers that change are moved in a computation of their own.  Without it, what is
+                 added is computed inside the move, and a run of the authors' of 2015 whose loss
+                 explodes does not return to its start.
 `hidden`         Numbers that are known when a program is compiled are used like others.
                  Without it, Adam on one device and on two, which is compiled in other ways,
                  differs from the first step on: ``b1`` is folded into one of them only.
@@ -30,8 +33,8 @@ themselves.  So every function below takes ``always_true``, a scalar made from t
 
 `same_bits_everywhere` is `noinline` with `literal`.
 
-``tests/test_compiler.py`` tests them, with and without; `hidden` and `literal` need devices, and
-are tested in ``tests/test_shards.py``.
+``tests/test_compiler.py`` tests them, with and without, but for `in_place`; `hidden` and `literal`
+need devices, and are tested in ``tests/test_shards.py``.
 """
 
 import hashlib
@@ -147,6 +150,37 @@ def literal(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
+def in_place(
+    always_true: Array, function: Callable[..., PyTree], state: PyTree, *arguments: PyTree
+) -> PyTree:
+    """``function(state, *arguments)``, a new state like the old one, in a separate computation.
+
+    Compilers tend to compute what is added to integers inside the move, and these again wherever they are
+    used.  The body of a loop is compiled
+    separately, and its carry stays in place; this loop runs once.  What does not depend on the loop count
+    would be moved out of the loop again, so all arguments are made to depend on it.
+
+    Args:
+      always_true: a scalar that is true, which the compiler must not know.
+      function: a pure function.
+      state: what it changes.
+      arguments: what else it needs.
+    """
+
+    def tied(count: Array, x: Array) -> Array:
+        number = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (jnp.int32, jnp.int64)
+        return x + count.astype(x.dtype) if number else x
+
+    axes = axes_of((state, arguments))
+
+    def body(count: Array, state: PyTree) -> PyTree:
+        return cast(function(state, *jax.tree.map(lambda x: tied(count, x), arguments)), axes)
+
+    with jax.enable_x64(True):
+        once = in_any_lane(always_true).astype(jnp.int32)
+        return jax.lax.fori_loop(0, once, body, cast(state, axes))
+
+
 def seldom(wanted: Flag, function: Callable[..., PyTree], otherwise: PyTree, *arguments: PyTree) -> PyTree:
     """``function(*arguments)`` where that is wanted, which is seldom, and else something like it.
 
@@ -199,29 +233,16 @@ def computed(always_true: Array, function: Callable[..., PyTree], *arguments: Py
     """``function(*arguments)`` as arrays in memory.
 
     Compilers inline what is cheap to compute into everything that uses it.  For a computation on many
-    concatenated arrays, this makes as many copies, each with the instructions for all of them.  The body of
-    a loop is compiled separately; this loop runs once.  What does not depend on the loop count would be
-    moved out of the loop again, so all arguments are made to depend on it.
+    concatenated arrays, this makes as many copies, each with the instructions for all of them.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
       function: a pure function of its arguments, whose results are numbers.
       arguments: pytrees of arrays.
     """
-
-    def tied(count: Array, x: Array) -> Array:
-        number = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (jnp.int32, jnp.int64)
-        return x + count.astype(x.dtype) if number else x
-
-    axes = axes_of(arguments)
-
-    def body(count: Array, _: PyTree) -> PyTree:
-        return cast(function(*jax.tree.map(lambda x: tied(count, x), arguments)), axes)
-
     with jax.enable_x64(True):
         blank = jax.tree.map(zeros_like, jax.eval_shape(function, *arguments))
-        once = in_any_lane(always_true).astype(jnp.int32)
-        return jax.lax.fori_loop(0, once, body, cast(blank, axes))
+        return in_place(always_true, lambda _, *given: function(*given), blank, *arguments)
 
 
 def noinline(always_true: Array, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
