@@ -156,9 +156,9 @@ def in_place(
     """``function(state, *arguments)``, a new state like the old one, in a separate computation.
 
     Compilers tend to compute what is added to integers inside the move, and these again wherever they are
-    used.  The body of a loop is compiled
-    separately, and its carry stays in place; this loop runs once.  What does not depend on the loop count
-    would be moved out of the loop again, so all arguments are made to depend on it.
+    used.  The body of a loop is compiled separately, and its carry stays in place; this loop runs once.
+    What does not depend on the loop count would be moved out of the loop again, so all arguments are made
+    to depend on it.
 
     Args:
       always_true: a scalar that is true, which the compiler must not know.
